@@ -1,0 +1,137 @@
+"""Find, check and load the one Qwen backbone of a run: tiny, a local folder, or a name on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from qwen_fused.tiny import seeded, tiny_qwen
+
+FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+
+# scale of the random second LoRA matrix. Zero, peft's default, would give the first matrix a zero gradient in
+# the first step; this leaves the backbone's function unchanged to about a part in a thousand.
+LORA_INIT = 1e-3
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _source(qwen: str) -> tuple[str, bool]:
+    """Where to load from, and whether that is a folder on this machine."""
+    path = Path(qwen).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"qwen must be a folder with a saved Qwen, got {qwen!r}, which has no config.json")
+        return str(path), True
+    # a hub name is OWNER/NAME or NAME: everything else can only have been meant as a path
+    if path.exists() or path.is_absolute() or qwen.startswith(("~", ".")) or qwen.count("/") > 1 or not qwen:
+        raise ValueError(f'qwen must be "tiny", a folder with a saved Qwen or a hub name, got no folder at {qwen!r}')
+    return qwen, False
+
+
+def _load_config(qwen: str, source: str, local: bool) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    # hub clients raise their own families of errors, over HTTP libraries that differ between versions
+    except Exception as error:
+        if local:
+            raise ValueError(f"qwen: the config.json in {qwen!r} cannot be read ({_first_line(error)})") from None
+        raise ValueError(
+            f"qwen: {qwen!r} is neither a folder here nor a model that the hub gives us: check the name "
+            f'and the network, pass the path of a downloaded folder, or use "tiny", which needs no download'
+        ) from None
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"qwen must be one of the types {', '.join(FAMILIES)}, got {config.model_type!r} in {qwen!r}")
+    return config
+
+
+def _load_pretrained(qwen: str, dtype: torch.dtype, attention: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    source, local = _source(qwen)
+    config = _load_config(qwen, source, local)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"qwen: {qwen!r} has no tokenizer that loads ({_first_line(error)})") from None
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"qwen: the tokenizer in {qwen!r} has {len(tokenizer)} tokens, more than the {config.vocab_size} "
+            f"of the model's vocabulary: they do not belong together"
+        )
+    try:
+        model, loading = AutoModel.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise ValueError(f"qwen: the weights in {qwen!r} do not load ({_first_line(error)})") from None
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise ValueError(f"qwen: the weights in {qwen!r} lack {len(missing)} tensors, {missing[0]} among them")
+    return model, tokenizer
+
+
+def add_lora(backbone: nn.Module, rank: int) -> nn.Module:
+    """Freeze `backbone` and put trainable low-rank adapters on its linear layers, both factors non-zero."""
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    adapted = get_peft_model(backbone, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=LORA_INIT)
+    return adapted
+
+
+def load_backbone(
+    qwen: str = "tiny",
+    *,
+    lora_rank: int = 0,
+    gradient_checkpointing: bool = False,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+    seed: int = 0,
+    whole: Sequence[str] = (),
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load a Qwen backbone (no language-model head) and its tokenizer, ready to train.
+
+    Args:
+        qwen: "tiny", a folder written by `save_pretrained`, or a hub name. Code from the model's repository
+            is never run.
+        lora_rank: 0 trains every weight; above, only LoRA adapters of this rank on every linear layer.
+        gradient_checkpointing: keep one activation per layer and recompute the rest in the backward pass.
+        dtype: of the backbone's weights; adapters on half-precision weights are kept in float32.
+        attention: transformers' attention implementation ("eager", "flash_attention_2"); None is "sdpa".
+        seed: of the tiny weights and of the adapters; the global generators are not moved.
+        whole: for "tiny", texts that are one token each.
+
+    Returns:
+        The backbone in train mode and the tokenizer.
+
+    Raises:
+        ValueError: one sentence: nothing at that path, no such name or no network, not a Qwen2/2.5/3, weights
+            or tokenizer missing.
+    """
+    if lora_rank < 0:
+        raise ValueError(f"lora_rank must be 0 or more, got {lora_rank}")
+    attention = attention or "sdpa"
+    if qwen == "tiny":
+        backbone, tokenizer = tiny_qwen(seed, whole=whole, dtype=dtype, attention=attention)
+    else:
+        with seeded(seed):
+            backbone, tokenizer = _load_pretrained(qwen, dtype, attention)
+    if gradient_checkpointing:
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora_rank:
+        with seeded(seed):
+            backbone = add_lora(backbone, lora_rank)
+    # from_pretrained hands models out in eval mode
+    return backbone.train(), tokenizer
