@@ -1,0 +1,43 @@
+// What every gradient op asks of its arguments, said once.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+namespace qwen_fused {
+
+inline void check_gradients(at::TensorList grads) {
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const at::Tensor& grad = grads[i];
+    TORCH_CHECK_VALUE(grad.layout() == at::kStrided, "gradient ", i, " must be dense, got layout ", grad.layout());
+    const auto type = grad.scalar_type();
+    TORCH_CHECK_VALUE(
+        type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, "gradient ", i,
+        " must be float16, bfloat16, float32 or float64, got ", type);
+    TORCH_CHECK_VALUE(
+        grad.device() == grads[0].device(), "gradients must share one device: gradient 0 is on ", grads[0].device(),
+        ", gradient ", i, " on ", grad.device());
+  }
+}
+
+// rows: triples (begin, end, base) into grads
+inline void check_rows(at::IntArrayRef rows, size_t grads) {
+  TORCH_CHECK_VALUE(rows.size() % 3 == 0, "rows must hold triples (begin, end, base), got ", rows.size(), " numbers");
+  for (size_t r = 0; r < rows.size(); r += 3) {
+    TORCH_CHECK_VALUE(
+        0 <= rows[r] && rows[r] <= rows[r + 1] && rows[r + 1] <= static_cast<int64_t>(grads), "row ", r / 3,
+        " must lie within the ", grads, " gradients, got [", rows[r], ", ", rows[r + 1], ")");
+  }
+}
+
+inline void check_inv_scale(const std::optional<at::Tensor>& inv_scale, at::Device device) {
+  if (!inv_scale) return;
+  TORCH_CHECK_VALUE(inv_scale->numel() == 1, "inv_scale must have one element, got ", inv_scale->sizes());
+  TORCH_CHECK_VALUE(
+      inv_scale->scalar_type() == at::kFloat || inv_scale->scalar_type() == at::kDouble,
+      "inv_scale must be float32 or float64, got ", inv_scale->scalar_type());
+  TORCH_CHECK_VALUE(
+      inv_scale->device() == device, "inv_scale must be on ", device, " like the gradients, got ", inv_scale->device());
+}
+
+}  // namespace qwen_fused

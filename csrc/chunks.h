@@ -1,0 +1,55 @@
+// Gradients cut into chunks, and threads that work them off.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+namespace qwen_fused {
+
+// 128 KiB of float32: two passes over it stay in the second-level cache
+inline constexpr int64_t CHUNK = 1 << 15;
+// under this many elements starting the threads costs more than it saves
+inline constexpr int64_t SERIAL = 1 << 15;
+
+struct Chunk {
+  void* data;
+  int64_t size;
+  int64_t tensor;
+  at::ScalarType type;
+};
+
+inline void append_chunks(std::vector<Chunk>& chunks, const at::Tensor& grad, int64_t tensor) {
+  char* data = static_cast<char*>(grad.data_ptr());
+  const int64_t numel = grad.numel();
+  const int64_t item = static_cast<int64_t>(grad.element_size());
+  for (int64_t at = 0; at < numel; at += CHUNK) {
+    chunks.push_back({data + at * item, std::min(CHUNK, numel - at), tensor, grad.scalar_type()});
+  }
+}
+
+// threads take chunks as they come free: sizes differ too much for equal shares
+template <class F>
+void for_each_chunk(const std::vector<Chunk>& chunks, const F& f) {
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  int64_t elements = 0;
+  for (const Chunk& chunk : chunks) elements += chunk.size;
+  const int64_t threads = elements < SERIAL ? 1 : std::min<int64_t>(at::get_num_threads(), count);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  // a batch holds about one full chunk of small tensors
+  const int64_t batch = std::clamp<int64_t>(count * CHUNK / (4 * std::max<int64_t>(elements, 1)), 1, 64);
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next.fetch_add(batch); begin < count; begin = next.fetch_add(batch)) {
+      for (int64_t i = begin; i < std::min(begin + batch, count); ++i) f(i);
+    }
+  });
+}
+
+}  // namespace qwen_fused

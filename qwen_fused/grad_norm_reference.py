@@ -1,0 +1,87 @@
+"""Per-group gradient norms in plain torch: the spec of csrc/grad_norm_*, and what runs where they are not built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _check(grads: Sequence[Tensor]) -> None:
+    for place, grad in enumerate(grads):
+        if grad.layout != torch.strided:
+            raise ValueError(f"gradient {place} must be dense, got layout {grad.layout}")
+        if grad.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"gradient {place} must be float16, bfloat16, float32 or float64, got {grad.dtype}")
+        if grad.device != grads[0].device:
+            raise ValueError(
+                f"gradients must share one device: gradient 0 is on {grads[0].device}, "
+                f"gradient {place} on {grad.device}"
+            )
+
+
+def _norm(parts: Tensor) -> Tensor:
+    """L2 norm that leaves the range only when its result does, as hypot; Inf and NaN as the elements have them."""
+    if parts.numel() == 0:
+        return parts.new_zeros(())
+    largest = parts.abs().amax()
+    scale = torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
+    norm = scale * torch.linalg.vector_norm(parts / scale)
+    return torch.where(largest.isfinite(), norm, largest)
+
+
+def measure(
+    grads: Sequence[Tensor],
+    rows: Sequence[int],
+    position: Sequence[int],
+    inv_scale: float,
+    inv_scale_tensor: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As the op group_grad_norm in csrc/ops.cpp: returns values [3, R] and counts [2, R], without a host sync."""
+    _check(grads)
+    device = grads[0].device
+    dtype = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    norms, maxima, bad = [zero], [zero], [zero.long()]
+    for grad in grads:
+        # squares of float32 and narrower fit float64
+        wide = grad.double()
+        norms.append(_norm(wide))
+        maxima.append(wide.abs().amax() if grad.numel() else zero)
+        bad.append((~grad.isfinite()).sum())
+    norm, max_abs, nonfinite = torch.stack(norms[1:]), torch.stack(maxima[1:]), torch.stack(bad[1:])
+
+    scale = torch.full((), inv_scale, dtype=torch.float64, device=device)
+    if inv_scale_tensor is not None:
+        scale = scale * inv_scale_tensor.reshape(()).to(device)
+    columns = []
+    for begin, end, base in zip(rows[0::3], rows[1::3], rows[2::3], strict=True):
+        places = torch.tensor([*(position or range(len(grads)))][begin:end], dtype=torch.int64, device=device) - base
+        bad_here = nonfinite[begin:end]
+        first = torch.where(bad_here > 0, places, torch.iinfo(torch.int64).max)
+        first = first.amin() if end > begin else torch.full((), torch.iinfo(torch.int64).max, device=device)
+        largest = max_abs[begin:end].amax() if end > begin else zero
+        columns.append(
+            (
+                _norm(norm[begin:end]) * scale.abs(),
+                largest * scale.abs(),
+                bad_here.sum(),
+                torch.where(first == torch.iinfo(torch.int64).max, -1, first),
+            )
+        )
+    rows_of = [torch.stack(kind) for kind in zip(*columns, strict=True)]
+    values = torch.stack([rows_of[0], rows_of[1], scale.expand_as(rows_of[0])]).to(dtype)
+    return values, torch.stack([rows_of[2], rows_of[3]])
+
+
+def clip_(grads: Sequence[Tensor], rows: Sequence[int], values: Tensor, max_norm: Sequence[float]) -> None:
+    """As the op group_grad_clip_ in csrc/ops.cpp, except that it writes where the factor is one too."""
+    _check(grads)
+    bounds = torch.tensor(max_norm, dtype=values.dtype).to(values.device, non_blocking=True)
+    norm, inv_scale = values[0, : len(max_norm)], values[2, : len(max_norm)]
+    ratio = torch.where(bounds.isinf(), torch.ones_like(norm), (bounds / (norm + 1e-6)).clamp(max=1.0))
+    for factor, begin, end in zip((ratio * inv_scale).unbind(), rows[0::3], rows[1::3], strict=True):
+        for grad in grads[begin:end]:
+            # 0-d float64 factors do not widen the product
+            grad.mul_(factor)
