@@ -34,6 +34,7 @@ __all__ = [
     "collate",
     "leave_one_out",
     "load_tasks",
+    "shared_tasks",
     "split_tasks",
     "test_episodes",
 ]
@@ -61,9 +62,7 @@ class Episode:
         return max(self.query.shape + (() if self.answer is None else self.answer.shape))
 
 
-def split_tasks(
-    tasks: Iterable[Task], fraction: float, seed: int
-) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
+def split_tasks(tasks: Iterable[Task], fraction: float, seed: int) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
     """Divide whole tasks into training and held-out ones.
 
     Tasks are ranked by a hash of seed and id, so the order of loading changes nothing, and a task that comes
@@ -96,6 +95,21 @@ def split_tasks(
         tuple(task for task in tasks if task.id not in held_out),
         tuple(task for task in tasks if task.id in held_out),
     )
+
+
+def shared_tasks(training: Iterable[Task], evaluation: Iterable[Task]) -> tuple[str, ...]:
+    """Ids of evaluation tasks that have a pair in common with the training tasks, under whatever name.
+
+    Scores on them say nothing: of ARC-AGI-1's 400 evaluation tasks 376 are in ARC-AGI-2's training set, and one
+    is in ARC-AGI-1's own (070dd51e, there called 40853293).
+    """
+
+    def pairs_of(task: Task) -> set[tuple]:
+        known = ((pair.input, pair.output) for pair in task.train + task.test if pair.output is not None)
+        return {(a.shape, a.tobytes(), b.shape, b.tobytes()) for a, b in known}
+
+    seen = set().union(*map(pairs_of, training))
+    return tuple(sorted(task.id for task in evaluation if pairs_of(task) & seen))
 
 
 def test_episodes(tasks: Iterable[Task]) -> list[Episode]:

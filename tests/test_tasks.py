@@ -84,7 +84,7 @@ def kaggle_folder(folder: Path, solutions: object) -> Path:
     for pair in hidden["test"]:
         del pair["output"]
     challenges = folder / "arc-agi_training_challenges.json"
-    challenges.write_text(json.dumps({"one": hidden, "two": hidden}))
+    challenges.write_text(json.dumps({"two": hidden, "one": hidden}))
     (folder / "arc-agi_training_solutions.json").write_text(json.dumps(solutions))
     (folder / "sample_submission.json").write_text("{}")
     return challenges
