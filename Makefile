@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: train test lint bench aot cuda-build clean
+.PHONY: train test lint bench aot cuda-check cuda-build clean
 
 train: $(STAMP)
 	$(BIN)/qwen-fused train $(ARGS)
@@ -30,6 +30,18 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench/bench_*.py -o python_files='bench_*.py' $(ARGS)
+
+# CUDA kernels for each GPU generation: warnings are errors, registers and spills are told; no torch, no GPU needed
+CUDA_HOME ?= /usr/local/cuda
+NVCC ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
+
+cuda-check:
+	@if [ -z "$(NVCC)" ]; then echo "cuda-check: skipped, there is no nvcc (set CUDA_HOME)"; exit 0; fi; \
+	for source in csrc/*.cu; do for arch in 80 90 100; do \
+		echo "$$source sm_$$arch"; \
+		$(NVCC) -std=c++17 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Xptxas -v,-warn-spills \
+			-gencode arch=compute_$$arch,code=sm_$$arch -c $$source -o /dev/null || exit 1; \
+	done; done
 
 # Triton kernels compiled for each GPU generation, no GPU needed
 aot: $(STAMP)

@@ -30,8 +30,8 @@ if backends.has_op("group_grad_norm"):
 class GradStats:
     """What one measurement found, still on the device.
 
-    `columns` names what was measured: first the groups, in order, then "group/part" for each part of a group that was given as
-    a mapping of parts.
+    `columns` names what was measured: first the groups, in order, then "group/part" for each part of a group that was
+    given as a mapping of parts.
     """
 
     columns: tuple[str, ...]
@@ -122,7 +122,9 @@ def nonfinite_message(report: Mapping[str, Mapping[str, float | int | str | None
     Args:
         report: as `GradStats.to_dict` returns it.
     """
-    bad = [(name, row) for name, row in report.items() if row["nonfinite"]]
+    # a part says no more than its group does
+    wholes = {name: row for name, row in report.items() if name.partition("/")[0] not in report or "/" not in name}
+    bad = [(name, row) for name, row in wholes.items() if row["nonfinite"]]
     if not bad:
         return None
     found = "; ".join(f"{row['nonfinite']} NaN or Inf in group {name}, first in {row['tensor']}" for name, row in bad)
