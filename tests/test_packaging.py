@@ -1,4 +1,4 @@
-"""The package imports from anywhere, shadows nobody's `kernels`, and installs with and without torch, compiler and extension."""
+"""The package imports from anywhere, shadows nobody's `kernels`, and installs with and without torch and a compiler."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_package_works_without_the_extension(sources: Path) -> None:
 def test_extension_matches_what_is_installed() -> None:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     built = (ROOT / "qwen_fused" / f"_C{suffix}").exists()
-    assert backends.HAS_EXTENSION == built, backends.EXTENSION_ERROR
+    assert built == backends.HAS_EXTENSION, backends.EXTENSION_ERROR
     assert backends.has_kernel("group_grad_norm", "cpu") == built
     assert not backends.has_op("no_such_op")
     if torch.version.cuda is None:
