@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,10 +15,22 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig,
 from qwen_fused.tiny import seeded, tiny_qwen
 
 FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+SAMPLE = "in:\n0123456789\n"
 
 # scale of the random second LoRA matrix. Zero, peft's default, would give the first matrix a zero gradient in
 # the first step; this leaves the backbone's function unchanged to about a part in a thousand.
 LORA_INIT = 1e-3
+
+
+@contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """Let a library's logger pass errors only, for a while."""
+    level = logging.getLogger(logger).level
+    logging.getLogger(logger).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:
@@ -26,7 +40,7 @@ def _first_line(error: BaseException) -> str:
 def _source(qwen: str) -> tuple[str, bool]:
     """Where to load from, and whether that is a folder on this machine."""
     path = Path(qwen).expanduser()
-    if path.is_dir():
+    if qwen and path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"qwen must be a folder with a saved Qwen, got {qwen!r}, which has no config.json")
         return str(path), True
@@ -38,7 +52,9 @@ def _source(qwen: str) -> tuple[str, bool]:
 
 def _load_config(qwen: str, source: str, local: bool) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        # the client retries for half a minute and reports each attempt: the sentence below says it once
+        with quiet("huggingface_hub"):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     # hub clients raise their own families of errors, over HTTP libraries that differ between versions
     except Exception as error:
         if local:
@@ -59,20 +75,25 @@ def _load_pretrained(qwen: str, dtype: torch.dtype, attention: str) -> tuple[nn.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"qwen: {qwen!r} has no tokenizer that loads ({_first_line(error)})") from None
+    # without its files a tokenizer may load all the same, and know nothing but its special tokens
+    if tokenizer.decode(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]) != SAMPLE:
+        raise ValueError(f"qwen: the tokenizer in {qwen!r} cannot spell a grid: are its files all there?")
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"qwen: the tokenizer in {qwen!r} has {len(tokenizer)} tokens, more than the {config.vocab_size} "
             f"of the model's vocabulary: they do not belong together"
         )
     try:
-        model, loading = AutoModel.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        # the report would say that the language-model head is left out, which is meant; gaps are told below
+        with quiet("transformers"):
+            model, loading = AutoModel.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except Exception as error:
         raise ValueError(f"qwen: the weights in {qwen!r} do not load ({_first_line(error)})") from None
     if loading["missing_keys"]:

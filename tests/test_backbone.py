@@ -1,0 +1,208 @@
+"""Loading a Qwen: true architectures from folders, LoRA, checkpointing, and one sentence for each way to fail."""
+
+import json
+import logging
+import os
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from qwen_fused.backbone import load_backbone
+from qwen_fused.tiny import byte_tokenizer, seeded
+
+SMALL = dict(
+    vocab_size=320,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=4096,
+)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+CONFIGS = {
+    "qwen2": lambda: Qwen2Config(**SMALL),
+    # what sets Qwen2.5-0.5B apart: tied embeddings, a larger rotary base, dormant sliding windows
+    "qwen2.5": lambda: Qwen2Config(
+        **SMALL, tie_word_embeddings=True, rope_theta=1e6, rms_norm_eps=1e-6, max_window_layers=2
+    ),
+    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=16, rope_theta=1e6),
+    "qwen2_moe": lambda: Qwen2MoeConfig(**SMALL, **EXPERTS, shared_expert_intermediate_size=32),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SMALL, **EXPERTS, head_dim=16),
+}
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """Qwen's byte-level BPE with its word pattern and a few merges, standing for its 151 thousand."""
+    merges = [("i", "n"), ("o", "u"), ("ou", "t"), ("Ġ", "t"), ("Ġt", "h"), ("Ġth", "e"), ("p", "u"), ("pu", "t")]
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def save_qwen(folder, kind="qwen2.5", tokenizer=None, dtype=torch.float32, **changes):
+    """Save a true-architecture causal Qwen with random weights, as a download would be, and return it."""
+    config = CONFIGS[kind]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with seeded(11):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # biases and norms of a trained model are not at their initial zeros and ones
+        for name, parameter in model.named_parameters():
+            if "bias" in name or "norm" in name:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer, qwen_tokenizer])
+def test_folder_gives_the_saved_hidden_states(kind, tokenizer, tmp_path):
+    saved = save_qwen(tmp_path, kind, tokenizer())
+    backbone, read = load_backbone(str(tmp_path))
+    ids = read("in:\n077\nout:\n70 the end\n", return_tensors="pt")["input_ids"]
+    assert torch.equal(ids, tokenizer()("in:\n077\nout:\n70 the end\n", return_tensors="pt")["input_ids"])
+    assert backbone.training
+    with torch.no_grad():
+        want = saved.eval().model(ids).last_hidden_state
+        got = backbone.eval()(ids).last_hidden_state
+    assert torch.equal(got, want)
+
+
+def test_half_precision_weights(tmp_path):
+    save_qwen(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in load_backbone(str(tmp_path))[0].parameters()} == {torch.float32}
+    backbone, _ = load_backbone(str(tmp_path), dtype=torch.bfloat16, lora_rank=2)
+    kinds = {p.requires_grad: p.dtype for p in backbone.parameters()}
+    assert kinds == {False: torch.bfloat16, True: torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["tiny", "qwen2.5", "qwen3", "qwen3_moe"])
+def test_lora_adapters_all_learn_from_the_first_step(kind, tmp_path):
+    if kind != "tiny":
+        save_qwen(tmp_path, kind)
+    source = kind if kind == "tiny" else str(tmp_path)
+    plain, tokenizer = load_backbone(source)
+    backbone, _ = load_backbone(source, lora_rank=4)
+    ids = tokenizer("in:\n0123456789\nout:\n98\n", return_tensors="pt")["input_ids"]
+    hidden = backbone(input_ids=ids).last_hidden_state
+    (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+    trained = {name: p.grad for name, p in backbone.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    # experts and their router are adapted in ways that differ between versions of peft
+    if kind != "qwen3_moe":
+        assert len(trained) == 2 * 7 * plain.config.num_hidden_layers
+    assert [name for name, grad in trained.items() if not grad.norm() > 0] == []
+    change = (hidden - plain(input_ids=ids).last_hidden_state).norm() / hidden.norm()
+    assert 0 < change < 0.02
+
+
+def test_attention_implementation(tmp_path):
+    save_qwen(tmp_path)
+    hidden = {}
+    for attention in (None, "sdpa", "eager"):
+        backbone, tokenizer = load_backbone(str(tmp_path), attention=attention)
+        assert backbone.config._attn_implementation == (attention or "sdpa")
+        ids = tokenizer("in:\n077\n", return_tensors="pt")["input_ids"]
+        hidden[attention] = backbone(input_ids=ids).last_hidden_state
+    assert torch.equal(hidden[None], hidden["sdpa"])
+    torch.testing.assert_close(hidden["eager"], hidden["sdpa"])
+
+
+def test_moves_no_global_generator(tmp_path):
+    save_qwen(tmp_path)
+    before = torch.get_rng_state()
+    first, second = (load_backbone(str(tmp_path), lora_rank=2, seed=5)[0].state_dict() for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def one_sentence(error: ValueError) -> bool:
+    """One line, and no other error's traceback before it."""
+    return "\n" not in str(error) and (error.__context__ is None or error.__suppress_context__)
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def drop_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: LlamaConfig().save_pretrained(folder), "qwen2_moe, qwen3_moe, got 'llama'"),
+        (lambda folder: os.remove(folder / "config.json"), "has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
+        (lambda folder: os.remove(folder / "model.safetensors"), "do not load"),
+        (drop_tensor, "lack 1 tensors, layers.1.mlp.up_proj.weight"),
+        (lambda folder: edit_config(folder, hidden_size=36), "do not load"),
+        (lambda folder: os.remove(folder / "tokenizer.json"), "cannot spell a grid"),
+        (lambda folder: byte_tokenizer([f"<{i}>" for i in range(99)]).save_pretrained(folder), "356 tokens"),
+    ],
+)
+def test_a_damaged_folder_gives_one_sentence(damage, message, tmp_path):
+    save_qwen(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_backbone(str(tmp_path))
+    assert one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["/no/such/folder", "./nowhere", "~/no/such", "a/b/c", ""])
+def test_a_missing_path_is_not_looked_up(missing, monkeypatch):
+    monkeypatch.setattr("qwen_fused.backbone.AutoConfig.from_pretrained", lambda *a, **k: pytest.fail("looked"))
+    with pytest.raises(ValueError, match=f"got no folder at '{missing}'"):
+        load_backbone(missing)
+
+
+def test_an_unreachable_hub_gives_one_sentence(monkeypatch, caplog):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    level = logging.getLogger("huggingface_hub").level
+    with pytest.raises(ValueError, match="neither a folder here nor a model that the hub gives us") as caught:
+        load_backbone("no-such-owner/no-such-qwen")
+    assert one_sentence(caught.value)
+    assert logging.getLogger("huggingface_hub").level == level and not caplog.records
+
+
+def test_never_runs_code_of_a_model(tmp_path):
+    save_qwen(tmp_path)
+    edit_config(tmp_path, model_type="other", auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"})
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    with pytest.raises(ValueError):
+        load_backbone(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_rejects_negative_rank():
+    with pytest.raises(ValueError, match="lora_rank must be 0 or more, got -1"):
+        load_backbone(lora_rank=-1)
