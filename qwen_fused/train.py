@@ -193,7 +193,7 @@ class Trainer:
         log.say(f"Validation after batch {self.progress.step}: {describe_evaluation(result)}")
         if result.cell_accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy = result.cell_accuracy
-            (self.folder / "checkpoints").mkdir(exist_ok=True)
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_state(self.folder / "checkpoints" / "best.safetensors", {"model": self.model.state_dict()})
         return result
 
@@ -295,7 +295,8 @@ def describe_run(trainer: Trainer, log: RunLog, checkpoint: Path | None) -> None
     sizes = ", ".join(f"{name} {sum(p.numel() for _, p in ps):,}" for name, ps in trainer.groups.items())
     log.say(
         f"Run {trainer.folder} on {trainer.device} ({trainer.config.precision}): "
-        f"{len(trainer.training)} training tasks, {len(trainer.held_out)} held out, {trainer.total_batches} batches. Trainable parameters: {sizes}."
+        f"{len(trainer.training)} training tasks, {len(trainer.held_out)} held out, {trainer.total_batches} batches. "
+        f"Trainable parameters: {sizes}."
     )
     if checkpoint:
         log.say(f"Continuing from {checkpoint} at batch {trainer.progress.step}.")

@@ -106,7 +106,8 @@ def test_answers_change_no_prediction(model, tasks):
 
 def test_demonstrations_change_predictions(model, tasks):
     episodes = test_episodes(tasks)[:4]
-    shuffled = [replace(e, demonstrations=o.demonstrations) for e, o in zip(episodes, episodes[1:] + episodes[:1])]
+    others = episodes[1:] + episodes[:1]
+    shuffled = [replace(e, demonstrations=o.demonstrations) for e, o in zip(episodes, others, strict=True)]
     a, b = model.refined_prompt(episodes)[0], model.refined_prompt(shuffled)[0]
     assert (a - b).abs().amax(1).min() > 1e-3
 
@@ -167,7 +168,9 @@ def test_further_attempts_change_the_least_certain_cells():
     assert further_attempts(probabilities, other, 1)[0] is other
 
 
-@pytest.mark.parametrize("terms", [{}, {"risk": 0.0, "anchor": 0.0}, {"ambiguity": 0.5}, {"prompt": 0.0, "agreement": 0.0}])
+@pytest.mark.parametrize(
+    "terms", [{}, {"risk": 0.0, "anchor": 0.0}, {"ambiguity": 0.5}, {"prompt": 0.0, "agreement": 0.0}]
+)
 def test_any_choice_of_terms_leaves_no_dead_parameter(small_config, batch, terms):
     model = QwenPlanner(small_config(weights=replace(EFEWeights(), **terms)))
     model(batch, epoch=0).loss.backward()

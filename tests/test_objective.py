@@ -64,7 +64,8 @@ def test_every_parameter_exists_at_construction_and_gets_a_gradient(case):
     objective(**case, epoch=0).loss.backward()
     assert before == {name: p.data_ptr() for name, p in objective.named_parameters()}
     assert [n for n, p in objective.named_parameters() if p.grad is None or p.grad.abs().sum() == 0] == []
-    leaves = [case["plan"].logits, case["plan"].back_logits, case["plan"].back_input, case["size_logits"], case["prompt"]]
+    plan = case["plan"]
+    leaves = [plan.logits, plan.back_logits, plan.back_input, case["size_logits"], case["prompt"]]
     assert all(leaf.grad.abs().sum() > 0 for leaf in leaves)
 
 
@@ -104,7 +105,8 @@ def test_anchor_moves_towards_solved_outcomes_only(case):
     rate = 0.05 + 0.15 / 3
     expected = (1 - rate) * 0.1 + rate * F.one_hot(case["target"][0], C).permute(2, 0, 1).float()
     torch.testing.assert_close(objective.anchor[:, :H, :W], expected)
-    assert torch.equal(objective.anchor[:, H:], start[:, H:]) and torch.equal(objective.anchor[:, :, W:], start[:, :, W:])
+    assert torch.equal(objective.anchor[:, H:], start[:, H:])
+    assert torch.equal(objective.anchor[:, :, W:], start[:, :, W:])
 
 
 def test_anchor_stays_a_distribution_with_a_finite_log(case):

@@ -1,0 +1,234 @@
+"""The run: it learns, continues bit for bit, clips what it says, and stops with a sentence when it must."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_fused.checkpoint import list_checkpoints, read_state
+from qwen_fused.data import test_episodes
+from qwen_fused.runlog import METRICS, RunLog
+from qwen_fused.train import Trainer, TrainingStopped, by_layer, new_run_folder, resolve_device, train
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(metrics: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "episodes_per_second"} for row in metrics]
+
+
+@pytest.fixture
+def trainer(small_config, tmp_path) -> Trainer:
+    return Trainer(small_config(), tmp_path)
+
+
+def one_batch(trainer: Trainer) -> dict:
+    step = trainer.progress.step
+    epoch, index = divmod(step, trainer.sampler.batches_per_epoch())
+    return trainer.train_step(trainer.sampler.batch(epoch, index), epoch)
+
+
+def test_run_leaves_everything_it_promises(small_config):
+    folder = train(small_config(max_batches=12))
+    for name in ("config.yaml", "train.log", "metrics.jsonl", "evaluation.json", "submission.json", "report.html"):
+        assert (folder / name).stat().st_size > 0, name
+    metrics = rows(folder)
+    assert [row["step"] for row in metrics] == list(range(1, 13))
+    assert all(tuple(row) == METRICS for row in metrics)
+    assert all(row["qwen_grad"] > 0 and row["prompt_grad"] > 0 and row["policy_grad"] > 0 for row in metrics)
+    log = (folder / "train.log").read_text()
+    for name in ("Reward", "Loss", "Qwen_grad", "Mask_ratio", "Accuracy"):
+        assert f"{name}: " in log
+    assert "[Batch   10] Reward:" in log and "Report: " in log
+    assert (folder / "checkpoints" / "best.safetensors").exists()
+
+
+def test_resume_is_bitwise(small_config):
+    config = small_config()
+    straight = train(replace(config, max_batches=40))
+    broken = train(replace(config, max_batches=20))
+    again = train(replace(config, max_batches=40, resume=broken))
+    assert again == broken
+    a, b = rows(straight), rows(broken)
+    assert len(a) == len(b) == 40 and untimed(a) == untimed(b)
+    states = [read_state(list_checkpoints(f / "checkpoints")[-1]) for f in (straight, broken)]
+    torch.testing.assert_close(*[s["model"] for s in states], rtol=0, atol=0)
+    torch.testing.assert_close(*[s["optimizer"]["state"] for s in states], rtol=0, atol=0)
+
+
+def test_resume_drops_rows_after_the_checkpoint(tmp_path):
+    lines = [json.dumps({"step": k}) for k in (1, 2, 3)] + ['{"step": 4, "lo']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    RunLog(tmp_path, resume_step=2).close()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_loss_falls_on_one_batch(small_config, tmp_path):
+    trainer = Trainer(small_config(warmup_batches=1, agent_lr=1e-2), tmp_path)
+    episodes = trainer.sampler.batch(0, 0)
+    losses = [trainer.train_step(episodes, 1)["efe"] for _ in range(30)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_every_group_moves_and_every_layer_of_qwen(trainer):
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    one_batch(trainer)
+    assert [n for n, p in trainer.model.named_parameters() if torch.equal(p, before[n])] == []
+
+
+def test_optimizer_holds_each_trainable_parameter_once(trainer):
+    held = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in trainer.model.parameters() if p.requires_grad)
+    rates = {group["name"]: group["peak"] for group in trainer.optimizer.param_groups}
+    config = trainer.config
+    assert rates == {
+        "qwen": config.qwen_lr, "agent": config.agent_lr, "policy": config.policy_lr, "objective": config.agent_lr / 2
+    }  # fmt: skip
+
+
+def test_learning_rates_warm_up_then_fall_to_the_end(trainer):
+    config, last = trainer.config, trainer.total_batches
+    rates = [trainer.set_learning_rates(step)["qwen"] for step in range(last)]
+    assert rates[0] == pytest.approx(config.qwen_lr / config.warmup_batches, rel=0.01)
+    peak = rates.index(max(rates))
+    assert peak == config.warmup_batches - 1
+    assert config.final_lr * config.qwen_lr < rates[-1] < 1.2 * config.final_lr * config.qwen_lr
+
+
+def test_gradients_are_clipped_per_group(small_config, tmp_path):
+    trainer = Trainer(small_config(clip=1e-3), tmp_path)
+    seen = {}
+    step = trainer.optimizer.step
+
+    def spy(*args, **kwargs):
+        for name, members in trainer.groups.items():
+            seen[name] = torch.stack([p.grad.norm() for _, p in members]).norm().item()
+        return step(*args, **kwargs)
+
+    trainer.optimizer.step = spy
+    metrics = one_batch(trainer)
+    assert metrics["agent_grad"] > 1e-2, "the log shows the norm before clipping"
+    assert all(norm == pytest.approx(1e-3, rel=1e-3) for norm in seen.values()), seen
+
+
+def plant_nan(trainer: Trainer) -> str:
+    name, parameter = next((n, p) for n, p in trainer.groups["qwen"] if "layers.1" in n and p.ndim == 2)
+    parameter.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), float("nan")))
+    return name
+
+
+def test_nan_gradient_stops_and_names_the_tensor(trainer):
+    name = plant_nan(trainer)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    with pytest.raises(TrainingStopped, match=rf"group qwen, first in {name}.*on-nonfinite"):
+        one_batch(trainer)
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+
+
+def test_nan_gradient_is_skipped_and_counted(small_config, tmp_path):
+    trainer = Trainer(small_config(on_nonfinite="skip"), tmp_path)
+    plant_nan(trainer)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    assert [one_batch(trainer)["nonfinite"] for _ in range(2)] == [1, 2]
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+
+
+def test_bf16_autocast_runs_the_plan_in_bf16_and_trains(small_config, tmp_path):
+    trainer = Trainer(small_config(precision="bf16"), tmp_path)
+    kinds = []
+    trainer.model.agent.core.local.register_forward_hook(lambda m, i, o: kinds.append(o.dtype))
+    metrics = [one_batch(trainer) for _ in range(3)]
+    assert set(kinds) == {torch.bfloat16}
+    assert all(row["qwen_grad"] > 0 and row["loss"] == row["loss"] for row in metrics)
+
+
+def test_fp16_scaler_unscales_before_norms_and_skips_an_overflow(small_config, tmp_path):
+    torch.manual_seed(0)
+    plain = Trainer(small_config(), tmp_path / "a")
+    scaled = Trainer(small_config(precision="fp16"), tmp_path / "b")
+    a, b = one_batch(plain), one_batch(scaled)
+    # the norms are those of the true gradient, whatever the scale: half precision moves them a little
+    for name in ("qwen_grad", "prompt_grad", "agent_grad"):
+        assert b[name] == pytest.approx(a[name], rel=0.1), name
+    handle = next(p for _, p in scaled.groups["qwen"]).register_hook(lambda g: g * float("inf"))
+    before = [p.detach().clone() for p in scaled.model.parameters()]
+    scale = scaled.scaler.get_scale()
+    assert one_batch(scaled)["nonfinite"] == 1
+    assert scaled.scaler.get_scale() < scale
+    assert all(torch.equal(p, q) for p, q in zip(scaled.model.parameters(), before, strict=True))
+    handle.remove()
+    one_batch(scaled)
+    assert not all(torch.equal(p, q) for p, q in zip(scaled.model.parameters(), before, strict=True))
+
+
+def test_sigint_leaves_a_checkpoint_to_continue_from(small_config, monkeypatch):
+    config = small_config(max_batches=8)
+    train_step = Trainer.train_step
+
+    def interrupting(self, *args):
+        if self.progress.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(self, *args)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    (folder,) = config.out.iterdir()
+    assert read_state(list_checkpoints(folder / "checkpoints")[-1])["progress"]["step"] == 5
+    assert "--resume" in (folder / "train.log").read_text()
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    train(replace(config, resume=folder))
+    assert [row["step"] for row in rows(folder)] == list(range(1, 9))
+
+
+def test_best_weights_are_chosen_by_held_out_tasks(trainer, tmp_path):
+    log = RunLog(tmp_path)
+    held_out = {e.task_id for e in test_episodes(trainer.held_out)}
+    assert held_out and not held_out & {t.id for t in trainer.training}
+    result = trainer.validate(log)
+    assert {r.task_id for r in result.records} == held_out
+    assert trainer.progress.best_accuracy == result.cell_accuracy
+    written = (tmp_path / "checkpoints" / "best.safetensors").stat().st_mtime_ns
+    trainer.progress.best_accuracy = 2.0
+    trainer.validate(log)
+    assert (tmp_path / "checkpoints" / "best.safetensors").stat().st_mtime_ns == written
+    log.close()
+
+
+def test_validation_disturbs_nothing(small_config, tmp_path):
+    # the same batches with and without evaluations in between
+    plain, watched = (Trainer(small_config(), tmp_path / name) for name in "ab")
+    torch.manual_seed(1)
+    a = [one_batch(plain) for _ in range(4)]
+    torch.manual_seed(1)
+    log, b = RunLog(tmp_path), []
+    for _ in range(4):
+        watched.validate(log)
+        b.append(one_batch(watched))
+    log.close()
+    assert a == b
+
+
+def test_layers_are_told_apart():
+    names = ["prompt.backbone.layers.0.x", "prompt.backbone.layers.11.y", "prompt.backbone.norm.weight"]
+    parts = by_layer([(name, torch.nn.Parameter(torch.zeros(1))) for name in names])
+    assert list(parts) == ["layer 0", "layer 11", "other"]
+
+
+def test_run_folders_never_collide(tmp_path):
+    folders = [new_run_folder(tmp_path) for _ in range(3)]
+    assert len(set(folders)) == 3 and all(f.is_dir() for f in folders)
+
+
+@pytest.mark.parametrize("name", ["tpu", "cpu:x", "cuda:99"])
+def test_refuses_a_device_that_is_not_there(name):
+    with pytest.raises(ValueError, match="device"):
+        resolve_device(name)
