@@ -31,7 +31,9 @@ def give_up(reason: str) -> None:
     )
     if os.environ.get("QWEN_FUSED_REQUIRE_EXTENSION") == "1":
         raise SystemExit(line)
-    print(line, file=sys.stderr)
+    # a build frontend runs this file for the metadata first
+    if not {"egg_info", "dist_info"} & set(sys.argv):
+        print(line, file=sys.stderr)
 
 
 def limit_jobs() -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 
-def _check(grads: Sequence[Tensor]) -> None:
+def check(grads: Sequence[Tensor]) -> None:
+    """Refuse what no path can measure, naming the gradient."""
     for place, grad in enumerate(grads):
         if grad.layout != torch.strided:
             raise ValueError(f"gradient {place} must be dense, got layout {grad.layout}")
@@ -39,7 +40,7 @@ def measure(
     inv_scale_tensor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As the op group_grad_norm in csrc/ops.cpp: returns values [3, R] and counts [2, R], without a host sync."""
-    _check(grads)
+    check(grads)
     device = grads[0].device
     dtype = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
     zero = torch.zeros((), dtype=torch.float64, device=device)
@@ -77,7 +78,7 @@ def measure(
 
 def clip_(grads: Sequence[Tensor], rows: Sequence[int], values: Tensor, max_norm: Sequence[float]) -> None:
     """As the op group_grad_clip_ in csrc/ops.cpp, except that it writes where the factor is one too."""
-    _check(grads)
+    check(grads)
     bounds = torch.tensor(max_norm, dtype=values.dtype).to(values.device, non_blocking=True)
     norm, inv_scale = values[0, : len(max_norm)], values[2, : len(max_norm)]
     ratio = torch.where(bounds.isinf(), torch.ones_like(norm), (bounds / (norm + 1e-6)).clamp(max=1.0))

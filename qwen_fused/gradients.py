@@ -17,12 +17,14 @@ if backends.has_op("group_grad_norm"):
 
     @torch.library.register_fake("qwen_fused::group_grad_norm")
     def _(grads, rows, position, inv_scale, inv_scale_tensor):
+        grad_norm_reference.check(grads)
         dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
         values = grads[0].new_empty((3, len(rows) // 3), dtype=dtype)
         return values, values.new_empty((2, len(rows) // 3), dtype=torch.int64)
 
     @torch.library.register_fake("qwen_fused::group_grad_clip_")
     def _(grads, rows, values, max_norm):
+        grad_norm_reference.check(grads)
         return None
 
 
