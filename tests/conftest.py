@@ -7,6 +7,9 @@ import os
 import random
 from pathlib import Path
 
+# before torch loads OpenMP: threads that spin at barriers starve each other on a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import pytest
 import torch
