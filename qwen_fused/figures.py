@@ -77,7 +77,12 @@ class Chart:
 
 CHARTS = (
     Chart("loss", "Loss", {"loss": "loss"}, "0.7 objective + 0.3 policy by default; what the step descends."),
-    Chart("loss-parts", "Parts of the loss", {"efe": "EFE", "size_loss": "size", "policy_loss": "policy"}),
+    Chart(
+        "loss-parts",
+        "Parts of the loss",
+        {"efe": "EFE", "size_loss": "size", "policy_loss": "policy"},
+        "Before they are weighted and added.",
+    ),
     Chart("qwen-grad", "Qwen_grad", {"qwen_grad": "Qwen"}, "L2 norm before clipping, log scale.", log=True),
     Chart(
         "gradients",
@@ -95,7 +100,12 @@ CHARTS = (
         "Augmented training pairs, before the step.",
         share=True,
     ),
-    Chart("speed", "Episodes per second", {"episodes_per_second": "episodes/s"}),
+    Chart(
+        "speed",
+        "Episodes per second",
+        {"episodes_per_second": "episodes/s"},
+        "Data, forward, backward and step together.",
+    ),
 )
 
 
@@ -124,7 +134,9 @@ def draw_chart(chart: Chart, metrics: Mapping[str, np.ndarray]) -> Figure | None
     window = mean_window(len(steps))
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(5.6, 2.7))
-        axes = figure.add_axes((0.09, 0.16, 0.895, 0.74))
+        # room for the legend where there is one
+        axes = figure.add_axes((0.09, 0.16, 0.895, 0.74 if len(shown) > 1 else 0.81))
+        axes.margins(x=0.01)
         for color, (key, label) in zip(("series-1", "series-2", "series-3"), shown.items(), strict=False):
             values = np.where(metrics[key] > 0, metrics[key], np.nan) if chart.log else metrics[key]
             few = {"marker": "o", "markersize": 3} if len(steps) < 3 else {}
@@ -229,7 +241,7 @@ def draw_grids(title: str, grids: Sequence[tuple[str, np.ndarray, np.ndarray]]) 
         figure = Figure(figsize=(sum(slots) / (8 * gap), (tallest + 5 * gap) / (8 * gap)))
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, sum(slots)), ylim=(tallest + 2 * gap, -3 * gap))
         axes.set_axis_off()
-        axes.text(gap / 2, -2 * gap, title, fontsize=9, va="center")
+        axes.text(gap / 2, -2 * gap, title, fontsize=9, va="center", parse_math=False)
         left = gap / 2
         for (caption, grid, colors), slot in zip(grids, slots, strict=True):
             h, w = grid.shape

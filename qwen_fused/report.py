@@ -1,13 +1,9 @@
-"""One run as one self-contained page: figures, curves and grids in `report.html`, the pictures again in report/*.png.
+"""One run as one self-contained page: figures, curves and grids in report.html, the pictures again in report/*.png.
 
 Reads what is there of a run folder, so that a run can be looked at while it is under way or after it was killed:
-
-- `config.yaml`, `metrics.jsonl`: as the trainer writes them; a row cut short is left out.
-- `evaluation.json`: {name of the set: `Evaluation.to_dict()`}, "validation" first.
-- `examples.json`: a list of {"task_id": str, "index": int, "input": grid, "target": grid or null, "predicted": grid,
-  "plan": [grid of each planning step, first to last], "demonstrations": [[input, output], ...]}; the last two may be
-  left out. A grid is a list of rows of colours. `write_examples` writes it.
-- `proof.json`: `ProofReport.to_dict()`.
+config.yaml and metrics.jsonl as the trainer writes them (a row cut short is left out), examples.json as described in
+examples.py, evaluation.json as {name of the set: `Evaluation.to_dict()`} with the set for the headline first, and
+proof.json as `ProofReport.to_dict()`.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,33 +21,25 @@ import numpy as np
 import yaml
 
 from qwen_fused import figures
-from qwen_fused.evaluate import cell_accuracy
-from qwen_fused.figures import ARC_COLORS, CHARTS, ERROR_COLORS
-from qwen_fused.tasks import parse_grid
+from qwen_fused.examples import read_examples, write_examples
+
+__all__ = ["read_metrics", "write_examples", "write_report"]
 
 # batches of the expected course, [first, last), and the fall of the loss that is expected of them
 COURSE = ((0, 10, None), (40, 60, 0.11), (90, 110, 0.19))
+EVALUATED = [
+    "episodes",
+    "scored",
+    "tasks",
+    "tasks_solved",
+    "pass_at_1",
+    "pass_at_2",
+    "cell_accuracy",
+    "size_accuracy",
+    "copy_cell_accuracy",
+    "copy_solved",
+]
 RUNGS = {True: ("ok", "✓"), False: ("bad", "✗"), None: ("open", "–")}
-
-
-def write_examples(path: str | Path, examples: Iterable[Mapping[str, Any]]) -> None:
-    """Write examples.json; arrays and nested sequences of them become lists.
-
-    Raises:
-        ValueError: an example lacks a key, or one of its grids is not a grid; the message names both.
-    """
-    written = []
-    for number, example in enumerate(examples):
-        plain = {
-            "task_id": str(_get(example, "task_id", number)),
-            "index": int(_get(example, "index", number)),
-            **{key: _plain(_get(example, key, number)) for key in ("input", "target", "predicted")},
-            "plan": [_plain(grid) for grid in example.get("plan", ())],
-            "demonstrations": [[_plain(grid) for grid in pair] for pair in example.get("demonstrations", ())],
-        }
-        _read_example(plain, f"examples[{number}]")
-        written.append(plain)
-    _replace(Path(path), json.dumps(written).encode())
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -63,33 +51,36 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ValueError(f"run_dir must be a run folder, got {run_dir}")
+    config = _read(run_dir / "config.yaml", {}, yaml.safe_load)
     metrics = read_metrics(run_dir / "metrics.jsonl")
-    config = yaml.safe_load((run_dir / "config.yaml").read_text()) if (run_dir / "config.yaml").exists() else {}
-    evaluation = _read_json(run_dir / "evaluation.json", {})
-    examples = [
-        _read_example(example, f"{run_dir / 'examples.json'}[{number}]")
-        for number, example in enumerate(_read_json(run_dir / "examples.json", []))
-    ]
+    evaluation = _read_evaluation(run_dir / "evaluation.json")
+    examples = read_examples(_read(run_dir / "examples.json", []), str(run_dir / "examples.json"))
+    proof = _read_proof(run_dir / "proof.json")
     pictures = run_dir / "report"
     pictures.mkdir(exist_ok=True)
 
     charts = []
-    for chart in CHARTS:
+    for chart in figures.CHARTS:
         figure = figures.draw_chart(chart, metrics)
         if figure is not None:
             svg = figures.to_svg(figure, chart.name)
             charts.append({"chart": chart, "svg": svg, "read": figures.readings(figure, chart, metrics)})
             _replace(pictures / f"{chart.name}.png", figures.to_png(figure))
+    for outdated in pictures.glob("example-*.png"):
+        outdated.unlink()
     for number, example in enumerate(examples):
-        title = f"{example['task_id']}  ·  {example['verdict']}"
-        _replace(pictures / f"example-{number + 1:02d}.png", figures.to_png(figures.draw_grids(title, _row(example))))
+        figure = figures.draw_grids(f"{example.task_id}  ·  {example.verdict}", example.row)
+        _replace(pictures / f"example-{number + 1:02d}.png", figures.to_png(figure))
 
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     environment.filters |= {"share": _share, "short": _short, "uri": figures.grid_uri}
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     template = environment.from_string(resources.files("qwen_fused").joinpath("report.html").read_text("utf-8"))
     page = template.render(
         name=run_dir.resolve().name,
-        config=config or {},
+        config=config,
         batches=len(metrics["step"]),
         window=figures.mean_window(len(metrics["step"])),
         tiles=_tiles(metrics, evaluation),
@@ -97,12 +88,11 @@ def write_report(run_dir: str | Path) -> Path:
         evaluation=evaluation,
         charts=charts,
         examples=examples,
-        proof=_proof(_read_json(run_dir / "proof.json", {})),
+        proof=proof,
         light=figures.INK,
-        error_colors=["#" + bytes(color).hex() for color in ERROR_COLORS],
-        arc_colors=["#" + bytes(color).hex() for color in ARC_COLORS],
-        arc=ARC_COLORS,
-        row=_row,
+        arc=figures.ARC_COLORS,
+        arc_colors=["#" + bytes(color).hex() for color in figures.ARC_COLORS],
+        error_colors=["#" + bytes(color).hex() for color in figures.ERROR_COLORS],
     )
     _replace(run_dir / "report.html", page.encode())
     return run_dir / "report.html"
@@ -111,7 +101,7 @@ def write_report(run_dir: str | Path) -> Path:
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
     """Columns of metrics.jsonl as float64 [steps], NaN where a row has no number; rows cut short are left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:
@@ -164,7 +154,7 @@ def _tiles(metrics: Mapping[str, np.ndarray], evaluation: Mapping[str, Any]) -> 
         {
             "label": "Episodes/s",
             "figure": _short(mean.get("episodes_per_second")),
-            "note": f"{steps} batches; figures are means of the last {min(50, steps)}",
+            "note": "data, forward, backward and step",
         },
     ]
     return tiles
@@ -186,74 +176,40 @@ def _course(metrics: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     return rows
 
 
-def _proof(proof: Mapping[str, Any]) -> dict[str, Any]:
-    rungs = [
-        {"name": name, "state": RUNGS[rung.get("ok")], **{key: rung.get(key) for key in ("detail", "parameters")}}
-        for name, rung in proof.get("rungs", {}).items()
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    evaluation = _read(path, {})
+    for name, result in evaluation.items():
+        missing = [key for key in EVALUATED if not isinstance(result, dict) or key not in result]
+        if missing:
+            raise ValueError(f'{path}: the set "{name}" must have {", ".join(missing)}')
+    return evaluation
+
+
+def _read_proof(path: Path) -> dict[str, Any]:
+    proof = _read(path, {})
+    rungs = proof.get("rungs", {})
+    if not isinstance(rungs, dict) or not all(isinstance(rung, dict) for rung in rungs.values()):
+        raise ValueError(f"{path}: rungs must be an object of objects")
+    ladder = [
+        {
+            "name": name,
+            "state": RUNGS.get(rung.get("ok"), RUNGS[None]),
+            "detail": rung.get("detail", ""),
+            "parameters": rung.get("parameters") or [],
+        }
+        for name, rung in rungs.items()
     ]
-    return {"ok": proof.get("ok"), "rungs": rungs, "cut": proof.get("cut")} if rungs else {}
+    return {"rungs": ladder, "cut": proof.get("cut")} if ladder else {}
 
 
-def _read_example(example: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """An example with its grids checked and turned into arrays, scored, and given a size to be drawn at."""
-    try:
-        grids = {key: parse_grid(example[key]) for key in ("input", "predicted")}
-        target = None if example["target"] is None else parse_grid(example["target"])
-        plan = [parse_grid(grid) for grid in example.get("plan", [])]
-        shown = [tuple(parse_grid(grid) for grid in pair) for pair in example.get("demonstrations", [])]
-        task_id, index = example["task_id"], example["index"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{where} is not an example: {error!r}") from error
-    except ValueError as error:
-        raise ValueError(f"{where}: a grid {error}") from error
-    predicted = grids["predicted"]
-    solved = target is not None and np.array_equal(predicted, target)
-    verdict = "no answer known"
-    if target is not None:
-        verdict = "solved" if solved else f"{_share(cell_accuracy(predicted, target))} of cells right"
-    side = max(side for grid in (grids["input"], predicted, target, *plan) if grid is not None for side in grid.shape)
-    return {
-        **grids,
-        "target": target,
-        "plan": plan,
-        "demonstrations": shown,
-        "task_id": task_id,
-        "index": index,
-        "solved": solved,
-        "verdict": verdict,
-        # small grids large, large grids small: one cell size per example keeps its grids comparable
-        "cell": int(np.clip(132 // side, 4, 18)),
-    }
-
-
-def _row(example: Mapping[str, Any]) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Caption, grid and colour table from input to error."""
-    row = [("input", example["input"], ARC_COLORS)]
-    row += [(f"step {number + 1}", grid, ARC_COLORS) for number, grid in enumerate(example["plan"])]
-    row.append(("predicted", example["predicted"], ARC_COLORS))
-    if example["target"] is not None:
-        row.append(("target", example["target"], ARC_COLORS))
-        row.append(("errors", figures.error_grid(example["predicted"], example["target"]), ERROR_COLORS))
-    return row
-
-
-def _get(example: Mapping[str, Any], key: str, number: int) -> Any:
-    if key not in example:
-        raise ValueError(f'examples[{number}] must have "{key}", got {", ".join(example)}')
-    return example[key]
-
-
-def _plain(grid: Any) -> Any:
-    return None if grid is None else np.asarray(grid).tolist()
-
-
-def _read_json(path: Path, missing: Any) -> Any:
+def _read(path: Path, missing: Any, parse: Callable[[str], Any] = json.loads) -> Any:
+    """A file's content, `missing` where there is no file; ValueError names the file that is not as it should be."""
     if not path.exists():
         return missing
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
+        content = parse(path.read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, type(missing)):
         raise ValueError(f"{path} must hold a {type(missing).__name__}, got a {type(content).__name__}")
     return content

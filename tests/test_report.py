@@ -1,0 +1,270 @@
+"""The page stands alone, says the figures that the run has, and is drawn from whatever part of a run there is."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from qwen_fused import data
+from qwen_fused.evaluate import evaluate
+from qwen_fused.report import read_metrics, write_examples, write_report
+
+VOID = {"meta", "link", "img", "br", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """What a page refers to, its ids, and its text; fails on a tag that closes another."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.feed(path.read_text())
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        for key, value in attributes:
+            if key in ("src", "href", "xlink:href", "data", "action", "srcset"):
+                self.links.append(value)
+            if key == "id":
+                self.ids.append(value)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if not {"style", "script"} & set(self.open):
+            self.words.append(text)
+
+
+def metrics_row(step: int, per_epoch: int = 50) -> dict:
+    """A run whose figures are known in closed form: the loss falls by 0.01 a batch from 5."""
+    return {
+        "step": step,
+        "epoch": (step - 1) // per_epoch,
+        "loss": 5 - 0.01 * step,
+        "efe": 4 - 0.01 * step,
+        "size_loss": 1.0,
+        "policy_loss": 0.1,
+        "reward": 0.25,
+        "qwen_grad": 0.0 if step == 1 else 2e-5,
+        "prompt_grad": 1e-3,
+        "agent_grad": 1.0,
+        "policy_grad": 1e-2,
+        "mask_ratio": 0.5,
+        "accuracy": 0.5,
+        "solved": 0.0,
+        "size_accuracy": 0.75,
+        "nonfinite": 0,
+        "lr_qwen": 1e-4,
+        "lr_agent": 1e-3,
+        "episodes_per_second": 12.5,
+    }
+
+
+class AnswersFirst:
+    """Knows every third answer and hands back the query for the others."""
+
+    def __init__(self, episodes):
+        self.answers = {(e.task_id, e.index): e.answer for e in episodes[::3]}
+
+    def predict(self, episodes, attempts=2):
+        return [[self.answers.get((e.task_id, e.index), e.query)] for e in episodes]
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return data.split_tasks(data.load_tasks("arc1").tasks, 0.1, 0)[1]
+
+
+def make_run(folder: Path, tasks, *, batches: int = 120, evaluated: bool = True) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"qwen": "tiny", "dataset": "arc1", "seed": 3, "batch_size": 16, "precision": "fp32"})
+    )
+    rows = "".join(json.dumps(metrics_row(step)) + "\n" for step in range(1, batches + 1))
+    (folder / "metrics.jsonl").write_text(rows)
+    if evaluated:
+        episodes = data.test_episodes(tasks)
+        result = evaluate(AnswersFirst(episodes), episodes)
+        (folder / "evaluation.json").write_text(json.dumps({"validation": result.to_dict()}))
+        write_examples(folder / "examples.json", [example(e, result.records[k]) for k, e in enumerate(episodes[:12])])
+    return folder
+
+
+def example(episode, record) -> dict:
+    return {
+        "task_id": episode.task_id,
+        "index": episode.index,
+        "input": episode.query,
+        "target": episode.answer,
+        "predicted": record.attempts[0],
+        "plan": [record.attempts[0]] * 5,
+        "demonstrations": [(pair.input, pair.output) for pair in episode.demonstrations],
+    }
+
+
+def test_page_stands_alone(tmp_path, held_out):
+    path = write_report(make_run(tmp_path, held_out))
+    assert path == tmp_path / "report.html"
+    page = Page(path)
+    # nothing is fetched: every reference is data or a place in the page
+    assert page.links and all(link.startswith(("data:", "#")) for link in page.links)
+    text = path.read_text()
+    assert "@import" not in text and not re.search(r"url\((?!#)", text) and "fetch(" not in text
+    assert len(page.ids) == len(set(page.ids))
+    assert page.tags.count("svg") == 8
+    # 12 examples: input, 5 steps, predicted, target, errors, and two for each demonstration
+    assert page.tags.count("img") == 12 * 9 + 2 * sum(len(task.train) for task in held_out[:12])
+    assert path.stat().st_size < 1_000_000
+
+
+def test_svg_takes_its_colours_from_the_page(tmp_path, held_out):
+    text = write_report(make_run(tmp_path, held_out, evaluated=False)).read_text()
+    svgs = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert len(svgs) == 8
+    light, dark = re.findall(r":root \{(.*?)\}", text, flags=re.DOTALL)
+    for svg in svgs:
+        ElementTree.fromstring(svg)
+        # but for the black that matplotlib writes for clip paths and unstroked shapes, no colour is fixed
+        assert set(re.findall(r"#[0-9a-f]{6}\b", svg)) <= {"#000000"}
+        for variable in set(re.findall(r"var\((--[\w-]+)\)", svg)):
+            assert f"{variable}:" in light and f"{variable}:" in dark
+
+
+def test_figures_are_those_of_the_run(tmp_path, held_out):
+    page = Page(write_report(make_run(tmp_path, held_out))).text
+    episodes = data.test_episodes(held_out)
+    assert f"{len(episodes[::3])} of {len(episodes)}" in page
+    result = json.loads((tmp_path / "evaluation.json").read_text())["validation"]
+    assert 0 < result["copy_cell_accuracy"] < result["cell_accuracy"] < 1
+    for key in ("pass_at_1", "cell_accuracy", "copy_cell_accuracy", "size_accuracy"):
+        assert f"{100 * result[key]:.1f} %" in page
+    # batches 71 to 120: 5 - 0.01 * 95.5
+    assert "Loss 4.045 first 10 batches: 4.945" in page
+    assert "Qwen_grad 2.00e-05 never 0 after the first batch" in page
+    assert "Mask_ratio 0.5" in page and "Reward 0.25" in page and "Episodes/s 12.5" in page
+    # batches 40 to 60 are steps 41 to 60: 4.495 against 4.945; 90 to 110: 3.995
+    assert "batches 40 to 60 4.495 −9.1 % ✗ −11 %" in page
+    assert "batches 90 to 110 3.995 −19.2 % ✓ −19 %" in page
+    assert "Qwen tiny on arc1, seed 3, batches of 16, fp32. 120 batches logged." in page
+
+
+def test_examples_say_what_was_solved(tmp_path, held_out):
+    page = Page(write_report(make_run(tmp_path, held_out))).text
+    for number, episode in enumerate(data.test_episodes(held_out)[:12]):
+        verdict = re.search(rf"{episode.task_id} test input {episode.index} (✓ solved|[\d.]+ % of cells right)", page)
+        assert verdict and (verdict[1] == "✓ solved") == (number % 3 == 0)
+    assert page.count("demonstrations") == 12
+
+
+def test_gradient_that_does_not_arrive_is_said(tmp_path):
+    rows = [metrics_row(step) | {"qwen_grad": 0.0} for step in range(1, 31)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_report(tmp_path)
+    assert "Qwen_grad 0 0 in 29 of 29 batches" in Page(path).text
+    assert (tmp_path / "report" / "gradients.png").exists()
+
+
+def test_pictures_beside_the_page(tmp_path, held_out):
+    make_run(tmp_path, held_out)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "example-99.png").write_bytes(b"of an earlier report")
+    write_report(tmp_path)
+    names = {file.name for file in (tmp_path / "report").iterdir()}
+    curves = {"loss", "loss-parts", "qwen-grad", "gradients", "mask-ratio", "reward", "accuracy", "speed"}
+    assert names == {f"{name}.png" for name in curves} | {f"example-{i:02d}.png" for i in range(1, 13)}
+    assert all((tmp_path / "report" / name).read_bytes()[:4] == b"\x89PNG" for name in names)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "says"),
+    [
+        (None, "0 batches logged. Not evaluated yet."),
+        ("", "No batch has been logged yet."),
+        (json.dumps(metrics_row(1)) + "\n", "1 batches logged."),
+        (json.dumps(metrics_row(1)) + "\n" + json.dumps(metrics_row(2))[:40], "1 batches logged."),
+        ('{"step": 1, "loss": NaN}\n{"step": 2, "loss": Infinity}\n', "Loss –"),
+        ('{"step": 1, "loss": null}\n\nnot json\n[]\n{"loss": 1}\n', "1 batches logged."),
+        ('{"step": 1, "reward": 0.5}\n', "Reward 0.5"),
+        ("\x00\udcff", "0 batches logged."),
+    ],
+)
+def test_any_part_of_a_run_can_be_drawn(tmp_path, metrics, says):
+    if metrics is not None:
+        (tmp_path / "metrics.jsonl").write_bytes(metrics.encode(errors="surrogateescape"))
+    assert says in Page(write_report(tmp_path)).text
+
+
+def test_read_metrics_columns(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "extra": 3.5}\n{"step": 3, "lo')
+    columns = read_metrics(tmp_path / "m.jsonl")
+    assert list(columns) == ["step", "loss", "extra"]
+    np.testing.assert_array_equal(columns["step"], [1, 2])
+    np.testing.assert_array_equal(columns["loss"], [2, np.nan])
+    np.testing.assert_array_equal(columns["extra"], [np.nan, 3.5])
+
+
+def test_proof_ladder(tmp_path):
+    rungs = {
+        "declared": {"ok": True, "detail": "37 parameters", "parameters": ["fine.weight"]},
+        "connected": {"ok": False, "detail": "cut off", "parameters": ["layers.0.weight", "layers.1.weight"]},
+        "nonzero": {"ok": None, "detail": "not judged: not connected", "parameters": []},
+    }
+    cut = {"operation": "detach", "kind": "detach", "file": "model.py", "line": 42}
+    (tmp_path / "proof.json").write_text(json.dumps({"ok": False, "rungs": rungs, "cut": cut}))
+    page = Page(write_report(tmp_path)).text
+    assert "✓ declared 37 parameters ✗ connected cut off (layers.0.weight, layers.1.weight) – nonzero" in page
+    assert "Cut: detach, detach at model.py:42" in page and "fine.weight" not in page
+
+
+def test_names_are_text_and_nothing_more(tmp_path):
+    hostile = "<script>alert(1)</script>$x^{"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"qwen": hostile, "dataset": "'\"><b>"}))
+    grid = np.zeros((1, 1), np.uint8)
+    record = {"task_id": hostile, "index": 0, "input": grid, "target": None, "predicted": grid}
+    write_examples(tmp_path / "examples.json", [record])
+    page = Page(write_report(tmp_path))
+    assert page.tags.count("script") == 1 and page.text.count(hostile) == 3
+    assert "no answer known" in page.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("evaluation.json", "{", "evaluation.json cannot be read"),
+        ("evaluation.json", "[]", "evaluation.json must hold a dict, got a list"),
+        ("evaluation.json", '{"validation": {"scored": 1}}', 'set "validation" must have episodes, tasks'),
+        ("examples.json", "{}", "examples.json must hold a list, got a dict"),
+        ("examples.json", "[7]", r"examples.json\[0\] must have task_id, .*, got int"),
+        ("config.yaml", "a: [", "config.yaml cannot be read"),
+        ("config.yaml", "!!python/object/apply:os.getcwd []", "config.yaml cannot be read"),
+        ("proof.json", '{"rungs": [1]}', "proof.json: rungs must be"),
+    ],
+)
+def test_broken_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        write_report(tmp_path)
+
+
+def test_folder_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match="must be a run folder"):
+        write_report(tmp_path / "missing")
