@@ -1,0 +1,147 @@
+"""Why a parameter gets no gradient, a gradient of zero, or one that is not finite: the operation and its line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from qwen_fused import backtrace
+from qwen_fused.cuts import Cut, Event, Trace
+from qwen_fused.frames import NOWHERE
+from qwen_fused.ladder import Finding, name_some
+from qwen_fused.replay import Nudge, ReplayMismatch
+from qwen_fused.subject import Subject, as_float
+
+# how many values that left tensors are moved to see whether they come back into the loss
+NUDGES = 6
+
+
+def disconnected(subject: Subject, trace: Trace, missing: list[str]) -> tuple[list[Finding], list[Cut]]:
+    """Why each missing parameter gets no gradient, those with one reason together."""
+    labels = trace.labels
+    bit = {name: 1 << i for i, name in enumerate(labels.names)}
+    through = labels.values(trace.loss) if isinstance(trace.loss, Tensor) else 0
+    alive = labels.alive(trace.loss) if isinstance(trace.loss, Tensor) else 0
+    now = subject.now_named()
+    by_event: dict[int, tuple[Event, list[str]]] = {}
+    graph, replaced, unused, dropped = [], [], [], []
+    returning = None
+    for name in missing:
+        if alive & bit[name]:
+            graph.append(name)
+            continue
+        if name in now and now[name] is not subject.named[name]:
+            replaced.append(name)
+            continue
+        events = [e for e in trace.reaching if e.lost & bit[name]] if through & bit[name] else []
+        if not events:
+            if returning is None:
+                returning = _returning(subject, trace)
+            events = [e for e in returning if e.lost & bit[name]]
+        if events:
+            by_event.setdefault(id(events[0]), (events[0], []))[1].append(name)
+        else:
+            (dropped if trace.used & bit[name] else unused).append(name)
+    findings, cuts = _in_backward(subject, graph) if graph else ([], [])
+    for event, names in sorted(by_event.values(), key=lambda pair: pair[0].order):
+        cut = event.cut(labels, sum(bit[n] for n in names))
+        cuts.append(cut)
+        where = f", first lost at {cut.at}" if cut.at else ""
+        detail = f"{cut.operation} loses {name_some(names)}{where}"
+        findings.append(Finding(cut.kind, detail, tuple(names), cut.frame, cut.inside))
+    for parameter, site in trace.fresh if replaced else ():
+        names = tuple(n for n in replaced if now[n] is parameter)
+        if names:
+            detail = f"{name_some(names)} is replaced by a new parameter when the loss function is called"
+            findings.append(Finding("replaced", detail, names, site.user, site.inside))
+    if unused:
+        detail = f"no operation of the loss function reads {name_some(unused)}"
+        findings.append(Finding("unused", detail, tuple(unused)))
+    if dropped:
+        detail = f"{name_some(dropped)} is read, but the loss does not depend on what is computed from it"
+        findings.append(Finding("dropped", detail, tuple(dropped)))
+    return findings, cuts
+
+
+def _returning(subject: Subject, trace: Trace) -> list[Event]:
+    """Values that left tensors and come back into the loss, found by moving them; else the last nothing followed."""
+    found: list[Event] = []
+    candidates = [e for e in trace.departures if e.kind not in ("text", "branch", "pointer")]
+    if not isinstance(trace.loss, Tensor) and candidates:
+        return candidates[-1:]
+    seen: set[Any] = set()
+    base = None
+    for event in reversed(candidates):
+        if event.site.user in seen or len(seen) >= NUDGES:
+            continue
+        seen.add(event.site.user)
+        try:
+            base = subject.value() if base is None else base
+            moved = as_float(subject.call({event.slot: Nudge(0.01)}))
+        except (ReplayMismatch, RuntimeError, ValueError):
+            continue
+        if moved != base:
+            found.append(event)
+    # integers and branches can't be moved a little
+    ends = [e for e in trace.departures if not e.continues and e.kind != "text"]
+    return found or ends[-1:]
+
+
+def _in_backward(subject: Subject, names: list[str]) -> tuple[list[Finding], list[Cut]]:
+    """Parameters in the graph that backward gives nothing to: some operation's backward returns None."""
+    findings, cuts = [], []
+    left = set(names)
+    for brk in _breaks(subject):
+        hit = tuple(name for name in names if name in brk.parameters and name in left)
+        if brk.status == backtrace.NONE and hit:
+            left -= set(hit)
+            kind = "custom function" if brk.is_custom else "non-differentiable"
+            user = brk.site.user
+            cuts.append(Cut(kind, brk.operation, user.file, user.line, user.function, hit, brk.site.inside))
+            detail = f"the backward of {brk.operation} returns None for {name_some(hit)}"
+            findings.append(Finding(kind, detail, hit, user, brk.site.inside))
+    if left:
+        rest = tuple(name for name in names if name in left)
+        detail = f"{name_some(rest)} is in the graph, yet backward delivers nothing; what swallows it can't be seen"
+        findings.append(Finding("unseen", detail, rest))
+    return findings, cuts
+
+
+def _breaks(subject: Subject) -> list[backtrace.Break]:
+    found = subject.watched_call(backtrace.follow_backward, subject.trainable, subject.backward)
+    subject.snapshot.clear_gradients()
+    return found
+
+
+def zero(subject: Subject, dead: tuple[str, ...]) -> list[Finding]:
+    findings, left = [], set(dead)
+    for brk in _breaks(subject):
+        hit = tuple(name for name in dead if name in brk.parameters and name in left)
+        if brk.status == backtrace.ZERO and hit:
+            left -= set(hit)
+            detail = f"{brk.operation} passes only zeros on to {name_some(hit)}, and still does one step on"
+            findings.append(Finding("zero", detail, hit, brk.site.user, brk.site.inside))
+    if left:
+        rest = tuple(name for name in dead if name in left)
+        findings.append(Finding("zero", f"{name_some(rest)} is connected, with a gradient of exactly zero", rest))
+    return findings
+
+
+def nonfinite(subject: Subject, bad: tuple[str, ...], loss: Any) -> list[Finding]:
+    if isinstance(loss, Tensor) and not loss.isfinite():
+        found = subject.watched_call(backtrace.first_nonfinite)
+        operation, site = found or ("the loss", NOWHERE)
+        detail = f"{operation} first gave NaN or Inf; the loss is {as_float(loss)}, and {name_some(bad)} got no better"
+        return [Finding("non-finite", detail, bad, site.user if found else None, site.inside)]
+    findings, left = [], set(bad)
+    for brk in _breaks(subject):
+        hit = tuple(name for name in bad if name in brk.parameters and name in left)
+        if brk.status == backtrace.NONFINITE and hit:
+            left -= set(hit)
+            detail = f"the backward of {brk.operation} gives NaN or Inf to {name_some(hit)}"
+            findings.append(Finding("non-finite", detail, hit, brk.site.user, brk.site.inside))
+    if left:
+        rest = tuple(name for name in bad if name in left)
+        findings.append(Finding("non-finite", f"the gradient of {name_some(rest)} has NaN or Inf", rest))
+    return findings

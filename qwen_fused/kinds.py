@@ -1,0 +1,138 @@
+"""What torch's functions do to a gradient: tables that tell one kind of cut from another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_fused.labels import tensors_in
+
+# calls whose result is no tensor: the trail of a value ends there
+DEPARTURES = {
+    "item": "item",
+    "__float__": "item",
+    "__int__": "item",
+    "__index__": "item",
+    "__complex__": "item",
+    "__bool__": "branch",
+    "is_nonzero": "branch",
+    "equal": "branch",
+    "allclose": "branch",
+    "tolist": "tolist",
+    "numpy": "numpy",
+    "__array__": "numpy",
+    "__dlpack__": "numpy",
+    "__format__": "text",
+    "__repr__": "text",
+    "data_ptr": "pointer",
+}
+# read through raw memory where no mode looks
+COPIES_VALUES = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.__deepcopy__}
+# autograd connects them, with a gradient of zero everywhere
+ZERO_GRADIENT = {
+    name + suffix
+    for name in ("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "bernoulli", "floor_divide")
+    for suffix in ("", "_")
+} | {"heaviside", "__floordiv__", "__round__"}
+_ARGMAX = {"argmax", "argmin", "argsort", "max", "min", "topk", "sort", "kthvalue", "mode", "median", "multinomial"}
+_COMPARISON = {"eq", "ne", "lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal", "not_equal"} | {
+    "isclose",
+    "isnan",
+    "isinf",
+    "isfinite",
+    "logical_not",
+    "logical_and",
+    "logical_or",
+}
+_CAST = {"to", "type", "long", "int", "short", "byte", "char", "bool", "type_as", "view"}
+_SELF_DESCRIBING = {"detach": "detach", "detach_": "detach", "data.__get__": "data"}
+_SWITCHES = {
+    "no_grad": "torch.no_grad",
+    "decorated no_grad": "@torch.no_grad",
+    "inference_mode": "torch.inference_mode",
+}
+_BUILTIN = {"aten", "prims", "prim", "higher_order", "profiler", "inductor", "c10d", "_c10d_functional"}
+
+
+def name_of(func: Any) -> str:
+    """Name of a function that torch's function mode hands over; attributes read "data.__get__"."""
+    name = getattr(func, "__name__", None) or str(func)
+    if name in ("__get__", "__set__"):
+        return f"{getattr(func.__self__, '__name__', '?')}.{name}"
+    return name
+
+
+def of_cut(func: Any, name: str, dead: Tensor | None) -> str:
+    """Kind of the cut made by a call with the given result; "no_grad" for whichever mode switched gradients off."""
+    if dead is None:
+        return name
+    if name in _SELF_DESCRIBING:
+        return _SELF_DESCRIBING[name]
+    if func in COPIES_VALUES:
+        return "new tensor"
+    if not (dead.is_floating_point() or dead.is_complex()):
+        plain = name.strip("_")
+        for kind, names in (("argmax", _ARGMAX), ("comparison", _COMPARISON), ("integer cast", _CAST)):
+            if plain in names:
+                return kind
+        return "non-differentiable"
+    if not torch.is_grad_enabled():
+        return "no_grad"
+    if isinstance(func, type):
+        return "checkpoint" if recomputes(func) else "custom function"
+    return "non-differentiable"
+
+
+def describe(func: Any, name: str, kind: str) -> str:
+    """How the user wrote the operation."""
+    if kind in _SWITCHES:
+        return _SWITCHES[kind]
+    if isinstance(func, type) or func is None:
+        return name
+    if name.endswith(".__get__"):
+        return f"Tensor.{name.removesuffix('.__get__')}"
+    owner = getattr(func, "__objclass__", None)
+    if owner is not None or func in (Tensor.new_tensor, Tensor.__deepcopy__):
+        return f"Tensor.{name}"
+    return f"torch.{name}"
+
+
+def recomputes(cls: type) -> bool:
+    """Whether a custom Function is reentrant checkpointing, which delivers gradients by a backward pass of its own."""
+    return cls.__name__ == "CheckpointFunction"
+
+
+@cache
+def is_custom(func: Any) -> bool:
+    """Whether a function is an operation registered by somebody other than torch."""
+    if isinstance(func, torch._ops.OpOverload):
+        return func.namespace not in _BUILTIN
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        return func._qualified_op_name.split("::")[0] not in _BUILTIN
+    return False
+
+
+@cache
+def ignores_values(func: Any) -> bool:
+    """Whether an aten operation looks at its inputs' shape and type only."""
+    name = func.overloadpacket.__name__ if isinstance(func, torch._ops.OpOverload) else str(func)
+    return name.endswith("_like") or name.startswith("new_") or name in ("empty", "sym_size", "sym_stride")
+
+
+@cache
+def _writes(func: Any) -> tuple[tuple[int, str], ...]:
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return ()
+    arguments = enumerate(schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def written_by(func: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    """Tensors that an aten operation wrote into."""
+    for place, name in _writes(func):
+        yield from tensors_in(args[place] if place < len(args) else kwargs.get(name))

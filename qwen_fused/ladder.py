@@ -1,0 +1,196 @@
+"""The report of a proof: five rungs, what broke each of them, and how it reads on a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from qwen_fused.cuts import Cut
+from qwen_fused.frames import NOWHERE, Frame
+
+RUNGS = ("declared", "connected", "nonzero", "correct", "applied")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault.
+
+    Args:
+        kind: what it is: a cut's kind, or frozen, not in the optimizer, in two groups, eval mode, created late, zero,
+            non-finite, wrong, erased, fresh, stale cache, not moved, learning rate 0, and so on.
+        detail: one sentence.
+        parameters: names of the parameters concerned.
+        frame: the line, or None where there is none.
+        inside: the library's own line when the user called it through a library, else None.
+    """
+
+    kind: str
+    detail: str
+    parameters: tuple[str, ...] = ()
+    frame: Frame | None = None
+    inside: Frame | None = None
+
+    @property
+    def file(self) -> str | None:
+        """File of the line, or None."""
+        return self.frame.file if self.frame else None
+
+    @property
+    def line(self) -> int | None:
+        """Line number, or None."""
+        return self.frame.line if self.frame else None
+
+
+@dataclass
+class Rung:
+    """One rung: ok is True, False, or None (not judged); `asked` is False where the caller gave nothing to judge."""
+
+    name: str
+    ok: bool | None
+    detail: str
+    findings: list[Finding] = field(default_factory=list)
+    asked: bool = True
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that fail here."""
+        return tuple(dict.fromkeys(name for finding in self.findings for name in finding.parameters))
+
+
+@dataclass
+class ProofReport:
+    """What `prove` found; printing it shows the ladder.
+
+    Args:
+        rungs: name -> rung, in the order of climbing.
+        cut: the first operation that loses the gradient of a named parameter, or None.
+        notes: no faults, but worth knowing: partial cuts, places not seen through, allowances that matched nothing.
+        allowed: entry of `allow` -> how many cuts and parameters it matched.
+        layers: per layer: number of parameters, gradient norm, largest element, tensors that are zero or not finite.
+        parameters: how many parameters were judged.
+        loss: value of the loss, None when it is no number.
+        evaluations: how often the loss function was called.
+        seconds: how long the proof took.
+    """
+
+    rungs: dict[str, Rung]
+    cut: Cut | None = None
+    notes: list[str] = field(default_factory=list)
+    allowed: dict[str, int] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    parameters: int = 0
+    loss: float | None = None
+    evaluations: int = 0
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether every rung that there was something to judge by holds."""
+        return all(rung.ok is True or (rung.ok is None and not rung.asked) for rung in self.rungs.values())
+
+    @property
+    def verdict(self) -> str:
+        """ "proved", "broken" (a rung fails), or "not proved" (a rung could not be judged)."""
+        if any(rung.ok is False for rung in self.rungs.values()):
+            return "broken"
+        return "proved" if self.ok else "not proved"
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Every fault, rung by rung."""
+        return [finding for rung in self.rungs.values() for finding in rung.findings]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, ready for JSON."""
+        rungs = {
+            name: {
+                "ok": rung.ok,
+                "asked": rung.asked,
+                "detail": rung.detail,
+                "parameters": list(rung.parameters),
+                "findings": [
+                    {
+                        "kind": f.kind,
+                        "detail": f.detail,
+                        "parameters": list(f.parameters),
+                        "file": f.file,
+                        "line": f.line,
+                        "function": f.frame.function if f.frame else None,
+                        "source": f.frame.source if f.frame else None,
+                        "inside": dataclasses.asdict(f.inside) if f.inside else None,
+                    }
+                    for f in rung.findings
+                ],
+            }
+            for name, rung in self.rungs.items()
+        }
+        rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("rungs", "cut")}
+        cut = dataclasses.asdict(self.cut) | {"source": self.cut.frame.source} if self.cut else None
+        return {"ok": self.ok, "verdict": self.verdict, "rungs": rungs, "cut": cut, **rest}
+
+    def __rich__(self) -> Text:
+        text = Text()
+        colour = {"proved": "bold green", "broken": "bold red", "not proved": "bold yellow"}[self.verdict]
+        text.append(f"gradient {self.verdict}", colour)
+        text.append(f"   {self.parameters} parameters, {self.evaluations} evaluations, {self.seconds:.1f} s\n")
+        for number, rung in enumerate(self.rungs.values(), 1):
+            self._write_rung(text, number, rung)
+        for note in self.notes:
+            text.append(f"  note: {note}\n", "dim")
+        text.right_crop(1)
+        return text
+
+    def __str__(self) -> str:
+        console = Console(width=200, no_color=True, highlight=False, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self.__rich__(), soft_wrap=True)
+        return capture.get().rstrip("\n")
+
+    @staticmethod
+    def _write_rung(text: Text, number: int, rung: Rung) -> None:
+        word, colour = {True: ("ok", "green"), False: ("BROKEN", "red"), None: ("not judged", "yellow")}[rung.ok]
+        text.append(f"  {number} {rung.name:<10}")
+        text.append(f"{word:<11}", colour)
+        text.append(f" {rung.detail}\n")
+        for finding in rung.findings:
+            text.append(f"      {finding.kind}", "red")
+            text.append(f": {finding.detail}\n")
+            for frame, prefix in ((finding.frame, "at "), (finding.inside, "inside ")):
+                if frame is not None and frame != NOWHERE.user:
+                    text.append(f"        {prefix}{frame}\n", "bold")
+                    if frame.source and prefix == "at ":
+                        text.append(f"            {frame.source}\n", "cyan")
+
+
+def name_some(names: Iterable[str], most: int = 3) -> str:
+    """A few of the names and how many more there are."""
+    names = list(names)
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def layer_of(name: str) -> str:
+    """The layer that a parameter belongs to: its name up to the first number, else all but the last two parts."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: place + 1])
+    return ".".join(parts[: max(1, len(parts) - 1)])
+
+
+def group_by_layer(names: Iterable[str], most: int = 64) -> dict[str, list[str]]:
+    """Layer -> its parameters' names; joined by their first part when there are more than `most` layers."""
+    names = list(names)
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        layers.setdefault(layer_of(name), []).append(name)
+    if len(layers) <= most:
+        return layers
+    counted = Counter(layer.split(".")[0] for layer in layers)
+    return {top: [name for name in names if name.split(".")[0] == top] for top in counted}

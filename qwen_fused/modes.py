@@ -1,0 +1,91 @@
+"""The places at which torch lets a call be watched, each handing it to a function."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# takes the function called, its arguments and its keyword arguments; gives the result
+Handler = Callable[[Any, tuple, dict], Any]
+
+
+class FunctionMode(TorchFunctionMode):
+    """Hands over what the user calls: torch's functions, methods and attributes of tensors."""
+
+    def __init__(self, handler: Handler):
+        super().__init__()
+        self.handler = handler
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.handler(func, args, kwargs or {})
+
+
+class DispatchMode(TorchDispatchMode):
+    """Hands over what computes: aten operations, below autograd."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, handler: Handler):
+        super().__init__()
+        self.handler = handler
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # nothing is compiled meanwhile, and the guard against tracing would import dynamo, which takes seconds
+        return False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # scripted code arrives here without a function call around it
+        with torch._C.DisableTorchFunction():
+            return self.handler(func, args, kwargs or {})
+
+
+@contextmanager
+def on_apply(handler: Callable[[type, Callable[..., Any], tuple, dict], Any]) -> Iterator[None]:
+    """Hand over this thread's calls of custom autograd Functions, which no mode sees."""
+    original = torch.autograd.Function.__dict__["apply"]
+    thread = threading.get_ident()
+
+    def apply(cls, *args, **kwargs):
+        if threading.get_ident() != thread:
+            return original.__func__(cls, *args, **kwargs)
+        return handler(cls, lambda *a, **k: original.__func__(cls, *a, **k), args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original
+
+
+@contextmanager
+def on_inference_mode(handler: Callable[[], None]) -> Iterator[None]:
+    """Call the handler whenever inference mode, which no mode sees, is entered."""
+    original = torch.inference_mode.__enter__
+
+    def enter(switch):
+        if switch.mode:
+            handler()
+        return original(switch)
+
+    torch.inference_mode.__enter__ = enter
+    try:
+        yield
+    finally:
+        torch.inference_mode.__enter__ = original
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run the source of compiled functions and modules instead of their compiled code."""
+    # without dynamo there is nothing compiled, and importing it takes seconds
+    loaded = "torch._dynamo" in sys.modules
+    with torch.compiler.set_stance("force_eager") if loaded else nullcontext():
+        yield

@@ -1,0 +1,160 @@
+"""Call a loss function again with chosen results held at recorded values.
+
+Autograd takes what lies behind a cut as constant. A finite difference agrees with it only if that is constant too, so
+every cut's result is recorded once and put back at each further evaluation. The calls are matched by their order, which
+the recorded results themselves keep the same: a branch taken on a tensor's value is a recorded result as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from qwen_fused import frames, kinds, modes
+from qwen_fused.labels import tensors_in
+
+
+class Slot(NamedTuple):
+    """The index-th call of one sort during an evaluation."""
+
+    sort: str  # "call" or "apply"
+    index: int
+    name: str
+
+
+class Held(Protocol):
+    """Something that takes the place of a call's result."""
+
+    def put(self, ins: list[Tensor], out: Any) -> Any:
+        """The result to go on with, given the call's tensors and its own result."""
+
+
+@dataclass
+class Record:
+    """Results of one call: tensors by place in the result, tensors written in place, or a value that left tensors."""
+
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    written: dict[int, Tensor] = field(default_factory=dict)
+    value: Any = None
+    departed: bool = False
+
+    def put(self, ins: list[Tensor], out: Any) -> Any:
+        """Put the recorded tensors in place of the new ones."""
+        if self.departed:
+            return copy.deepcopy(self.value)
+        with torch.no_grad():
+            for place, tensor in self.written.items():
+                ins[place].copy_(tensor)
+        return replace_tensors(out, {place: tensor.clone() for place, tensor in self.outputs.items()})
+
+
+@dataclass
+class Nudge:
+    """Move a value that left tensors, to see whether the loss hears of it."""
+
+    by: float
+
+    def put(self, ins: list[Tensor], out: Any) -> Any:
+        """The value, moved; left alone where it is no floating-point number."""
+        return _moved(out, self.by)
+
+
+class ReplayMismatch(RuntimeError):
+    """The loss function did not make the same calls again."""
+
+
+def capture(ins: list[Tensor], out: Any, dead: list[Tensor] | None = None) -> Record:
+    """Record a call's result.
+
+    Args:
+        ins: the tensors among its arguments.
+        out: its result.
+        dead: the tensors to record, among the result and the arguments written in place; all of the result by default.
+    """
+    results = list(tensors_in(out))
+    if not results and dead is None:
+        return Record(value=copy.deepcopy(out), departed=True)
+    record = Record()
+    wanted = results if dead is None else dead
+    for places, tensors in ((record.written, ins), (record.outputs, results)):
+        for place, tensor in enumerate(tensors):
+            is_wanted = any(tensor is w for w in wanted)
+            if is_wanted and not (places is record.outputs and any(tensor is i for i in ins)):
+                places[place] = tensor.detach().clone()
+    return record
+
+
+def replace_tensors(tree: Any, replacements: Mapping[int, Tensor]) -> Any:
+    """The same nested tuples, lists and dicts with the given tensors, counted in order, replaced."""
+    counter = iter(range(sys.maxsize))
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, Tensor):
+            return replacements.get(next(counter), node)
+        if isinstance(node, (list, tuple)):
+            items = [walk(item) for item in node]
+            return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
+        if isinstance(node, dict):
+            return {key: walk(item) for key, item in node.items()}
+        return node
+
+    return walk(tree) if replacements else tree
+
+
+class _Replay:
+    def __init__(self, held: Mapping[Slot, Held]):
+        self.held = {(slot.sort, slot.index): (slot.name, record) for slot, record in held.items()}
+        self.calls = self.applied = 0
+
+    def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        self.calls += 1
+        name, held = self.held.pop(("call", self.calls), (None, None))
+        return self._put(name, held, kinds.name_of(func) if held else None, func, args, kwargs)
+
+    def apply(self, cls: type, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        self.applied += 1
+        name, held = self.held.pop(("apply", self.applied), (None, None))
+        return self._put(name, held, cls.__name__, call, args, kwargs)
+
+    def _put(
+        self, expected: str | None, held: Held | None, name: str | None, call: Callable, args: tuple, kwargs: dict
+    ) -> Any:
+        out = call(*args, **kwargs)
+        if held is None:
+            return out
+        if expected != name:
+            raise ReplayMismatch(f"expected a call of {expected}, got {name}")
+        with torch._C.DisableTorchFunction():
+            return held.put(list(tensors_in((args, kwargs))), out)
+
+
+def evaluate(loss_fn: Callable[[], Any], held: Mapping[Slot, Held]) -> Any:
+    """Call the loss function with the held results in place of its own.
+
+    Raises:
+        ReplayMismatch: when its calls are not those of the evaluation that was recorded.
+    """
+    if not held:
+        return frames.boundary(loss_fn)
+    replay = _Replay(held)
+    with modes.uncompiled(), modes.on_apply(replay.apply), modes.FunctionMode(replay.call):
+        loss = frames.boundary(loss_fn)
+    if replay.held:
+        raise ReplayMismatch(f"{len(replay.held)} recorded calls were not made again")
+    return loss
+
+
+def _moved(value: Any, by: float) -> Any:
+    if isinstance(value, float):
+        return value + by * max(abs(value), 1.0)
+    if isinstance(value, list):
+        return [_moved(item, by) for item in value]
+    if getattr(getattr(value, "dtype", None), "kind", "") == "f":
+        return value + value.dtype.type(by) * (abs(value) + 1)
+    return value

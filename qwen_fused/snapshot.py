@@ -1,0 +1,191 @@
+"""Everything that a proof may disturb, taken down before it and put back after it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+class Snapshot:
+    """State of modules, parameters, optimizers and random generators.
+
+    Args:
+        parameters: tensors whose values, gradients and requires_grad come back.
+        modules: whose buffers, submodules, modes and other attributes come back too.
+        optimizers: whose state and options come back.
+        loss_fn: searched for generators that it draws from.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        modules: Iterable[nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        loss_fn: Callable[[], Any],
+    ):
+        self.modules = {id(m): m for module in modules for m in module.modules()}
+        everything = [*parameters, *(p for m in self.modules.values() for p in m._parameters.values() if p is not None)]
+        everything += [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        self.parameters = list({id(p): p for p in everything}.values())
+        self._flags = [(p, p.requires_grad, p.grad) for p in self.parameters]
+        buffers = [b for m in self.modules.values() for b in m._buffers.values() if b is not None]
+        copy_of = _copier([*self.parameters, *buffers])
+        # detached aliases keep the storage even if somebody gives the parameter another
+        self._values = [(p.data, copy_of(p.data)) for p in self.parameters]
+        self._buffers = [(b, copy_of(b)) for b in {id(b): b for b in buffers}.values()]
+        self._attributes = [(m, _attributes(m)) for m in self.modules.values()]
+        self._optimizers = [(o, *_optimizer_state(o, copy_of)) for o in optimizers]
+        self._generators = [(g, _generator_state(g)) for g in _generators([*self.modules.values()], loss_fn)]
+        self._rng = _rng_state()
+
+    def reset(self) -> None:
+        """Put random generators and buffers back, so that the loss function does once more what it did."""
+        for module, (_, registries, _) in self._attributes:
+            _refill(module._buffers, registries["_buffers"])
+        for buffer, value in self._buffers:
+            buffer.data.copy_(value)
+        for generator, state in self._generators:
+            _set_generator_state(generator, state)
+        _set_rng_state(self._rng)
+
+    def reset_values(self) -> None:
+        """Put the parameters' values back."""
+        for (alias, value), parameter in zip(self._values, self.parameters, strict=True):
+            alias.copy_(value)
+            if parameter.data_ptr() != alias.data_ptr():
+                parameter.data = alias
+
+    def clear_gradients(self) -> None:
+        """Set every gradient to None; those there were are kept for `restore`."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def reset_optimizers(self) -> None:
+        """Put the optimizers' state and options back."""
+        for optimizer, tensors, state, groups, rest in self._optimizers:
+            for tensor, value in tensors:
+                tensor.copy_(value)
+            optimizer.state.clear()
+            for parameter, entries in state:
+                optimizer.state[parameter] = dict(entries)
+            optimizer.param_groups[:] = [group for group, _ in groups]
+            for group, options in groups:
+                group.clear()
+                group.update(options)
+            for name, value in rest.items():
+                optimizer.__dict__[name] = value
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for module, (own, registries, containers) in self._attributes:
+            for name in [name for name in module.__dict__ if name not in own]:
+                del module.__dict__[name]
+            module.__dict__.update(own)
+            for name, entries in (registries | containers).items():
+                _refill(module.__dict__[name], entries)
+        self.reset_values()
+        for parameter, requires_grad, grad in self._flags:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        self.reset_optimizers()
+        self.reset()
+
+
+def _copier(tensors: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function that copies tensors: on their own device where there is ample room, else to the host."""
+    needed = sum(t.numel() * t.element_size() for t in tensors if t.is_cuda)
+    # optimizer state is about twice as much again
+    if needed and 3 * needed > torch.cuda.mem_get_info()[0] // 2:
+        return lambda t: t.detach().to("cpu", copy=True)
+    return lambda t: t.detach().clone()
+
+
+def _attributes(module: nn.Module) -> tuple[dict, dict, dict]:
+    """A module's attributes, what its registries hold, and what its plain containers hold."""
+    own = dict(module.__dict__)
+    registries = {name: dict(own[name]) for name in _REGISTRIES if name in own}
+    containers = {
+        name: value.copy()
+        for name, value in own.items()
+        if type(value) in (dict, list, set) and name not in registries and "hooks" not in name
+    }
+    return own, registries, containers
+
+
+def _refill(container: Any, entries: Any) -> None:
+    container.clear()
+    if isinstance(container, list):
+        container.extend(entries)
+    else:
+        container.update(entries)
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer, copy_of: Callable[[Tensor], Tensor]) -> tuple:
+    tensors = [
+        (value, copy_of(value))
+        for entries in optimizer.state.values()
+        for value in entries.values()
+        if isinstance(value, Tensor)
+    ]
+    state = [(parameter, dict(entries)) for parameter, entries in optimizer.state.items()]
+    groups = []
+    for group in optimizer.param_groups:
+        options = dict(group)
+        options["params"] = list(group["params"])
+        tensors += [(value, copy_of(value)) for value in group.values() if isinstance(value, Tensor)]
+        groups.append((group, options))
+    rest = {k: v for k, v in optimizer.__dict__.items() if isinstance(v, (bool, int, float, str, type(None)))}
+    return tensors, state, groups, rest
+
+
+def _generators(modules: Sequence[nn.Module], loss_fn: Callable[[], Any]) -> Iterator[Any]:
+    """Generators in modules' attributes and in what the loss function closes over."""
+    holders: list[Any] = [value for module in modules for value in module.__dict__.values()]
+    holders += [cell.cell_contents for cell in getattr(loss_fn, "__closure__", None) or () if _is_filled(cell)]
+    holders += getattr(loss_fn, "__defaults__", None) or ()
+    owner = getattr(loss_fn, "__self__", None)
+    holders += vars(owner).values() if hasattr(owner, "__dict__") else ()
+    return (value for value in holders if isinstance(value, (torch.Generator, np.random.Generator, random.Random)))
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _generator_state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.getstate()
+
+
+def _set_generator_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.setstate(state)
+
+
+def _rng_state() -> tuple:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_rng_state(state: tuple) -> None:
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,265 @@
+"""What is being proved: a loss function, its parameters, and the caller's way of sending the loss back and stepping."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_fused import frames
+from qwen_fused.cuts import Event, Trace
+from qwen_fused.replay import Held, Slot, evaluate
+from qwen_fused.snapshot import Snapshot
+from qwen_fused.trace import OnCustom, trace
+
+Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None
+
+
+class Allowance:
+    """What the caller declares to be intended, and how often each entry was needed.
+
+    An entry is a pattern (`*` and `?`) for a parameter or module name; a function ("baseline"), a function of a file
+    ("policy.py:baseline") or a line ("policy.py:41") within which an operation loses the gradient on purpose; an
+    operation ("torch.no_grad", a custom Function's name) or a kind of cut ("argmax").
+    """
+
+    def __init__(self, entries: Iterable[str]):
+        entries = (entries,) if isinstance(entries, str) else tuple(entries)
+        for entry in entries:
+            if not isinstance(entry, str):
+                raise ValueError(f"allow must hold strings, got {type(entry).__name__}")
+        self.matches = dict.fromkeys(entries, 0)
+
+    def name(self, name: str) -> bool:
+        """Whether a parameter or module may be left without a gradient, frozen, or in evaluation mode."""
+        return self._match([name])
+
+    def event(self, event: Event) -> bool:
+        """Whether a cut is intended."""
+        frames_of = [frame for frame in (event.site.user, event.site.inside, event.at) if frame is not None]
+        lines = [f"{frame.file.rpartition('/')[2]}:{frame.line}" for frame in frames_of]
+        return self._match([event.kind, event.operation, *lines, *_functions(event.site.callers)])
+
+    def custom(self, name: str, callers: Iterable[str]) -> bool:
+        """Whether a custom operation's own backward is to be taken at its word."""
+        return self._match([name, name.rpartition("::")[2], *_functions(callers)])
+
+    def _match(self, candidates: list[str]) -> bool:
+        found = [entry for entry in self.matches if any(fnmatchcase(c, entry) for c in candidates)]
+        for entry in found:
+            self.matches[entry] += 1
+        return bool(found)
+
+
+@dataclass
+class Gradients:
+    """What one backward pass delivered: name -> gradient, names of gradients gone again afterwards, and its error."""
+
+    of: dict[str, Tensor] = field(default_factory=dict)
+    erased: tuple[str, ...] = ()
+    error: RuntimeError | None = None
+
+
+class Subject:
+    """The parts of a proof, and the only way in which it calls the user's code.
+
+    Args: as `qwen_fused.prove`.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[[], Any],
+        params: nn.Module | Mapping[str, Any],
+        optimizer: Optimizers,
+        allow: Iterable[str],
+        backward: Callable[[Tensor], Any] | None,
+        step: Callable[[], Any] | None,
+    ):
+        if not callable(loss_fn):
+            raise ValueError(f"loss_fn must be callable without arguments, got {type(loss_fn).__name__}")
+        self.loss_fn = loss_fn
+        self.source = params
+        self.modules = _modules(params)
+        self.named = _named(params)
+        self.optimizers = _optimizers(optimizer)
+        self.allow = Allowance(allow)
+        self.own_backward = backward is not None
+        self._backward = backward or (lambda loss: loss.backward())
+        self._step = step
+        self.evaluations = 0
+        self.snapshot = Snapshot(self.named.values(), self.modules.values(), self.optimizers, loss_fn)
+
+    @property
+    def trainable(self) -> dict[str, Tensor]:
+        """Parameters that ask for a gradient."""
+        return {name: p for name, p in self.named.items() if p.requires_grad}
+
+    def now_named(self) -> dict[str, Tensor]:
+        """Names and parameters as the modules have them now: calling them may have made new ones."""
+        return _named(self.source)
+
+    def call(self, held: Mapping[Slot, Held] | None = None) -> Any:
+        """The loss function's result, with random generators and buffers as at the start, and held results in place."""
+        self.evaluations += 1
+        self.snapshot.reset()
+        if not held:
+            return frames.boundary(self.loss_fn)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return evaluate(self.loss_fn, held)
+
+    def value(self, held: Mapping[Slot, Held] | None = None) -> float:
+        """The loss as a float."""
+        return as_float(self.call(held))
+
+    def trace(self, on_custom: OnCustom | None = None) -> Trace:
+        """Call the loss function and follow the parameters through it."""
+        self.evaluations += 1
+        self.snapshot.reset()
+        with warnings.catch_warnings():
+            # torch points them at the proof's own lines; the plain call shows them where they belong
+            warnings.simplefilter("ignore")
+            return trace(self.loss_fn, self.named, on_custom)
+
+    def watched_call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call one of the analyses that take the loss function themselves."""
+        self.evaluations += 1
+        self.snapshot.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function(self.loss_fn, *args)
+
+    def backward(self, loss: Tensor) -> None:
+        """Send the loss back as the caller's loop does."""
+        self._backward(loss)
+
+    def step(self) -> None:
+        """Step as the caller's loop does."""
+        if self._step is not None:
+            frames.boundary(self._step)
+            return
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def gradients(self, loss: Any) -> Gradients:
+        """Run the backward pass from cleared gradients and take down what each parameter was given."""
+        self.snapshot.clear_gradients()
+        found = Gradients()
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            return found
+
+        def keep(name: str) -> Callable[[Tensor], None]:
+            def hook(parameter: Tensor) -> None:
+                if parameter.grad is not None:
+                    # what is done to it afterwards must not reach the copy
+                    found.of[name] = parameter.grad.detach().clone()
+
+            return hook
+
+        hooks = [p.register_post_accumulate_grad_hook(keep(name)) for name, p in self.trainable.items()]
+        try:
+            self.backward(loss)
+        except RuntimeError as error:
+            found.error = error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        gone = [name for name, grad in found.of.items() if _is_gone(self.named[name].grad, grad)]
+        found.erased = tuple(gone)
+        found.of = {name: g.to_dense() if g.is_sparse else g for name, g in found.of.items()}
+        return found
+
+
+def as_float(loss: Any) -> float:
+    """A loss of any kind as a Python float."""
+    return float(loss.detach().double()) if isinstance(loss, Tensor) else float(loss)
+
+
+def check_scalar(loss: Any) -> None:
+    """Raise a ValueError when it is no scalar loss."""
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise ValueError(f"loss_fn must return a scalar, got a tensor of shape {tuple(loss.shape)}")
+        if not loss.is_floating_point():
+            raise ValueError(f"loss_fn must return a floating-point scalar, got {loss.dtype}")
+    else:
+        try:
+            float(loss)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"loss_fn must return a scalar loss, got {type(loss).__name__}") from error
+
+
+def _is_gone(now: Tensor | None, delivered: Tensor) -> bool:
+    return now is None or (not now.any() and bool(delivered.any()))
+
+
+def _functions(callers: Iterable[str]) -> list[str]:
+    """Every way to name the functions around an operation: file and function, qualified name, name."""
+    names = []
+    for caller in callers:
+        file, _, function = caller.partition(":")
+        last = function.rpartition(".")[2]
+        names += [caller, function, last, f"{file}:{last}"]
+    return names
+
+
+def _modules(params: Any) -> dict[str, nn.Module]:
+    if isinstance(params, nn.Module):
+        return {"": params}
+    if isinstance(params, Mapping):
+        return {name: value for name, value in params.items() if isinstance(value, nn.Module)}
+    return {}
+
+
+def _named(params: Any) -> dict[str, Tensor]:
+    if isinstance(params, nn.Module):
+        return dict(params.named_parameters())
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params must be a module or a mapping of names, got {type(params).__name__}")
+    named: dict[str, Tensor] = {}
+    for name, value in params.items():
+        if isinstance(value, nn.Module):
+            named |= {f"{name}.{inner}": p for inner, p in value.named_parameters()}
+        elif isinstance(value, Tensor):
+            named[name] = value
+        else:
+            raise ValueError(f"params[{name!r}] must be a parameter or a module, got {type(value).__name__}")
+    seen: set[int] = set()
+    # a tied parameter is judged once, under its first name
+    return {name: p for name, p in named.items() if id(p) not in seen and not seen.add(id(p))}
+
+
+def _optimizers(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
+    if optimizer is None:
+        return []
+    found: Sequence[Any] = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    for one in found:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise ValueError(f"optimizer must be a torch optimizer or several, got {type(one).__name__}")
+    return list(found)
+
+
+def frozen_by_peft(modules: Mapping[str, nn.Module]) -> set[int]:
+    """Ids of the parameters that peft freezes by design: all of a model with adapters but its active adapters."""
+    peft = sys.modules.get("peft")
+    if peft is None:
+        return set()
+    kind = peft.tuners.tuners_utils.BaseTunerLayer
+    found: set[int] = set()
+    for part in (part for module in modules.values() for part in module.modules()):
+        if not getattr(part, "peft_config", None):
+            continue
+        layers = [layer for layer in part.modules() if isinstance(layer, kind)]
+        places = {name for layer in layers for name in layer.adapter_layer_names} | {"modules_to_save"}
+        active = {name for layer in layers for name in layer.active_adapters}
+        for name, parameter in part.named_parameters():
+            pieces = set(name.split("."))
+            if not (pieces & places and pieces & active):
+                found.add(id(parameter))
+    return found

@@ -1,0 +1,288 @@
+"""Follow what a loss is computed from, independently of autograd, and name the operations at which autograd loses it.
+
+Two of torch's modes watch one call of the loss function. The dispatch mode sees every operation that computes (also
+under no_grad, inside custom Functions and in scripted code) and carries labels from inputs to outputs. The function
+mode sees what the user called, with the Python stack at hand, and compares: a parameter that an input is still
+connected to, that the result's values depend on, and that the result is not connected to any more, is lost there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_fused import frames, kinds, modes
+from qwen_fused.cuts import CustomOp, Event, Trace
+from qwen_fused.frames import NOWHERE, Site
+from qwen_fused.labels import Key, Labels, tensors_in
+from qwen_fused.replay import Slot, capture
+
+OnCustom = Callable[[CustomOp, Callable[..., Any], tuple, dict, Any], None]
+
+
+def trace(loss_fn: Callable[[], Any], parameters: Mapping[str, Tensor], on_custom: OnCustom | None = None) -> Trace:
+    """Call the loss function once and follow the parameters through it.
+
+    Compiled functions run their source meanwhile. Operations that other threads make are not seen.
+
+    Args:
+        loss_fn: called without arguments.
+        parameters: name -> parameter.
+        on_custom: called with every custom operation that depends on a parameter, its callable, arguments and result.
+    """
+    tracer = _Tracer(parameters, on_custom)
+    with (
+        modes.uncompiled(),
+        modes.on_apply(tracer.apply),
+        modes.on_inference_mode(lambda: tracer.note_switch("inference_mode", torch.is_grad_enabled())),
+        modes.FunctionMode(tracer.call),
+        modes.DispatchMode(tracer.aten),
+    ):
+        tracer.trace.loss = frames.boundary(loss_fn)
+    if isinstance(tracer.trace.loss, Tensor):
+        tracer.look_for_unseen([tracer.trace.loss])
+        tracer.mark_continued([tracer.trace.loss])
+    return tracer.trace
+
+
+class _Tracer:
+    def __init__(self, parameters: Mapping[str, Tensor], on_custom: OnCustom | None):
+        self.labels = Labels(parameters)
+        self.trace = Trace(self.labels)
+        self.on_custom = on_custom
+        self.calls = self.applied = 0
+        self.busy = False
+        self.nested = 0  # depth inside custom Functions
+        self.touched = 0  # parameters met alive inside them
+        self.written: set[Key] = set()
+        self.aliases: dict[Key, list[Event]] = {}
+        self.sources: dict[Key, list[Event]] = {}
+        self.switch, self.switched_off = "no_grad", None
+        self._lost_memo: dict[int, int] = {}
+
+    def aten(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Carry labels through one operation that computes."""
+        labels = self.labels
+        values = cuts = 0
+        keys = set()
+        for tensor in tensors_in((args, kwargs)):
+            keys.add(labels.key(tensor))
+            if not kinds.ignores_values(func):
+                values |= labels.values(tensor)
+                cuts |= labels.cuts(tensor)
+        out = func(*args, **kwargs)
+        self.trace.used |= values
+        for tensor in tensors_in(out):
+            if labels.key(tensor) not in keys:
+                labels.created.add(labels.key(tensor))
+                labels.add_values(tensor, values, cuts)
+        for tensor in kinds.written_by(func, args, kwargs):
+            self.written.add(labels.key(tensor))
+            labels.add_values(tensor, values, cuts)
+        return out
+
+    def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """See one call that the user, or a library, made."""
+        self.calls += 1
+        if self.busy:
+            return func(*args, **kwargs)
+        self.busy = True
+        try:
+            name = kinds.name_of(func)
+            if name == "_set_grad_enabled":
+                self.note_switch("no_grad", torch.is_grad_enabled() and not args[0])
+                return func(*args, **kwargs)
+            ins = list(tensors_in((args, kwargs)))
+            seen = self._look_at(ins)
+            self.written.clear()
+            out = func(*args, **kwargs)
+            self._after(func, name, Slot("call", self.calls, name), ins, (args, kwargs), out, seen)
+            return out
+        finally:
+            self.busy = False
+
+    def apply(self, cls: type, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """See one call of a custom autograd Function, inside and out."""
+        self.applied += 1
+        if self.busy:
+            return call(*args, **kwargs)
+        slot = Slot("apply", self.applied, cls.__name__)
+        ins = list(tensors_in((args, kwargs)))
+        with torch._C.DisableTorchFunction():
+            alive, values, cuts = self._look_at(ins)
+        outer, self.touched = self.touched, 0
+        self.nested += 1
+        try:
+            out = call(*args, **kwargs)
+        finally:
+            self.nested -= 1
+        inside, self.touched = self.touched, outer | self.touched
+        with torch._C.DisableTorchFunction():
+            for tensor in tensors_in(out):
+                # a kernel called through a pointer is seen by neither mode
+                self.labels.add_values(tensor, values, cuts)
+                # reentrant checkpointing runs the segment again in its backward, and delivers to everything inside
+                reached = self.labels.values(tensor) & (alive | inside) if kinds.recomputes(cls) else alive
+                self.labels.set_alive(tensor, reached)
+            if not self.nested:
+                self._lose(cls, cls.__name__, slot, ins, out, alive | inside, cuts)
+                if not kinds.recomputes(cls):
+                    self._custom(slot, values | inside, call, args, kwargs, out)
+        return out
+
+    def _look_at(self, ins: list[Tensor]) -> tuple[int, int, int]:
+        """Labels of a call's arguments, together: alive, values, cuts."""
+        labels = self.labels
+        alive = values = cuts = 0
+        for tensor in ins:
+            if tensor.requires_grad:
+                self._look_at_origin(tensor)
+            alive |= labels.alive(tensor)
+            values |= labels.values(tensor)
+            cuts |= labels.cuts(tensor)
+        if self.nested:
+            self.touched |= alive
+        elif values & labels.trainable & ~alive & ~self._lost_behind(cuts):
+            self.look_for_unseen(ins)
+            for tensor in ins:
+                cuts |= labels.cuts(tensor)
+        return alive, values, cuts
+
+    def _look_at_origin(self, tensor: Tensor) -> None:
+        """Notice a parameter made during this call, and a graph left over from an earlier one."""
+        labels = self.labels
+        if not tensor.is_leaf:
+            if not labels.is_known(tensor) and labels.alive(tensor):
+                self.trace.stale.append((labels.alive(tensor), frames.locate()))
+                labels.created.add(labels.key(tensor))
+        elif isinstance(tensor, nn.Parameter) and labels.key(tensor) in labels.created and not self._met(tensor):
+            self.trace.fresh.append((tensor, frames.locate()))
+
+    def _met(self, parameter: Tensor) -> bool:
+        return id(parameter) in self.labels.bits or any(parameter is known for known, _ in self.trace.fresh)
+
+    def _after(
+        self, func: Any, name: str, slot: Slot, ins: list[Tensor], given: tuple, out: Any, seen: tuple[int, int, int]
+    ) -> None:
+        """Label a call's result, and note what the call did to the gradient."""
+        alive, values, cuts = seen
+        labels = self.labels
+        outs = list(tensors_in(out))
+        if not values or (not outs and not self.written and name not in kinds.DEPARTURES):
+            if name == "register_hook" and values:
+                self.trace.hooks.append(frames.locate())
+            return
+        if name in kinds.DEPARTURES:
+            self._depart(name, slot, ins, out, values, cuts)
+            return
+        self.mark_continued(ins)
+        if name in ("requires_grad_", "requires_grad.__set__"):
+            for event in self._events_of(labels.cuts(ins[0])):
+                event.carried = True
+        for tensor in outs:
+            self.trace.half |= tensor.dtype in (torch.float16, torch.bfloat16)
+            if func in kinds.COPIES_VALUES:
+                labels.add_values(tensor, values, cuts)
+        if self.nested:
+            return
+        for tensor in outs + [t for t in ins if labels.key(t) in self.written]:
+            labels.set_alive(tensor, alive)
+        self._lose(func, name, slot, ins, out, alive, cuts)
+        if alive and kinds.is_custom(func):
+            self._custom(slot, values, func, *given, out)
+        elif alive and name in kinds.ZERO_GRADIENT:
+            record = capture(ins, out)
+            self.trace.flat.append(Event("zero gradient", name, NOWHERE, 0, self.calls, slot=slot, record=record))
+
+    def _lose(self, func: Any, name: str, slot: Slot, ins: list[Tensor], out: Any, alive: int, cuts: int) -> None:
+        """Compare what went in alive with what came out, note a cut, and hand the cuts on."""
+        labels = self.labels
+        homes = {labels.key(tensor) for tensor in ins}
+        results = list(tensors_in(out))
+        for key in self.written:
+            for event in self.aliases.get(key, ()):
+                event.aliased = True
+        results += [t for t in ins if labels.key(t) in self.written and not any(t is r for r in results)]
+        dead = [(t, alive & labels.values(t) & ~labels.alive(t)) for t in results]
+        event = None
+        if any(lost for _, lost in dead):
+            event = self._note(func, name, dead)
+            event.slot, event.behind = slot, cuts
+            event.record = capture(ins, out, [t for t, lost in dead if lost])
+        for tensor, lost in dead:
+            through = cuts | (event.bit if event and lost else 0)
+            key = labels.key(tensor)
+            if key in homes and key not in self.written:
+                labels.add_own_cuts(tensor, through)
+                if event and lost:
+                    self.aliases.setdefault(key, []).append(event)
+            elif labels.values(tensor):
+                labels.add_values(tensor, 0, through)
+
+    def _note(self, func: Any, name: str, dead: list[tuple[Tensor | None, int]]) -> Event:
+        site, at, lost = frames.locate(), None, 0
+        for _, label in dead:
+            lost |= label
+        kind = kinds.of_cut(func, name, next(tensor for tensor, label in dead if label))
+        if kind == "no_grad":
+            kind, at, site = self.switch, site.user, self.switched_off or site
+            site = Site(site.user, site.inside, frames.locate().callers)
+        bit = 1 << len(self.trace.cuts)
+        event = Event(kind, kinds.describe(func, name, kind), site, lost, self.calls, bit, at)
+        self.trace.cuts.append(event)
+        return event
+
+    def look_for_unseen(self, tensors: list[Tensor]) -> None:
+        """Note a cut for what arrives dead though no operation was seen to lose it."""
+        labels = self.labels
+        for tensor in tensors:
+            missing = labels.values(tensor) & labels.trainable & ~labels.alive(tensor)
+            missing &= ~self._lost_behind(labels.cuts(tensor))
+            for event in self.aliases.get(labels.key(tensor), ()) if missing else ():
+                # wrapped anew (as nn.Parameter(x.data) does), and so without the label
+                labels.add_own_cuts(tensor, event.bit)
+                missing &= ~event.lost
+            if missing:
+                event = self._note(None, "new leaf" if tensor.requires_grad else "unseen", [(None, missing)])
+                labels.add_own_cuts(tensor, event.bit)
+
+    def mark_continued(self, tensors: list[Tensor]) -> None:
+        """Note that values which left tensors are also used as tensors: what left may have been for show."""
+        for tensor in tensors:
+            for event in self.sources.get(self.labels.key(tensor), ()) if self.sources else ():
+                event.continues = True
+
+    def _depart(self, name: str, slot: Slot, ins: list[Tensor], out: Any, values: int, cuts: int) -> None:
+        kind = kinds.DEPARTURES[name]
+        event = Event(kind, f"Tensor.{name}", frames.locate(), values, self.calls, slot=slot, behind=cuts)
+        event.record = capture(ins, out)
+        self.trace.departures.append(event)
+        self.sources.setdefault(self.labels.key(ins[0]), []).append(event)
+
+    def _custom(self, slot: Slot, inputs: int, call: Callable[..., Any], args: tuple, kwargs: dict, out: Any) -> None:
+        op = CustomOp(slot, slot.name, frames.locate(), inputs)
+        self.trace.custom.append(op)
+        if self.on_custom is not None:
+            self.on_custom(op, call, args, kwargs, out)
+
+    def _events_of(self, cuts: int) -> Iterator[Event]:
+        return (event for event in self.trace.cuts if event.bit & cuts)
+
+    def _lost_behind(self, cuts: int) -> int:
+        if cuts not in self._lost_memo:
+            self._lost_memo[cuts] = 0
+            for event in self._events_of(cuts):
+                self._lost_memo[cuts] |= event.lost
+        return self._lost_memo[cuts]
+
+    def note_switch(self, kind: str, off: bool) -> None:
+        """Note who switched gradients off."""
+        if off:
+            caller = sys._getframe(2)
+            by_decorator = frames.decorated(caller)
+            self.switch = f"decorated {kind}" if by_decorator and kind == "no_grad" else kind
+            self.switched_off = by_decorator or frames.locate(caller)
