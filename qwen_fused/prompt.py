@@ -77,6 +77,11 @@ def grid_text(grid: np.ndarray) -> str:
     return rows.tobytes().decode("ascii")
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision (of the weights or of autocast) widened; double precision kept."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def similar_lengths(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Split indices into groups of like lengths, longest first, each of at most `budget` cells with its padding."""
     groups: list[list[int]] = []
@@ -155,38 +160,49 @@ class QwenPrompt(nn.Module):
         self._cache: OrderedDict[str, EncodedPair] = OrderedDict()
         self.cache_size = 8192
 
-    def forward(self, demonstrations: Sequence[Sequence[Pair]]) -> PromptOutput:
+    def forward(self, demonstrations: Sequence[Sequence[Pair]], pooled: Tensor | None = None) -> PromptOutput:
         """Read each episode's demonstrations; the gradient of the result reaches the backbone.
 
         Args:
             demonstrations: B episodes of at least one pair each, every pair with its output.
+            pooled: [B, hidden] as `pooled` gives it, where the pass through Qwen is already done (by a
+                `PromptWindow`); the gradient then goes there.
 
         Returns:
             The prompt [B, D], its two halves, the features, and what did not fit.
 
         Raises:
-            ValueError: no episode, an episode without demonstrations, or a pair without output.
+            ValueError: no episode, an episode without demonstrations, a pair without output, or `pooled` of
+                another shape.
         """
         encoded = self._encode(demonstrations)
-        control, features = self._control(encoded)
-        text, dropped, cut, tokens = self._text(encoded)
+        rows, dropped, cut = zip(*map(self._ids, encoded), strict=True)
+        shape = (len(rows), self.projection[0].in_features)
+        if pooled is None:
+            pooled = self._read(rows)
+        elif pooled.shape != shape:
+            raise ValueError(f"pooled must be {list(shape)}, got {tuple(pooled.shape)}")
+        means = [np.mean([pair.features for pair in pairs], axis=0, dtype=np.float32) for pairs in encoded]
+        features = torch.from_numpy(normalise(np.stack(means))).to(pooled.device)
+        dtype = self.projection[0].weight.dtype
+        text = at_least_float32(self.projection(pooled.to(dtype)))
+        control = at_least_float32(self.control(features.to(dtype)))
         return PromptOutput(
             prompt=0.5 * text + 0.5 * control,
             text=text,
             control=control,
             features=features,
-            dropped_pairs=dropped,
-            cut_pairs=cut,
-            tokens=tokens,
+            dropped_pairs=sum(dropped),
+            cut_pairs=sum(cut),
+            tokens=sum(map(len, rows)),
         )
 
-    def encode_text(self, demonstrations: Sequence[Sequence[Pair]]) -> Tensor:
-        """Only the text half [B, D]: the part that costs a pass through Qwen."""
-        return self._text(self._encode(demonstrations))[0]
+    def pooled(self, demonstrations: Sequence[Sequence[Pair]]) -> Tensor:
+        """Qwen's pooled hidden state [B, hidden] of each episode's text, float32: the part that costs a pass.
 
-    def encode_control(self, demonstrations: Sequence[Sequence[Pair]]) -> tuple[Tensor, Tensor]:
-        """Only the control half [B, D] and the features [B, 15]: no pass through Qwen."""
-        return self._control(self._encode(demonstrations))
+        As the `encode` of a `PromptWindow`, whose keys are then the demonstrations, as tuples of the same pairs.
+        """
+        return self._read([self._ids(pairs)[0] for pairs in self._encode(demonstrations)])
 
     def qwen_parameters(self) -> Iterator[nn.Parameter]:
         """The backbone's trainable parameters: all of them, or the adapters alone with LoRA."""
@@ -244,15 +260,13 @@ class QwenPrompt(nn.Module):
             room -= length
         return np.concatenate(pieces), 0, room < 0
 
-    def _text(self, encoded: list[list[EncodedPair]]) -> tuple[Tensor, int, int, int]:
-        rows, dropped, cut = zip(*map(self._ids, encoded), strict=True)
-        groups = similar_lengths(
-            [len(row) for row in rows], GROUP_TOKENS.get(self.projection[0].weight.device.type, 16384)
-        )
+    def _read(self, rows: Sequence[np.ndarray]) -> Tensor:
+        """Pooled hidden states [B, hidden] of token rows, prompts of like length together."""
+        budget = GROUP_TOKENS.get(self.projection[0].weight.device.type, GROUP_TOKENS["cuda"])
+        groups = similar_lengths([len(row) for row in rows], budget)
         pooled = torch.cat([self._pool([rows[index] for index in group]) for group in groups])
         # back from the groups' order to the batch's
-        order = torch.tensor(np.argsort(np.concatenate(groups)), device=pooled.device)
-        return self.projection(pooled[order]).float(), sum(dropped), sum(cut), sum(map(len, rows))
+        return pooled[torch.tensor(np.argsort(np.concatenate(groups)), device=pooled.device)]
 
     def _pool(self, rows: list[np.ndarray]) -> Tensor:
         """Pooled hidden states [b, hidden] of prompts that go through Qwen together."""
@@ -263,13 +277,9 @@ class QwenPrompt(nn.Module):
         # padding is on the right and attention is causal, so no prompt ever sees a pad: without a mask SDPA takes
         # its causal kernel, which skips half of the work
         hidden = self.backbone(input_ids=torch.from_numpy(ids).to(device), use_cache=False).last_hidden_state
+        hidden = at_least_float32(hidden)
         length = torch.tensor([len(row) for row in rows], device=device)
         if self.pooling == "last":
-            return hidden[torch.arange(len(rows), device=device), length - 1].float()
+            return hidden[torch.arange(len(rows), device=device), length - 1]
         valid = torch.arange(hidden.shape[1], device=device) < length[:, None]
-        return (hidden.float() * (valid / length[:, None])[..., None]).sum(1)
-
-    def _control(self, encoded: list[list[EncodedPair]]) -> tuple[Tensor, Tensor]:
-        means = [np.mean([pair.features for pair in pairs], axis=0, dtype=np.float32) for pairs in encoded]
-        features = torch.from_numpy(normalise(np.stack(means))).to(self.projection[0].weight.device)
-        return self.control(features).float(), features
+        return (hidden * valid[..., None]).sum(1) / length[:, None]

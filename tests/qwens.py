@@ -1,5 +1,6 @@
 """Qwens of the true architectures, small, saved to a folder as a download would be."""
 
+import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
@@ -10,6 +11,8 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 from qwen_fused.tiny import byte_tokenizer, seeded
 
@@ -68,3 +71,16 @@ def save_qwen(folder, kind="qwen2.5", tokenizer=None, dtype=torch.float32, **cha
     model.save_pretrained(folder)
     (tokenizer or byte_tokenizer()).save_pretrained(folder)
     return model
+
+
+def exact_rms_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Qwen's RMSNorm in the precision of its input; transformers' own rounds to float32 inside."""
+    variance = hidden_states.square().mean(-1, keepdim=True)
+    return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+
+
+@pytest.fixture
+def exact_norms(monkeypatch):
+    """Let Qwens of double precision be exact to double precision."""
+    for norm in (modeling_qwen2.Qwen2RMSNorm, modeling_qwen3.Qwen3RMSNorm):
+        monkeypatch.setattr(norm, "forward", exact_rms_norm)

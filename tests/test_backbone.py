@@ -79,7 +79,8 @@ def test_moves_no_global_generator(tmp_path):
 
 def one_sentence(error: ValueError) -> bool:
     """One line, and no other error's traceback before it."""
-    return "\n" not in str(error) and (error.__context__ is None or error.__suppress_context__)
+    hidden = error.__context__ is None or error.__suppress_context__
+    return "\n" not in str(error) and error.__cause__ is None and hidden
 
 
 def edit_config(folder, **changes):

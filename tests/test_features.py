@@ -59,6 +59,7 @@ def test_hand_values_other_size():
     assert got["correlation"] == 0
     # the input mirrors both ways, the output only top-bottom: a single row is its own mirror image
     assert got["symmetry_change"] == 1
+    assert pair_features(grid("1234"), grid("11", "11"))[FEATURES.index("symmetry_change")] == 1
     assert (got["height_in"], got["height_out"], got["width_in"], got["width_out"]) == (2, 1, 2, 4)
     assert (got["colors_added"], got["colors_removed"]) == (3, 0)
 

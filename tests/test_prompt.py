@@ -5,13 +5,13 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from qwens import qwen_tokenizer, save_qwen
+from qwens import exact_norms, qwen_tokenizer, save_qwen  # noqa: F401
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from qwen_fused.data import Pair
 from qwen_fused.features import FEATURES, RULES, demonstration_features, normalise, rule_sentence
-from qwen_fused.prompt import INPUT, OUTPUT, QwenPrompt, grid_text, similar_lengths
+from qwen_fused.prompt import GROUP_TOKENS, INPUT, OUTPUT, QwenPrompt, grid_text, similar_lengths
 
 
 def pair(seed: int, h: int = 4, w: int = 5, output: tuple[int, int] | None = None) -> Pair:
@@ -44,9 +44,19 @@ def test_shapes_and_hybrid(prompt):
     assert np.array_equal(out.features.numpy(), want)
     assert out.dropped_pairs == out.cut_pairs == 0
     assert out.tokens == sum(len(prompt.tokenizer(text_of(pairs))["input_ids"]) for pairs in DEMONSTRATIONS)
-    assert torch.equal(prompt.encode_text(DEMONSTRATIONS), out.text)
-    control, features = prompt.encode_control(DEMONSTRATIONS)
-    assert torch.equal(control, out.control) and torch.equal(features, out.features)
+
+
+def test_pooled_state_stands_in_for_the_pass(prompt):
+    out = prompt(DEMONSTRATIONS)
+    pooled = prompt.pooled([tuple(pairs) for pairs in DEMONSTRATIONS]).detach().requires_grad_()
+    assert pooled.shape == (3, prompt.backbone.config.hidden_size) and pooled.dtype == torch.float32
+    prompt.zero_grad()
+    again = prompt(DEMONSTRATIONS, pooled)
+    assert torch.equal(again.prompt, out.prompt) and again.tokens == out.tokens
+    again.prompt.square().sum().backward()
+    assert pooled.grad.norm() > 0 and all(p.grad is None for p in prompt.qwen_parameters())
+    with pytest.raises(ValueError, match=r"pooled must be \[3, 128\], got \(2, 128\)"):
+        prompt(DEMONSTRATIONS, pooled[:2])
 
 
 def test_grid_text():
@@ -87,7 +97,7 @@ def test_groups_of_similar_lengths(monkeypatch, prompt):
     assert [sorted(group) for group in groups] == [[3], [1, 5], [0, 2, 4]]
     with torch.no_grad():
         want = prompt(DEMONSTRATIONS).prompt
-        monkeypatch.setattr("qwen_fused.prompt.GROUP_TOKENS", {"cpu": 1})
+        monkeypatch.setitem(GROUP_TOKENS, "cpu", 1)
         assert similar_lengths([3, 3], 1) == [[0], [1]]
         torch.testing.assert_close(prompt(DEMONSTRATIONS).prompt, want, rtol=1e-4, atol=1e-5)
 
@@ -107,7 +117,8 @@ def test_every_demonstration_cell_changes_the_prompt(prompt):
 
 
 def test_the_query_and_its_answer_have_no_way_in():
-    assert list(inspect.signature(QwenPrompt.forward).parameters) == ["self", "demonstrations"]
+    assert list(inspect.signature(QwenPrompt.forward).parameters) == ["self", "demonstrations", "pooled"]
+    assert list(inspect.signature(QwenPrompt.pooled).parameters) == ["self", "demonstrations"]
     # a pair without its output cannot stand for a demonstration, so the query's pair cannot slip in either
     with pytest.raises(ValueError, match="episode 1 has one without"):
         QwenPrompt(dim=8)([[pair(0)], [pair(0), Pair(pair(1).input, None)]])
@@ -201,26 +212,24 @@ def test_gradient_reaches_every_parameter(kind, pooling, tmp_path):
     assert len({id(p) for p in qwen + head}) == len(qwen) + len(head) == len(list(prompt.parameters()))
 
 
-def test_gradient_is_the_derivative(tmp_path):
-    save_qwen(tmp_path, "qwen3")
-    prompt = QwenPrompt(str(tmp_path), dim=8).double()
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_gradient_is_the_derivative(kind, tmp_path, exact_norms):  # noqa: F811
+    save_qwen(tmp_path, kind)
+    prompt = QwenPrompt(str(tmp_path), dim=8, dtype=torch.float64).double()
     weight = torch.linspace(-1, 2, 3 * 8, dtype=torch.float64).view(3, 8)
 
     def loss() -> torch.Tensor:
-        # the module answers in float32: differentiate what it does before that
-        rows = [prompt._ids(episode)[0] for episode in prompt._encode(DEMONSTRATIONS)]
-        return (prompt.projection(prompt._pool(rows).double()) * weight).sum()
+        return (prompt(DEMONSTRATIONS).prompt * weight).sum()
 
     for parameter in (prompt.backbone.layers[0].self_attn.k_proj.weight, prompt.backbone.norm.weight):
         direction = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64)).view_as(parameter)
         (grad,) = torch.autograd.grad(loss(), parameter)
         with torch.no_grad():
-            parameter += 2e-4 * direction
+            parameter += 1e-6 * direction
             above = loss()
-            parameter -= 4e-4 * direction
+            parameter -= 2e-6 * direction
             below = loss()
-        # transformers' norms compute in float32 whatever the weights are
-        assert (grad * direction).sum() == pytest.approx(float(above - below) / 4e-4, rel=3e-3)
+        assert (grad * direction).sum() == pytest.approx(float(above - below) / 2e-6, rel=1e-6)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
