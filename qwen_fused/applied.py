@@ -97,7 +97,7 @@ def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Tr
         first: the first call.
         later: a later call, with the parameters moved a little.
     """
-    findings = _unlasting(subject, first, later)
+    findings = _unlasting(first, later)
     if gradients.erased:
         findings.append(_erased(subject, gradients.erased, during_step=False))
     if not subject.optimizers:
@@ -121,10 +121,9 @@ def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Tr
     return Rung("applied", True, detail)
 
 
-def _unlasting(subject: Subject, first: Trace, later: Trace | None) -> list[Finding]:
+def _unlasting(first: Trace, later: Trace | None) -> list[Finding]:
     """Parameters made anew at each call, made too late, or used through a graph of an earlier call."""
     findings = []
-    now = {id(p): name for name, p in subject.now_named().items()}
     again = {site.user for _, site in later.fresh} if later is not None else set()
     by_line: dict[Frame, list[Tensor]] = {}
     sites = {}
@@ -132,8 +131,8 @@ def _unlasting(subject: Subject, first: Trace, later: Trace | None) -> list[Find
         by_line.setdefault(site.user, []).append(parameter)
         sites[site.user] = site
     for line, made in by_line.items():
-        # a name that the parameter had while it lasted, where a module held it
-        shapes = tuple(now.get(id(p), f"<new {'x'.join(map(str, p.shape))}>") for p in made)
+        # the name that the parameter had while it lasted, where a module held it
+        shapes = tuple(first.named_after.get(id(p), f"<new {'x'.join(map(str, p.shape))}>") for p in made)
         if line in again:
             detail = f"{name_some(shapes)} is made anew at each call: random every time, trained never"
             findings.append(Finding("fresh", detail, shapes, line, sites[line].inside))

@@ -107,6 +107,7 @@ class Trace:
     stale: list[tuple[int, Site]] = field(default_factory=list)
     used: int = 0  # parameters that any operation read
     half: bool = False  # whether anything was computed in 16 bits
+    named_after: dict[int, str] = field(default_factory=dict)  # id of a parameter -> its name when the call was over
 
     @property
     def through(self) -> int:

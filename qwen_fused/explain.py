@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwen_fused import backtrace
 from qwen_fused.cuts import Cut, Event, Trace
-from qwen_fused.frames import NOWHERE
+from qwen_fused.frames import NOWHERE, Frame
 from qwen_fused.ladder import Finding, name_some
 from qwen_fused.replay import Nudge, ReplayMismatch
 from qwen_fused.subject import Subject, as_float
@@ -23,15 +23,15 @@ def disconnected(subject: Subject, trace: Trace, missing: list[str]) -> tuple[li
     bit = {name: 1 << i for i, name in enumerate(labels.names)}
     through = labels.values(trace.loss) if isinstance(trace.loss, Tensor) else 0
     alive = labels.alive(trace.loss) if isinstance(trace.loss, Tensor) else 0
-    now = subject.now_named()
-    by_event: dict[int, tuple[Event, list[str]]] = {}
+    fresh = {trace.named_after.get(id(p)): site for p, site in trace.fresh}
+    by_line: dict[tuple[str, Frame], tuple[Event, list[str]]] = {}
     graph, replaced, unused, dropped = [], [], [], []
     returning = None
     for name in missing:
         if alive & bit[name]:
             graph.append(name)
             continue
-        if name in now and now[name] is not subject.named[name]:
+        if name in fresh:
             replaced.append(name)
             continue
         events = [e for e in trace.reaching if e.lost & bit[name]] if through & bit[name] else []
@@ -40,21 +40,21 @@ def disconnected(subject: Subject, trace: Trace, missing: list[str]) -> tuple[li
                 returning = _returning(subject, trace)
             events = [e for e in returning if e.lost & bit[name]]
         if events:
-            by_event.setdefault(id(events[0]), (events[0], []))[1].append(name)
+            event = events[0]
+            by_line.setdefault((event.kind, event.site.user), (event, []))[1].append(name)
         else:
             (dropped if trace.used & bit[name] else unused).append(name)
     findings, cuts = _in_backward(subject, graph) if graph else ([], [])
-    for event, names in sorted(by_event.values(), key=lambda pair: pair[0].order):
+    for event, names in sorted(by_line.values(), key=lambda pair: pair[0].order):
         cut = event.cut(labels, sum(bit[n] for n in names))
         cuts.append(cut)
         where = f", first lost at {cut.at}" if cut.at else ""
         detail = f"{cut.operation} loses {name_some(names)}{where}"
         findings.append(Finding(cut.kind, detail, tuple(names), cut.frame, cut.inside))
-    for parameter, site in trace.fresh if replaced else ():
-        names = tuple(n for n in replaced if now[n] is parameter)
-        if names:
-            detail = f"{name_some(names)} is replaced by a new parameter when the loss function is called"
-            findings.append(Finding("replaced", detail, names, site.user, site.inside))
+    for line in dict.fromkeys(fresh[name].user for name in replaced):
+        names = tuple(name for name in replaced if fresh[name].user == line)
+        detail = f"{name_some(names)} is replaced by a new parameter when the loss function is called"
+        findings.append(Finding("replaced", detail, names, line, fresh[names[0]].inside))
     if unused:
         detail = f"no operation of the loss function reads {name_some(unused)}"
         findings.append(Finding("unused", detail, tuple(unused)))

@@ -100,10 +100,6 @@ class Subject:
         """Parameters that ask for a gradient."""
         return {name: p for name, p in self.named.items() if p.requires_grad}
 
-    def now_named(self) -> dict[str, Tensor]:
-        """Names and parameters as the modules have them now: calling them may have made new ones."""
-        return _named(self.source)
-
     def call(self, held: Mapping[Slot, Held] | None = None) -> Any:
         """The loss function's result, with random generators and buffers as at the start, and held results in place."""
         self.evaluations += 1
@@ -125,7 +121,10 @@ class Subject:
         with warnings.catch_warnings():
             # torch points them at the proof's own lines; the plain call shows them where they belong
             warnings.simplefilter("ignore")
-            return trace(self.loss_fn, self.named, on_custom)
+            found = trace(self.loss_fn, self.named, on_custom)
+        # calling the modules may have given a name to another parameter
+        found.named_after = {id(p): name for name, p in _named(self.source).items()}
+        return found
 
     def watched_call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call one of the analyses that take the loss function themselves."""
@@ -170,9 +169,8 @@ class Subject:
         finally:
             for hook in hooks:
                 hook.remove()
-        gone = [name for name, grad in found.of.items() if _is_gone(self.named[name].grad, grad)]
-        found.erased = tuple(gone)
-        found.of = {name: g.to_dense() if g.is_sparse else g for name, g in found.of.items()}
+        found.erased = tuple(n for n in self.named if n in found.of and _is_gone(self.named[n].grad, found.of[n]))
+        found.of = {n: g.to_dense() if (g := found.of[n]).is_sparse else g for n in self.named if n in found.of}
         return found
 
 

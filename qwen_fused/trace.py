@@ -35,6 +35,9 @@ def trace(loss_fn: Callable[[], Any], parameters: Mapping[str, Tensor], on_custo
         on_custom: called with every custom operation that depends on a parameter, its callable, arguments and result.
     """
     tracer = _Tracer(parameters, on_custom)
+    if not torch.is_grad_enabled():
+        # switched off by somebody before: the nearest that can be said is who called
+        tracer.switched_off = frames.locate()
     with (
         modes.uncompiled(),
         modes.on_apply(tracer.apply),
