@@ -1,0 +1,457 @@
+"""The window's gradient is the uncached one, whatever encode does at random; misuse is refused in a sentence."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from qwens import exact_norms, save_qwen  # noqa: F401
+from torch import Tensor, nn
+
+from qwen_fused.data import Pair
+from qwen_fused.prompt import QwenPrompt
+from qwen_fused.window import PromptWindow
+
+DROPOUT = 0.3
+# relative error of the whole gradient, and of any one tensor, which may be small beside the rest
+LIMITS = {torch.float32: (1e-5, 2e-4), torch.float64: (1e-12, 1e-10)}
+
+
+def demonstrations(seed: int) -> tuple[Pair, ...]:
+    rng = np.random.default_rng(seed)
+    shapes = rng.integers(1, 5, (int(rng.integers(1, 3)), 4))
+    return tuple(
+        Pair(rng.integers(0, 10, (a, b), dtype=np.uint8), rng.integers(0, 10, (c, d), dtype=np.uint8))
+        for a, b, c, d in shapes
+    )
+
+
+TASKS = [demonstrations(seed) for seed in range(9)]
+# keys return in later batches, twice in one batch, and some batches bring nothing new
+BATCHES = [[0, 1, 2], [2, 3, 0, 3], [1, 0, 2], [4, 5, 1], [5, 4, 4], [6, 0, 8], [7, 8]]
+
+KINDS = {
+    "qwen2": ({}, {}),
+    "dropout": (dict(attention_dropout=DROPOUT), {}),
+    "lora": (dict(attention_dropout=DROPOUT), dict(lora_rank=2)),
+    "checkpointing": (dict(attention_dropout=DROPOUT), dict(gradient_checkpointing=True)),
+    "lora, checkpointing": (dict(attention_dropout=DROPOUT), dict(lora_rank=2, gradient_checkpointing=True)),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for kind, (changes, _) in KINDS.items():
+        made[kind] = tmp_path_factory.mktemp("qwen")
+        save_qwen(made[kind], "qwen3" if kind == "dropout" else "qwen2.5", **changes)
+    return made
+
+
+def make(folders, kind: str, dtype: torch.dtype = torch.float32) -> QwenPrompt:
+    prompt = QwenPrompt(str(folders[kind]), dim=8, dtype=dtype, **KINDS[kind][1])
+    return prompt.double() if dtype == torch.float64 else prompt
+
+
+class Run:
+    """A small training loop: Qwen steps once per window, a head at every batch, gradients of each window kept."""
+
+    def __init__(self, prompt: QwenPrompt):
+        self.prompt = prompt
+        # gradients here have norms of hundreds; a larger step would amplify rounding from window to window
+        self.qwen = torch.optim.SGD(prompt.qwen_parameters(), lr=1e-4)
+        dtype = prompt.projection[0].weight.dtype
+        self.head = 0.3 * torch.sin(torch.arange(5 * 32, dtype=dtype)).view(5, 32)
+        self.head.requires_grad_()
+        self.gradients: list[list[Tensor]] = []
+        self.losses: list[Tensor] = []
+        torch.manual_seed(5)
+
+    def backward(self, pooled: Tensor, batch: list[int], scale: float = 1.0) -> None:
+        """A loss that is not linear in the prompts, differs from batch to batch and steps its own weights."""
+        out = self.prompt([TASKS[k] for k in batch], pooled).text
+        # one number of the stream, so that the random state moves between batches as an agent's would
+        noise = torch.rand((), dtype=out.dtype)
+        loss = (torch.tanh(pooled @ self.head.T).square().sum() + (out * noise).cos().sum()) * scale
+        loss.backward()
+        self.losses.append(loss.detach() / scale)
+        with torch.no_grad():
+            self.head -= 0.01 * self.head.grad / scale
+            self.head.grad = None
+
+    def step(self) -> None:
+        self.gradients.append([p.grad.clone() for p in self.prompt.qwen_parameters()])
+        self.qwen.step()
+        self.qwen.zero_grad()
+
+
+def run_window(prompt: QwenPrompt, size: int, mode: str, batches=BATCHES) -> Run:
+    run = Run(prompt)
+    window = PromptWindow(lambda keys: prompt.pooled([TASKS[k] for k in keys]), size, mode=mode)
+    for number, batch in enumerate(batches, start=1):
+        run.backward(window.prompts(batch), batch)
+        if window.full or number == len(batches):
+            window.flush()
+            run.step()
+    return run
+
+
+def run_uncached(prompt: QwenPrompt, size: int, batches=BATCHES) -> Run:
+    """Every batch through Qwen with its own graph; dropout falls for a key as at its first use in the window."""
+    run = Run(prompt)
+    calls: list[tuple[list[int], Tensor]] = []
+    for number, batch in enumerate(batches, start=1):
+        new = list(dict.fromkeys(k for k in batch if not any(k in keys for keys, _ in calls)))
+        if new:
+            calls.append((new, torch.get_rng_state()))
+            prompt.pooled([TASKS[k] for k in new])
+        after = torch.get_rng_state()
+        table = {}
+        for keys, state in calls:
+            torch.set_rng_state(state)
+            table.update(zip(keys, prompt.pooled([TASKS[k] for k in keys]), strict=True))
+        torch.set_rng_state(after)
+        run.backward(torch.stack([table[k] for k in batch]), batch)
+        if number % size == 0 or number == len(batches):
+            run.step()
+            calls.clear()
+    return run
+
+
+def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
+    difference = sum(float((g - w).double().square().sum()) for g, w in zip(got, want, strict=True))
+    return (difference / sum(float(w.double().square().sum()) for w in want)) ** 0.5
+
+
+@pytest.mark.parametrize("mode", ["recompute", "retain"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_gradient_equals_the_uncached_one(dtype, kind, mode, folders, exact_norms):  # noqa: F811
+    # windows of 3, 3 and an uneven last one of 1, Qwen moving between them
+    want = run_uncached(make(folders, kind, dtype), 3)
+    got = run_window(make(folders, kind, dtype), 3, mode)
+    whole, single = LIMITS[dtype]
+    assert len(got.gradients) == len(want.gradients) == 3
+    for g, w in zip(got.gradients, want.gradients, strict=True):
+        assert relative_error(g, w) < whole
+        assert max(relative_error([a], [b]) for a, b in zip(g, w, strict=True)) < single
+    assert relative_error(got.losses, want.losses) < whole
+    assert relative_error(list(got.prompt.parameters()), list(want.prompt.parameters())) < whole
+
+
+def test_gradient_equals_plain_batches_without_a_window(folders, exact_norms):  # noqa: F811
+    """No dropout, no window's calls: each batch as one call on all its keys."""
+    prompt = make(folders, "qwen2", torch.float64)
+    run = Run(prompt)
+    for batch in BATCHES:
+        run.backward(prompt.pooled([TASKS[k] for k in batch]), batch)
+    run.step()
+    got = run_window(make(folders, "qwen2", torch.float64), 10, "recompute")
+    assert relative_error(got.gradients[0], run.gradients[0]) < 1e-12
+
+
+def test_dropout_is_active(folders):
+    """What the tests above call dropout changes the gradient when its masks fall otherwise."""
+    one, other = Run(make(folders, "dropout")), Run(make(folders, "dropout"))
+    torch.manual_seed(1)
+    one.backward(one.prompt.pooled([TASKS[0]]), [0])
+    torch.manual_seed(2)
+    other.backward(other.prompt.pooled([TASKS[0]]), [0])
+    one.step()
+    other.step()
+    assert relative_error(one.gradients[0], other.gradients[0]) > 0.05
+
+
+def test_modes_agree_and_leave_the_same_random_state(folders):
+    runs = []
+    for mode in ("recompute", "retain"):
+        runs.append(run_window(make(folders, "dropout"), 3, mode))
+        runs[-1].state = torch.get_rng_state()
+    assert torch.equal(runs[0].state, runs[1].state)
+    assert relative_error(runs[0].gradients[2], runs[1].gradients[2]) < 1e-6
+
+
+def test_a_window_of_one_is_plain_training(folders):
+    assert (
+        relative_error(
+            sum(run_window(make(folders, "dropout"), 1, "recompute").gradients, []),
+            sum(run_uncached(make(folders, "dropout"), 1).gradients, []),
+        )
+        < 1e-5
+    )
+
+
+class Table(nn.Module):
+    """The smallest encode: a row per key, with dropout; counts what it is asked."""
+
+    def __init__(self, rows: int = 9):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 2, rows * 4).view(rows, 4))
+        self.dropout = nn.Dropout(0.4)
+        self.asked: list[tuple[list[int], bool]] = []
+
+    def forward(self, keys: list[int]) -> Tensor:
+        self.asked.append((list(keys), torch.is_grad_enabled()))
+        return self.dropout(self.weight[keys]).square()
+
+
+def test_each_prompt_is_computed_once(folders):
+    encode = Table()
+    window = PromptWindow(encode, 3)
+    for _ in range(2):
+        encode.asked.clear()
+        for batch in BATCHES[:3]:
+            window.prompts(batch).sum().backward()
+        asked = [keys for keys, _ in encode.asked]
+        assert asked == [[0, 1, 2], [3]]
+        assert window.flush() == 4
+        assert [keys for keys, _ in encode.asked] == asked * 2 and all(graph for _, graph in encode.asked[2:])
+    # once it is known what must stand still, nothing is kept of the first pass
+    assert not any(graph for _, graph in encode.asked[:2])
+
+
+def test_hands_out_leaves_with_the_values_of_encode():
+    encode = Table().eval()
+    window = PromptWindow(encode, 2)
+    prompts = window.prompts([3, 1, 3])
+    assert prompts.is_leaf and prompts.requires_grad and prompts.shape == (3, 4)
+    assert torch.equal(prompts, encode.weight[[3, 1, 3]].square())
+    with torch.no_grad():
+        assert window.prompts([1]).requires_grad
+    assert window.full
+
+
+def test_adds_to_gradients_as_backward_does():
+    encode = Table().eval()
+    encode.weight.grad = torch.ones_like(encode.weight)
+    window = PromptWindow(encode, 2)
+    window.prompts([0, 1]).sum().backward()
+    window.prompts([1, 1]).sum().backward()
+    window.flush(scale=0.5)
+    want = torch.ones_like(encode.weight)
+    want[0] += 0.5 * 2 * encode.weight.detach()[0]
+    want[1] += 0.5 * 3 * 2 * encode.weight.detach()[1]
+    torch.testing.assert_close(encode.weight.grad, want)
+
+
+def test_a_batch_can_be_rescaled_or_left_out():
+    """As a loss scaler or a skipped batch needs it: what counts is the leaf's grad when flush comes."""
+    encode = Table().eval()
+    window = PromptWindow(encode, 3)
+    first, second, third = (window.prompts([k]) for k in (0, 1, 2))
+    (first.sum() * 1024).backward()
+    first.grad /= 1024
+    second.sum().backward()
+    second.grad = None
+    third.sum().backward()
+    window.flush()
+    used = encode.weight.grad.abs().sum(1) > 0
+    assert used.tolist() == [True, False, True] + [False] * 6
+    torch.testing.assert_close(encode.weight.grad[0], 2 * encode.weight.detach()[0])
+
+
+def test_two_losses_on_one_batch_add_up():
+    encode = Table().eval()
+    window = PromptWindow(encode, 1)
+    prompts = window.prompts([2])
+    prompts.sum().backward()
+    (3 * prompts).sum().backward()
+    window.flush()
+    torch.testing.assert_close(encode.weight.grad[2], 4 * 2 * encode.weight.detach()[2])
+
+
+def test_autocast_of_the_first_pass_holds_for_the_second():
+    gradients = []
+    for mode in ("recompute", "retain"):
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 6)
+        data = torch.randn(4, 6)
+        window = PromptWindow(lambda keys, layer=layer, data=data: layer(data[keys]), 2, mode=mode)
+        for keys in ([0, 1], [2, 3]):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                prompts = window.prompts(keys)
+            assert prompts.dtype == torch.bfloat16
+            prompts.float().square().sum().backward()
+        window.flush()
+        gradients.append(layer.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def reload(state: dict) -> dict:
+    """Through a file, without pickle execution."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("mode", ["recompute", "retain"])
+@pytest.mark.parametrize("done", [0, 1, 2, 3])
+def test_resuming_inside_a_window_is_bitwise(mode, done, folders):
+    batches = BATCHES[:4]
+
+    def encoder(prompt):
+        return lambda keys: prompt.pooled([TASKS[k] for k in keys])
+
+    straight = Run(make(folders, "dropout"))
+    window = PromptWindow(encoder(straight.prompt), 4, mode=mode)
+    saved = None
+    for number, batch in enumerate(batches):
+        if number == done:
+            saved = reload(
+                {
+                    "window": window.state_dict(),
+                    "model": straight.prompt.state_dict(),
+                    "head": straight.head.detach(),
+                    "rng": torch.get_rng_state(),
+                }
+            )
+        straight.backward(window.prompts(batch), batch)
+    window.flush()
+    straight.step()
+
+    resumed = Run(make(folders, "dropout"))
+    resumed.prompt.load_state_dict(saved["model"])
+    resumed.head = saved["head"].requires_grad_()
+    torch.set_rng_state(saved["rng"])
+    window = PromptWindow(encoder(resumed.prompt), 4, mode=mode)
+    window.load_state_dict(saved["window"], keys=[key for batch in batches[:done] for key in batch])
+    for batch in batches[done:]:
+        resumed.backward(window.prompts(batch), batch)
+    window.flush()
+    resumed.step()
+    assert resumed.losses == straight.losses[done:]
+    for got, want in zip(resumed.gradients[0], straight.gradients[0], strict=True):
+        assert torch.equal(got, want)
+
+
+def test_state_survives_twice(folders):
+    """A state of a resumed window, before its next batch, is the same state."""
+    encode = Table()
+    window = PromptWindow(encode, 4)
+    window.prompts([0, 1]).sum().backward()
+    first = window.state_dict()
+    again = PromptWindow(encode, 4)
+    again.load_state_dict(reload(first), keys=[0, 1])
+    second = again.state_dict()
+    assert second["batches"] == 1 and torch.equal(second["gradient"], first["gradient"])
+    assert torch.equal(second["outputs"][0], first["outputs"][0])
+    again.prompts([1, 2]).sum().backward()
+    assert again.flush() == 3 and (encode.weight.grad[:2] != 0).any()
+
+
+def test_state_does_not_move_with_the_window():
+    window = PromptWindow(Table(), 4)
+    prompts = window.prompts([0])
+    prompts.sum().backward()
+    state = window.state_dict()
+    prompts.grad += 7
+    assert state["gradient"].tolist() == [[1.0] * 4]
+
+
+@pytest.mark.parametrize(
+    ("keys", "size", "message"),
+    [([0], 4, "the state's 2 prompts, got 1"), ([0, 1], 1, "at least the state's 2 batches, got 1")],
+)
+def test_rejects_a_state_that_does_not_fit(keys, size, message):
+    window = PromptWindow(Table(), 4)
+    window.prompts([0]).sum().backward()
+    window.prompts([1]).sum().backward()
+    with pytest.raises(ValueError, match=message):
+        PromptWindow(Table(), size).load_state_dict(window.state_dict(), keys)
+
+
+class TestMisuse:
+    """Every way to lose or falsify the gradient is refused."""
+
+    def test_flushing_twice(self):
+        window = PromptWindow(Table())
+        with pytest.raises(RuntimeError, match="nothing to flush"):
+            window.flush()
+        window.prompts([0]).sum().backward()
+        window.flush()
+        with pytest.raises(RuntimeError, match="nothing to flush"):
+            window.flush()
+
+    def test_a_batch_more_than_the_window_holds(self):
+        window = PromptWindow(Table(), 1)
+        window.prompts([0]).sum().backward()
+        with pytest.raises(RuntimeError, match="had its 1 batches: call flush"):
+            window.prompts([1])
+
+    @pytest.mark.parametrize("mode", ["recompute", "retain"])
+    @pytest.mark.parametrize("then", ["prompts", "flush"])
+    def test_stepping_without_a_flush(self, mode, then):
+        encode = Table()
+        window = PromptWindow(encode, 3, mode=mode)
+        window.prompts([0]).sum().backward()
+        encode.weight.grad = torch.ones_like(encode.weight)
+        torch.optim.AdamW([encode.weight], lr=1e-6).step()
+        with pytest.raises(RuntimeError, match="changed inside the window: call flush"):
+            window.prompts([0]) if then == "prompts" else window.flush()
+
+    def test_weights_replaced_behind_autograds_back(self):
+        encode = Table()
+        window = PromptWindow(encode, 3)
+        window.prompts([0]).sum().backward()
+        encode.weight.data = encode.weight.data.clone()
+        with pytest.raises(RuntimeError, match="changed inside the window"):
+            window.prompts([0])
+
+    def test_stepping_after_a_flush_is_right(self):
+        encode = Table()
+        window = PromptWindow(encode, 1)
+        optimizer = torch.optim.SGD([encode.weight], lr=0.1)
+        for _ in range(3):
+            window.prompts([0]).sum().backward()
+            window.flush()
+            optimizer.step()
+
+    @pytest.mark.parametrize("leave", [PromptWindow.flush, PromptWindow.discard])
+    def test_a_prompt_after_its_window(self, leave):
+        window = PromptWindow(Table())
+        prompts = window.prompts([0])
+        prompts.sum().backward()
+        leave(window)
+        with pytest.raises(RuntimeError, match="whose window is over"):
+            prompts.sum().backward()
+        window.prompts([0]).sum().backward()
+
+    def test_a_loss_that_never_met_the_prompts(self):
+        window = PromptWindow(Table())
+        window.prompts([0]).detach().sum()
+        with pytest.raises(RuntimeError, match="no gradient has reached"):
+            window.flush()
+
+    def test_another_mode_or_other_data_at_the_second_pass(self):
+        encode = Table()
+        window = PromptWindow(encode)
+        window.prompts([0, 1]).sum().backward()
+        encode.eval()
+        with pytest.raises(RuntimeError, match="other prompts than it handed out"):
+            window.flush()
+        assert encode.weight.grad is None
+
+    def test_an_encode_that_cuts_the_gradient(self):
+        encode = Table()
+        for mode in ("recompute", "retain"):
+            with pytest.raises(ValueError, match="does not require grad"):
+                PromptWindow(lambda keys: encode(keys).detach(), mode=mode).prompts([0])
+
+    @pytest.mark.parametrize("shape", [(2, 3, 4), (3, 4), (2,)])
+    def test_an_encode_of_another_shape(self, shape):
+        window = PromptWindow(lambda keys: torch.ones(shape, requires_grad=True))
+        with pytest.raises(ValueError, match=r"encode must return \[2, D\] for 2 keys"):
+            window.prompts([0, 1])
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [(dict(size=0), "size must be at least 1, got 0"), (dict(mode="keep"), "recompute, retain, got 'keep'")],
+    )
+    def test_arguments(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            PromptWindow(Table(), **arguments)
+
+    def test_no_keys(self):
+        with pytest.raises(ValueError, match="at least one key"):
+            PromptWindow(Table()).prompts([])
