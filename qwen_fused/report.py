@@ -191,15 +191,10 @@ def _read_proof(path: Path) -> dict[str, Any]:
     if not isinstance(rungs, dict) or not all(isinstance(rung, dict) for rung in rungs.values()):
         raise ValueError(f"{path}: rungs must be an object of objects")
     ladder = [
-        {
-            "name": name,
-            "state": RUNGS.get(rung.get("ok"), RUNGS[None]),
-            "detail": rung.get("detail", ""),
-            "parameters": rung.get("parameters") or [],
-        }
+        {"name": name, "state": RUNGS.get(rung.get("ok"), RUNGS[None]), "detail": rung.get("detail", "")}
         for name, rung in rungs.items()
     ]
-    return {"rungs": ladder, "cut": proof.get("cut")} if ladder else {}
+    return {"verdict": proof.get("verdict", ""), "rungs": ladder, "cut": proof.get("cut")} if ladder else {}
 
 
 def _read(path: Path, missing: Any, parse: Callable[[str], Any] = json.loads) -> Any:

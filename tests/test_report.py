@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from qwen_fused import data
 from qwen_fused.evaluate import evaluate
+from qwen_fused.prove import prove
 from qwen_fused.report import read_metrics, write_examples, write_report
 
 VOID = {"meta", "link", "img", "br", "input", "hr"}
@@ -222,17 +224,26 @@ def test_read_metrics_columns(tmp_path):
     np.testing.assert_array_equal(columns["extra"], [np.nan, 3.5])
 
 
-def test_proof_ladder(tmp_path):
-    rungs = {
-        "declared": {"ok": True, "detail": "37 parameters", "parameters": ["fine.weight"]},
-        "connected": {"ok": False, "detail": "cut off", "parameters": ["layers.0.weight", "layers.1.weight"]},
-        "nonzero": {"ok": None, "detail": "not judged: not connected", "parameters": []},
-    }
-    cut = {"operation": "detach", "kind": "detach", "file": "model.py", "line": 42}
-    (tmp_path / "proof.json").write_text(json.dumps({"ok": False, "rungs": rungs, "cut": cut}))
+def test_proof_ladder_of_a_broken_loop(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+
+    def loss():
+        return model[1](model[0](torch.ones(2, 3)).detach()).pow(2).mean()
+
+    proof = prove(loss, model, torch.optim.SGD(model.parameters(), lr=0.1))
+    (tmp_path / "proof.json").write_text(json.dumps(proof.to_dict()))
     page = Page(write_report(tmp_path)).text
-    assert "✓ declared 37 parameters ✗ connected cut off (layers.0.weight, layers.1.weight) – nonzero" in page
-    assert "Cut: detach, detach at model.py:42" in page and "fine.weight" not in page
+    assert "Does the gradient reach Qwen? Broken ✓ declared 4 parameters" in page
+    assert "✗ connected 2 of 4 parameters get no gradient: 0.weight, 0.bias" in page
+    cut = loss.__code__.co_firstlineno + 1
+    assert f"Cut by Tensor.detach at {__file__}:{cut}" in page and "model[0](torch.ones(2, 3)).detach()" in page
+
+
+def test_rung_that_was_not_judged_is_not_ok(tmp_path):
+    rungs = {"correct": {"ok": None, "detail": "not judged: the loss is random"}}
+    (tmp_path / "proof.json").write_text(json.dumps({"ok": False, "rungs": rungs, "cut": None}))
+    page = Page(write_report(tmp_path)).text
+    assert "– correct not judged: the loss is random" in page and "✓" not in page
 
 
 def test_names_are_text_and_nothing_more(tmp_path):
