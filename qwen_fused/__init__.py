@@ -1,5 +1,22 @@
-"""Train Qwen through a planning agent: fused EFE loss, per-group gradient norms, and a run-time gradient proof."""
+"""Train Qwen through a planning agent: fused EFE loss, per-group gradient norms, and a run-time gradient proof.
+
+    import qwen_fused as qf
+
+Every part stands alone; nothing here imports transformers until it is used.
+"""
 
 from __future__ import annotations
 
+from qwen_fused.gradients import GradStats, GroupGradNorm
+from qwen_fused.ops import EFEOutput, EFEWeights, efe_loss, hard_cell_cross_entropy
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "EFEOutput",
+    "EFEWeights",
+    "GradStats",
+    "GroupGradNorm",
+    "efe_loss",
+    "hard_cell_cross_entropy",
+]

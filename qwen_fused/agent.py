@@ -249,7 +249,6 @@ class SizeHead(nn.Module):
         self.trunk = nn.Sequential(nn.Linear(prompt_dim + 2 * max_side, hidden), nn.GELU())
         self.free = nn.Linear(hidden, 2 * max_side)
         self.gate = nn.Linear(hidden, 2 * self.candidates)
-        self.scale = nn.Parameter(torch.tensor(6.0))
         nn.init.normal_(self.free.weight, std=0.02)
 
     def forward(self, prompt: Tensor, query_size: Tensor, demo_sizes: Tensor) -> Tensor:
@@ -267,5 +266,5 @@ class SizeHead(nn.Module):
         pointers = F.one_hot(sides, self.max_side).to(prompt.dtype)  # [B, 2, 4, S]
         own_hot = F.one_hot((query_size - 1).clamp(0, self.max_side - 1), self.max_side).flatten(1).to(prompt.dtype)
         h = self.trunk(torch.cat([prompt, own_hot], 1))
-        gate = self.gate(h).unflatten(1, (2, self.candidates)).softmax(2)
-        return self.free(h).unflatten(1, (2, -1)) + self.scale * torch.einsum("bsk,bskn->bsn", gate, pointers)
+        gate = self.gate(h).unflatten(1, (2, self.candidates))
+        return self.free(h).unflatten(1, (2, -1)) + torch.einsum("bsk,bskn->bsn", gate, pointers)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwen_fused.symmetry import SYMMETRIES, map_grids, turn
 from qwen_fused.tasks import COLORS, MAX_SIDE, SPLITS, Pair, Task, TaskCollection, load_tasks
 
 __all__ = [
@@ -139,24 +140,10 @@ def augment(episode: Episode, rng: np.random.Generator) -> Episode:
     One of the 8 symmetries of the square, and a permutation of colours 1 to 9. Colour 0 stays: it is the
     background of nearly every task, and a rule told in terms of background should stay true.
     """
-    turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
+    symmetry = int(rng.integers(SYMMETRIES))
     recolor = np.arange(COLORS, dtype=np.uint8)
     recolor[1:] = 1 + rng.permutation(COLORS - 1)
-
-    def apply(grid: np.ndarray | None) -> np.ndarray | None:
-        if grid is None:
-            return None
-        turned = np.rot90(recolor[grid], turns)
-        changed = np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)
-        changed.flags.writeable = False
-        return changed
-
-    return replace(
-        episode,
-        demonstrations=tuple(Pair(apply(pair.input), apply(pair.output)) for pair in episode.demonstrations),
-        query=apply(episode.query),
-        answer=apply(episode.answer),
-    )
+    return map_grids(episode, lambda grid: turn(recolor[grid], symmetry))
 
 
 class EpisodeSampler:
@@ -169,17 +156,19 @@ class EpisodeSampler:
         tasks: tasks to train on.
         batch_size: episodes in a batch.
         seed: with the epoch and the place in it, decides everything.
-        augment: turn and recolour each episode.
+        augment: share of the episodes, in [0, 1], that are turned and recoloured.
 
     Raises:
         ValueError: there is no task, or a number is out of range.
     """
 
-    def __init__(self, tasks: Iterable[Task], *, batch_size: int, seed: int, augment: bool = True):
+    def __init__(self, tasks: Iterable[Task], *, batch_size: int, seed: int, augment: float = 1.0):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
+        if not 0 <= augment <= 1:
+            raise ValueError(f"augment must be in [0, 1], got {augment}")
         # sorted, so that the order of loading does not change the batches
         ordered = sorted(tasks, key=lambda task: task.id)
         self.episodes = [episode for task in ordered for episode in leave_one_out(task)]
@@ -205,13 +194,14 @@ class EpisodeSampler:
         if self._planned is None or self._planned[0] != epoch:
             self._planned = (epoch, self._plan(epoch))
         chosen = [self.episodes[number] for number in self._planned[1][index]]
-        if not self.augment:
-            return chosen
         first = index * self.batch_size
         # 0 is the plan's stream (see _plan), so places count from 1
         places = range(1 + first, 1 + first + len(chosen))
         rngs = (np.random.default_rng([self.seed, epoch, place]) for place in places)
-        return [augment(episode, rng) for episode, rng in zip(chosen, rngs, strict=True)]
+        return [
+            augment(episode, rng) if rng.random() < self.augment else episode
+            for episode, rng in zip(chosen, rngs, strict=True)
+        ]
 
     def _plan(self, epoch: int) -> list[np.ndarray]:
         """Episode numbers of every batch of an epoch."""

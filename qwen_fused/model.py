@@ -6,6 +6,7 @@ gradient: the baseline plan under the unrefined prompt (it is only argmaxed, for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,30 +126,26 @@ class QwenPlanner(nn.Module):
         return self.agent.size_head(prompt, query_size, sides)
 
     @torch.no_grad()
-    def predict(
-        self, episodes: Sequence[Episode], attempts: int = 2, *, views: int = SYMMETRIES
-    ) -> list[list[np.ndarray]]:
-        """Predict answers: size first, then cells, by a vote over dihedral views of the whole episode.
+    def predict(self, episodes: Sequence[Episode], attempts: int = 2) -> list[list[np.ndarray]]:
+        """Predict answers: the size first, then the cells; the second attempt is a vote over the dihedral views.
 
         Args:
             episodes: demonstrations and query; the answer is never looked at.
-            attempts: grids per episode, different from each other where possible.
-            views: how many of the 8 dihedral views vote; the first is the episode as it is.
+            attempts: grids per episode, different from each other.
 
         Returns:
             Per episode a list of `attempts` uint8 grids [h, w], best first.
         """
-        episodes = [e.without_answer() for e in episodes]
+        upright = [e.without_answer() for e in episodes]
         with evaluating(self):
-            turned = [[turn_episode(e, v) for e in episodes] for v in range(views)]
-            encoded = [self.refined_prompt(view) for view in turned]
-            sizes, alternative = self.vote_size(turned, encoded)
-            voted = self.vote_cells(turned, encoded, sizes)
-            predictions = [[p.argmax(0).astype(np.uint8)] for p in voted]
+            encoded = self.refined_prompt(upright)
+            size, rival = self.likely_sizes(upright, encoded)
+            first = self.cell_probabilities(upright, encoded, size)
+            predictions = [[p.argmax(0).astype(np.uint8)] for p in first]
             if attempts > 1:
-                second = self.vote_cells(turned[:1], encoded[:1], alternative)
-                for grids, probabilities, other in zip(predictions, voted, second, strict=True):
-                    grids += further_attempts(probabilities, other.argmax(0).astype(np.uint8), attempts - 1)
+                vote = self.voted_probabilities(upright, rival)
+                for grids, probability, voted in zip(predictions, first, vote, strict=True):
+                    grids += further_attempts(probability, voted.argmax(0).astype(np.uint8), attempts - 1)
         return predictions
 
     def refined_prompt(self, episodes: Sequence[Episode]) -> tuple[Tensor, Tensor]:
@@ -157,37 +154,36 @@ class QwenPlanner(nn.Module):
         action = self.policy(encoded.prompt, encoded.control, encoded.features, sample=False)
         return action.refined, encoded.features
 
-    def vote_size(
-        self, turned: list[list[Episode]], encoded: list[tuple[Tensor, Tensor]]
+    def likely_sizes(
+        self, episodes: Sequence[Episode], encoded: tuple[Tensor, Tensor]
     ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """The likeliest size of each answer over all views, and the runner-up where it is a real rival."""
-        device = encoded[0][0].device
-        total = 0.0
-        for view, (episodes, (prompt, features)) in enumerate(zip(turned, encoded, strict=True)):
-            query_size = torch.tensor([e.query.shape for e in episodes], device=device)
-            log_p = self.size_logits(prompt, query_size, features).float().log_softmax(2)
-            total = total + (log_p.flip(1) if swaps_sides(view) else log_p) / len(turned)
-        joint = (total[:, 0, :, None] + total[:, 1, None, :]).flatten(1)  # [B, S * S]
-        side = total.shape[2]
-        value, index = joint.topk(2)
-        # 4 to 1 against is where a second size stops being worth the second attempt
-        index[:, 1] = torch.where(value[:, 0] - value[:, 1] < 1.4, index[:, 1], index[:, 0])
-        best, other = index.cpu().unbind(1)
-        return [(int(i) // side + 1, int(i) % side + 1) for i in best], [
-            (int(i) // side + 1, int(i) % side + 1) for i in other
-        ]
+        """The likeliest size of each answer; and the runner-up where it is a real rival, else the likeliest again."""
+        prompt, features = encoded
+        query_size = torch.tensor([e.query.shape for e in episodes], device=prompt.device)
+        log_p = self.size_logits(prompt, query_size, features).float().log_softmax(2)
+        side = log_p.shape[2]
+        value, index = (log_p[:, 0, :, None] + log_p[:, 1, None, :]).flatten(1).topk(2)
+        # from 4 to 1 against, a second size is not worth the second attempt
+        index[:, 1] = torch.where(value[:, 0] - value[:, 1] < math.log(4), index[:, 1], index[:, 0])
+        best, other = ([(i // side + 1, i % side + 1) for i in column] for column in index.T.tolist())
+        return best, other
 
-    def vote_cells(
-        self, turned: list[list[Episode]], encoded: list[tuple[Tensor, Tensor]], sizes: list[tuple[int, int]]
+    def cell_probabilities(
+        self, episodes: Sequence[Episode], encoded: tuple[Tensor, Tensor], sizes: list[tuple[int, int]]
     ) -> list[np.ndarray]:
-        """Mean colour probabilities [C, h, w] of each answer at the given sizes, over the views."""
+        """Colour probabilities [C, h, w] of each answer at the given sizes."""
+        logits = self.plan_at(episodes, encoded[0], sizes, readouts=1)[:, -1]
+        probability = logits.float().softmax(1).cpu().numpy()
+        return [p[:, :h, :w] for p, (h, w) in zip(probability, sizes, strict=True)]
+
+    def voted_probabilities(self, episodes: Sequence[Episode], sizes: list[tuple[int, int]]) -> list[np.ndarray]:
+        """Mean of the colour probabilities over the eight dihedral views of the whole episode."""
         total: list[np.ndarray] = [np.zeros(())] * len(sizes)
-        for view, (episodes, (prompt, _)) in enumerate(zip(turned, encoded, strict=True)):
-            seen = [s[::-1] if swaps_sides(view) else s for s in sizes]
-            plan = self.plan_at(episodes, prompt, seen, readouts=1)
-            probability = plan[:, -1].float().softmax(1).cpu().numpy()
-            for b, (h, w) in enumerate(seen):
-                total[b] = total[b] + turn_back(probability[b, :, :h, :w], view) / len(turned)
+        for symmetry in range(SYMMETRIES):
+            turned = [turn_episode(e, symmetry) for e in episodes]
+            seen = [(w, h) if swaps_sides(symmetry) else (h, w) for h, w in sizes]
+            for b, p in enumerate(self.cell_probabilities(turned, self.refined_prompt(turned), seen)):
+                total[b] = total[b] + turn_back(p, symmetry) / SYMMETRIES
         return total
 
     def plan_at(
@@ -203,10 +199,10 @@ class QwenPlanner(nn.Module):
     def plan_steps(self, episode: Episode) -> list[np.ndarray]:
         """The grid that each planning step would answer, first to last, at the predicted size."""
         with evaluating(self):
-            turned = [[episode.without_answer()]]
-            encoded = [self.refined_prompt(turned[0])]
-            sizes, _ = self.vote_size(turned, encoded)
-            (h, w), logits = sizes[0], self.plan_at(turned[0], encoded[0][0], sizes)
+            upright = [episode.without_answer()]
+            encoded = self.refined_prompt(upright)
+            sizes, _ = self.likely_sizes(upright, encoded)
+            (h, w), logits = sizes[0], self.plan_at(upright, encoded[0], sizes)
         return list(logits[0].argmax(1)[:, :h, :w].cpu().numpy().astype(np.uint8))
 
 

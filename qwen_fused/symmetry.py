@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -32,12 +33,22 @@ def swaps_sides(symmetry: int) -> bool:
 
 def turn_episode(episode: Episode, symmetry: int) -> Episode:
     """Every grid of an episode turned in the same way."""
+    return map_grids(episode, lambda grid: turn(grid, symmetry))
+
+
+def map_grids(episode: Episode, change: Callable[[np.ndarray], np.ndarray]) -> Episode:
+    """An episode with every grid of it changed in the same way; the new grids are read-only, as loaded ones are."""
+
+    def apply(grid: np.ndarray | None) -> np.ndarray | None:
+        if grid is None:
+            return None
+        changed = change(grid)
+        changed.flags.writeable = False
+        return changed
+
     return replace(
         episode,
-        demonstrations=tuple(
-            replace(p, input=turn(p.input, symmetry), output=turn(p.output, symmetry))
-            for p in episode.demonstrations
-        ),
-        query=turn(episode.query, symmetry),
-        answer=None if episode.answer is None else turn(episode.answer, symmetry),
+        demonstrations=tuple(replace(p, input=apply(p.input), output=apply(p.output)) for p in episode.demonstrations),
+        query=apply(episode.query),
+        answer=apply(episode.answer),
     )

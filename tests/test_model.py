@@ -130,32 +130,36 @@ def test_predict_gives_two_different_grids_of_the_predicted_size(model, tasks):
     # the head is made to say 2 x 5, whatever the answers' sizes
     head = model.agent.size_head
     with torch.no_grad():
-        head.scale.zero_()
+        head.gate.weight.zero_()
+        head.gate.bias.zero_()
         head.free.weight.zero_()
         head.free.bias.zero_().view(2, 30)[[0, 1], [1, 4]] = 20.0
-    # seen upright only: turned views would say 5 x 2
-    for grids in model.predict(test_episodes(tasks)[:4], views=1):
+    for grids in model.predict(test_episodes(tasks)[:4]):
         assert [g.shape for g in grids] == [(2, 5), (2, 5)] and grids[0].dtype == np.uint8
         assert not np.array_equal(*grids)
 
 
-def test_prediction_turns_with_the_episode(model, tasks):
+@torch.no_grad()
+def test_vote_turns_with_the_episode(model, tasks):
     # a vote over all eight symmetries does not depend on how the episode lies
-    from qwen_fused.symmetry import turn, turn_episode
+    from qwen_fused.symmetry import swaps_sides, turn, turn_episode
 
     episodes = test_episodes(tasks)[:3]
-    upright = model.predict(episodes, attempts=1)
+    upright = model.voted_probabilities(episodes, [(2, 4)] * 3)
     for symmetry in (1, 6):
-        turned = model.predict([turn_episode(e, symmetry) for e in episodes], attempts=1)
+        sizes = [(4, 2) if swaps_sides(symmetry) else (2, 4)] * 3
+        turned = model.voted_probabilities([turn_episode(e, symmetry) for e in episodes], sizes)
         for a, b in zip(upright, turned, strict=True):
-            np.testing.assert_array_equal(turn(a[0], symmetry), b[0])
+            np.testing.assert_allclose(turn(a, symmetry), b, atol=1e-5)
+    alone = model.cell_probabilities(episodes, model.refined_prompt(episodes), [(2, 4)] * 3)
+    assert not np.allclose(alone[0], upright[0], atol=1e-4)
 
 
 def test_plan_steps_end_in_the_upright_prediction(model, tasks):
     episode = test_episodes(tasks)[0]
     steps = model.plan_steps(episode)
     assert len(steps) == 3
-    np.testing.assert_array_equal(steps[-1], model.predict([episode], attempts=1, views=1)[0][0])
+    np.testing.assert_array_equal(steps[-1], model.predict([episode], attempts=1)[0][0])
 
 
 def test_further_attempts_change_the_least_certain_cells():
