@@ -149,12 +149,24 @@ def test_augmentation_differs_from_place_to_place_and_epoch_to_epoch():
     sampler = EpisodeSampler(tasks, batch_size=10, seed=0)
     queries = [e.query.tobytes() for epoch in (0, 1) for index in range(10) for e in sampler.batch(epoch, index)]
     assert len(set(queries)) == len(queries)
-    plain = EpisodeSampler(tasks, batch_size=10, seed=0, augment=False)
+    plain = EpisodeSampler(tasks, batch_size=10, seed=0, augment=0.0)
     assert all(episode.query is grid for episode in plain.batch(0, 0))
     # the same pairs in the same places, augmented or not
     for index in range(10):
         names = [[(e.task_id, e.index) for e in s.batch(0, index)] for s in (sampler, plain)]
         assert names[0] == names[1]
+
+
+def test_augment_is_a_share_of_the_episodes():
+    grid = np.arange(10, dtype=np.uint8).reshape(2, 5)
+    tasks = [Task(f"t{i:03d}", (Pair(grid, grid), Pair(grid, grid)), ()) for i in range(200)]
+    for share, low, high in ((0.0, 0, 0), (0.3, 80, 160), (1.0, 400, 400)):
+        sampler = EpisodeSampler(tasks, batch_size=40, seed=0, augment=share)
+        changed = [episode.query is not grid for index in range(10) for episode in sampler.batch(0, index)]
+        assert low <= sum(changed) <= high
+    for wrong in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=rf"augment must be in \[0, 1\], got {wrong}"):
+            EpisodeSampler(tasks, batch_size=1, seed=0, augment=wrong)
 
 
 def padding(batches: list[list[Episode]]) -> float:

@@ -60,7 +60,7 @@ def test_leave_one_out_takes_nothing_from_test_pairs(tasks):
 
 def test_every_demonstration_comes_from_the_query_task(tasks):
     by_id = {task.id: task for task in tasks}
-    sampler = EpisodeSampler(tasks, batch_size=16, seed=0, augment=False)
+    sampler = EpisodeSampler(tasks, batch_size=16, seed=0, augment=0.0)
     for index in range(sampler.batches_per_epoch()):
         for episode in sampler.batch(0, index):
             train = by_id[episode.task_id].train
