@@ -50,7 +50,8 @@ def run_train(arguments: Sequence[str]) -> int:
         require(saved.is_file(), "resume", "a run folder or checkpoint with a config.yaml", str(config.resume))
         default = dataclasses.replace(TrainConfig.load(saved), resume=config.resume)
         config = parse(TrainConfig, "train", arguments, default)
-    from qwen_fused.train import TrainingStopped, train
+    from qwen_fused.train import train
+    from qwen_fused.trainer import TrainingStopped
 
     try:
         train(config)
@@ -67,7 +68,8 @@ def run_eval(arguments: Sequence[str]) -> int:
     from qwen_fused.data import load_tasks, split_tasks, test_episodes
     from qwen_fused.evaluate import evaluate, write_submission
     from qwen_fused.model import QwenPlanner
-    from qwen_fused.train import describe_evaluation, resolve_device
+    from qwen_fused.train import describe_evaluation
+    from qwen_fused.trainer import resolve_device
 
     require((config.run / "config.yaml").is_file(), "run", "a run folder with a config.yaml", str(config.run))
     trained = TrainConfig.load(config.run / "config.yaml")

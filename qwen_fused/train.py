@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -12,190 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from qwen_fused.checkpoint import find_checkpoint, read_state, rng_state, save_checkpoint, set_rng_state, write_state
+from qwen_fused.checkpoint import find_checkpoint, read_state, write_state
 from qwen_fused.config import TrainConfig
-from qwen_fused.data import Episode, EpisodeSampler, Task, collate, load_tasks, split_tasks, test_episodes
+from qwen_fused.data import Task, test_episodes
 from qwen_fused.evaluate import Evaluation, evaluate, write_submission
-from qwen_fused.gradients import GroupGradNorm, nonfinite_message
-from qwen_fused.model import QwenPlanner, StepOutput
-from qwen_fused.report import write_examples, write_report
+from qwen_fused.examples import write_examples
+from qwen_fused.model import QwenPlanner
+from qwen_fused.report import write_report
 from qwen_fused.runlog import RunLog, log_line
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# fp16's scaler halves its scale at each overflow; this many in a row is no longer a matter of scale
-MOST_OVERFLOWS = 25
-
-
-class TrainingStopped(RuntimeError):
-    """The run had to stop; the message says why and what to do."""
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run is; saved in every checkpoint."""
-
-    step: int = 0
-    best_accuracy: float = -1.0
-    nonfinite: int = 0
-    overflows: int = 0
-
-
-class Trainer:
-    """Model, optimizer and data of a run, built from its configuration; `run()` is the loop."""
-
-    def __init__(self, config: TrainConfig, folder: Path):
-        self.config, self.folder = config, folder
-        self.device = resolve_device(config.device)
-        collection = load_tasks(config.dataset)
-        self.skipped = collection.skipped
-        self.training, self.held_out = split_tasks(collection.tasks, config.val_fraction, config.split_seed)
-        self.sampler = EpisodeSampler(
-            self.training, batch_size=config.batch_size, seed=config.seed, augment=config.augment
-        )
-        torch.manual_seed(config.seed)
-        self.model = QwenPlanner(config).to(self.device).train()
-        self.groups = self.model.groups()
-        self.optimizer = self._optimizer()
-        self.norms = GroupGradNorm({**self.groups, "qwen": by_layer(self.groups["qwen"])})
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self.progress = Progress()
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """AdamW with a rate per group; vectors and scalars are not decayed."""
-        peak = {
-            "qwen": self.config.qwen_lr,
-            "agent": self.config.agent_lr,
-            "policy": self.config.policy_lr,
-            "objective": self.config.agent_lr / 2,
-        }
-        groups = []
-        for name, members in self.groups.items():
-            for decay in (True, False):
-                chosen = [p for _, p in members if (p.ndim >= 2) == decay]
-                weight_decay = self.config.weight_decay if decay else 0.0
-                if chosen:
-                    groups.append({"params": chosen, "name": name, "peak": peak[name], "weight_decay": weight_decay})
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
-
-    @property
-    def total_batches(self) -> int:
-        """Batches in all epochs; the learning-rate schedule spans them."""
-        return self.config.epochs * self.sampler.batches_per_epoch()
-
-    def set_learning_rates(self, step: int) -> dict[str, float]:
-        """Linear warm-up, then linear decay; returns the rate of each group."""
-        warm = min(1.0, (step + 1) / max(self.config.warmup_batches, 1))
-        left = 1.0 - (1.0 - self.config.final_lr) * step / max(self.total_batches, 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * warm * left
-        return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-
-    def train_step(self, episodes: Sequence[Episode], epoch: int) -> dict[str, Any]:
-        """One batch: forward, backward, unscale, norms, clip, step; returns what is logged.
-
-        Raises:
-            TrainingStopped: a gradient is NaN or Inf and the configuration says stop.
-        """
-        rates = self.set_learning_rates(self.progress.step)
-        batch = collate(episodes).to(self.device)
-        dtype = AUTOCAST[self.config.precision]
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            out = self.model(batch, epoch=epoch)
-        out.prompt.retain_grad()
-        self.scaler.scale(out.loss).backward()
-        # the prompt is no parameter: its gradient still has the loss scale of this batch
-        prompt_grad = out.prompt.grad.float().norm() / self.scaler.get_scale()
-        self.scaler.unscale_(self.optimizer)
-        stats = self.norms.measure()
-        gradients = stats.to_dict()
-        bad = nonfinite_message(gradients)
-        if bad is None:
-            self.norms.clip_(stats, self.config.clip)
-            self.progress.overflows = 0
-        else:
-            self._on_nonfinite(bad, out.loss)
-        if bad is None or self.scaler.is_enabled():
-            # the scaler skips a step whose gradients overflowed, and lowers its scale
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.model.objective.update_anchor(batch.target, out.score.efe.solved)
-        self.progress.step += 1
-        return self._metrics(out, gradients, prompt_grad, rates, epoch)
-
-    def _on_nonfinite(self, bad: str, loss: Tensor) -> None:
-        """Count a batch whose gradient is not finite, and stop where the configuration or a stuck scaler says so."""
-        self.progress.nonfinite += 1
-        self.progress.overflows += 1
-        stuck = self.progress.overflows >= MOST_OVERFLOWS
-        if stuck or (self.config.on_nonfinite == "stop" and not self.scaler.is_enabled()):
-            raise TrainingStopped(
-                f"batch {self.progress.step + 1}: {bad}; the loss was {loss.item():.4g}. Lower --qwen-lr and "
-                "--agent-lr, or pass --on-nonfinite skip to count such batches and go on."
-            )
-
-    def _metrics(
-        self, out: StepOutput, gradients: dict[str, dict[str, float]], prompt_grad: Tensor, rates: dict[str, float],
-        epoch: int,
-    ) -> dict[str, Any]:  # fmt: skip
-        # one transfer for all scalars
-        names = ("loss", "efe", "size_loss", "policy_loss", "reward", "prompt_grad", "mask_ratio", "accuracy", "solved")
-        efe = out.score.efe
-        values = torch.stack(
-            [
-                x.detach().float()
-                for x in (
-                    out.loss, efe.loss, out.score.size, out.policy.loss, out.reward.mean(), prompt_grad,
-                    efe.hard_ratio.mean(), efe.accuracy.mean(), efe.solved.float().mean(), out.score.size_accuracy,
-                )
-            ]
-        ).tolist()  # fmt: skip
-        return {
-            "step": self.progress.step,
-            "epoch": epoch,
-            **dict(zip((*names, "size_accuracy"), values, strict=True)),
-            **{f"{name}_grad": gradients[name]["norm"] for name in ("qwen", "agent", "policy")},
-            "nonfinite": self.progress.nonfinite,
-            "lr_qwen": rates["qwen"],
-            "lr_agent": rates["agent"],
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a bitwise continuation needs; the data order follows from the step alone."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "progress": dataclasses.asdict(self.progress),
-            "rng": rng_state(self.device),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        set_rng_state(state["rng"], self.device)
-
-    def save(self) -> Path:
-        """Write a checkpoint of this moment."""
-        return save_checkpoint(
-            self.folder / "checkpoints", self.progress.step, self.state_dict(), keep=self.config.keep_checkpoints
-        )
-
-    def validate(self, log: RunLog) -> Evaluation:
-        """Evaluate on the held-out tasks, and keep the weights when cell accuracy is the best so far."""
-        result = evaluate(self.model, test_episodes(self.held_out), batch_size=self.config.batch_size)
-        log.say(f"Validation after batch {self.progress.step}: {describe_evaluation(result)}")
-        if result.cell_accuracy > self.progress.best_accuracy:
-            self.progress.best_accuracy = result.cell_accuracy
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_state(self.folder / "checkpoints" / "best.safetensors", {"model": self.model.state_dict()})
-        return result
+from qwen_fused.trainer import Trainer
 
 
 def train(config: TrainConfig) -> Path:
@@ -241,7 +64,7 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
             if progress.step == 1 or progress.step % config.log_every == 0:
                 log.say(log_line(metrics))
             if config.eval_every and progress.step % (per_epoch * config.eval_every) == 0 and progress.step < last:
-                trainer.validate(log)
+                validate(trainer, log)
             if progress.step % config.checkpoint_every == 0:
                 trainer.save()
             if interrupted():
@@ -254,10 +77,21 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
     trainer.save()
 
 
+def validate(trainer: Trainer, log: RunLog) -> Evaluation:
+    """Evaluate on the held-out tasks, and keep the weights when cell accuracy is the best so far."""
+    result = evaluate(trainer.model, test_episodes(trainer.held_out), batch_size=trainer.config.batch_size)
+    log.say(f"Validation after batch {trainer.progress.step}: {describe_evaluation(result)}")
+    if result.cell_accuracy > trainer.progress.best_accuracy:
+        trainer.progress.best_accuracy = result.cell_accuracy
+        (trainer.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_state(trainer.folder / "checkpoints" / "best.safetensors", {"model": trainer.model.state_dict()})
+    return result
+
+
 def finish(trainer: Trainer, log: RunLog) -> None:
     """Evaluate, write submission, examples and report, and say where they are."""
     folder, model, batch_size = trainer.folder, trainer.model, trainer.config.batch_size
-    validation = trainer.validate(log)
+    validation = validate(trainer, log)
     training = evaluate(model, test_episodes(trainer.training), batch_size=batch_size)
     log.say(f"Test pairs of the training tasks: {describe_evaluation(training)}")
     evaluation = {"validation": validation.to_dict(), "training": training.to_dict()}
@@ -311,15 +145,6 @@ def describe_evaluation(result: Evaluation) -> str:
     )
 
 
-def by_layer(members: Sequence[tuple[str, torch.nn.Parameter]]) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
-    """Named parameters by Qwen layer: layer 0 .. n - 1, and the rest (embedding, last norm) as "other"."""
-    parts: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
-    for name, parameter in members:
-        layer = re.search(r"\blayers\.(\d+)\.", name)
-        parts.setdefault(f"layer {layer[1]}" if layer else "other", []).append((name, parameter))
-    return parts
-
-
 def new_run_folder(out: Path) -> Path:
     """A new folder out/YYYYMMDD-HHMMSS, numbered when the second is taken."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -333,24 +158,6 @@ def new_run_folder(out: Path) -> Path:
         except OSError as error:
             raise ValueError(f"out must be a folder that can be written to, got {out}: {error.strerror}") from None
     raise ValueError(f"out has 1000 runs of this second already: {out}")
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that `--device` means; auto takes CUDA when there is one.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda needs a CUDA build of torch and a visible GPU, got neither; pass --device cpu")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device must be below cuda:{torch.cuda.device_count()}, got {name!r}")
-    return torch.device(name)
 
 
 @contextmanager

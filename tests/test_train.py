@@ -14,7 +14,8 @@ import torch
 from qwen_fused.checkpoint import list_checkpoints, read_state
 from qwen_fused.data import test_episodes
 from qwen_fused.runlog import METRICS, RunLog
-from qwen_fused.train import Trainer, TrainingStopped, by_layer, new_run_folder, resolve_device, train
+from qwen_fused.train import new_run_folder, train, validate
+from qwen_fused.trainer import Trainer, TrainingStopped, by_layer, resolve_device
 
 
 def rows(folder: Path) -> list[dict]:
@@ -193,12 +194,12 @@ def test_best_weights_are_chosen_by_held_out_tasks(trainer, tmp_path):
     log = RunLog(tmp_path)
     held_out = {e.task_id for e in test_episodes(trainer.held_out)}
     assert held_out and not held_out & {t.id for t in trainer.training}
-    result = trainer.validate(log)
+    result = validate(trainer, log)
     assert {r.task_id for r in result.records} == held_out
     assert trainer.progress.best_accuracy == result.cell_accuracy
     written = (tmp_path / "checkpoints" / "best.safetensors").stat().st_mtime_ns
     trainer.progress.best_accuracy = 2.0
-    trainer.validate(log)
+    validate(trainer, log)
     assert (tmp_path / "checkpoints" / "best.safetensors").stat().st_mtime_ns == written
     log.close()
 
@@ -211,7 +212,7 @@ def test_validation_disturbs_nothing(small_config, tmp_path):
     torch.manual_seed(1)
     log, b = RunLog(tmp_path), []
     for _ in range(4):
-        watched.validate(log)
+        validate(watched, log)
         b.append(one_batch(watched))
     log.close()
     assert a == b
