@@ -230,7 +230,7 @@ def _count(share: float | None, total: int) -> int:
 
 
 def _share(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.1f}\u00a0%"
 
 
 def _short(value: float | None) -> str:
