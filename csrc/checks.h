@@ -30,6 +30,30 @@ inline void check_rows(at::IntArrayRef rows, size_t grads) {
   }
 }
 
+// position: the place of each gradient in the full list, or empty
+inline void check_position(at::IntArrayRef position, size_t grads) {
+  TORCH_CHECK_VALUE(
+      position.empty() || position.size() == grads, "position must name each of the ", grads, " gradients, got ",
+      position.size());
+}
+
+// values: as measured, [3, columns], of which the first belong to the rows
+inline void check_values(
+    const at::Tensor& values, at::IntArrayRef rows, at::ArrayRef<double> max_norm, at::Device device) {
+  const int64_t R = static_cast<int64_t>(rows.size() / 3);
+  TORCH_CHECK_VALUE(
+      static_cast<int64_t>(max_norm.size()) == R, "max_norm must have one bound for each of the ", R, " rows, got ",
+      max_norm.size());
+  TORCH_CHECK_VALUE(
+      values.dim() == 2 && values.size(0) == 3 && values.size(1) >= R, "values must be [3, R] with R at least ", R,
+      ", got ", values.sizes());
+  TORCH_CHECK_VALUE(
+      values.scalar_type() == at::kFloat || values.scalar_type() == at::kDouble,
+      "values must be float32 or float64, got ", values.scalar_type());
+  TORCH_CHECK_VALUE(
+      values.device() == device, "values must be on ", device, " like the gradients, got ", values.device());
+}
+
 inline void check_inv_scale(const std::optional<at::Tensor>& inv_scale, at::Device device) {
   if (!inv_scale) return;
   TORCH_CHECK_VALUE(inv_scale->numel() == 1, "inv_scale must have one element, got ", inv_scale->sizes());

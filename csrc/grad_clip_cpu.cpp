@@ -58,12 +58,8 @@ void group_grad_clip_(
     at::TensorList grads, at::IntArrayRef rows, const at::Tensor& values, at::ArrayRef<double> max_norm) {
   check_gradients(grads);
   check_rows(rows, grads.size());
+  check_values(values, rows, max_norm, at::kCPU);
   const int64_t R = static_cast<int64_t>(max_norm.size());
-  TORCH_CHECK_VALUE(
-      static_cast<int64_t>(rows.size()) == 3 * R && values.dim() == 2 && values.size(0) == 3 && values.size(1) >= R,
-      "values must be [3, R] with a column for each of the ", R, " rows, got ", values.sizes());
-  TORCH_CHECK_VALUE(values.is_cpu(), "values must be on the CPU like the gradients, got ", values.device());
-
   const at::Tensor measured = values.to(at::kDouble).contiguous();
   const double* const norm = measured.const_data_ptr<double>();
   const double* const inv_scale = norm + 2 * measured.size(1);

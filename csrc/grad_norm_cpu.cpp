@@ -124,6 +124,8 @@ Slot measure_carefully(const T* x, int64_t n) {
 // a square under 2^-126 loses bits; 2^15 of them vanish beside 2^-70
 constexpr double TINY_FLOAT = 0x1p-70;
 constexpr double TINY_DOUBLE = 0x1p-900;
+// a sum of that many slots still fits float64
+constexpr double LARGE_DOUBLE = 0x1p900;
 
 template <class T, class Acc, class Bits>
 Slot measure_chunk(const T* x, int64_t n, void (*scan_fn)(const T*, int64_t, Acc*, Bits*)) {
@@ -131,7 +133,9 @@ Slot measure_chunk(const T* x, int64_t n, void (*scan_fn)(const T*, int64_t, Acc
   Bits max_bits;
   scan_fn(x, n, &sumsq, &max_bits);
   const double tiny = std::is_same_v<Acc, float> ? TINY_FLOAT : TINY_DOUBLE;
-  if (!std::isfinite(sumsq) || (sumsq < tiny && max_bits != 0)) return measure_carefully(x, n);
+  // false for NaN and Inf
+  const bool in_range = sumsq <= (std::is_same_v<Acc, float> ? std::numeric_limits<float>::max() : LARGE_DOUBLE);
+  if (!in_range || (sumsq < tiny && max_bits != 0)) return measure_carefully(x, n);
   Slot slot;
   slot.sumsq = sumsq;
   slot.max_abs = bit_cast_to<Acc>(max_bits);
@@ -172,9 +176,7 @@ std::tuple<at::Tensor, at::Tensor> group_grad_norm(
   check_rows(rows, grads.size());
   check_inv_scale(inv_scale_tensor, at::kCPU);
   const int64_t tensors = static_cast<int64_t>(grads.size());
-  TORCH_CHECK_VALUE(
-      position.empty() || static_cast<int64_t>(position.size()) == tensors, "position must name each of the ", tensors,
-      " gradients, got ", position.size());
+  check_position(position, grads.size());
 
   bool any_double = false;
   std::vector<at::Tensor> copies;  // of gradients with holes or overlaps: kept alive until they are read

@@ -70,7 +70,7 @@ MAGNITUDES = {
     torch.float16: [1.0, 6e-8, 6e4],
     torch.bfloat16: [1.0, 1e-38, 1e38],
     torch.float32: [1.0, 1e-42, 1e-30, 1e-20, 1e30, 1e38],
-    torch.float64: [1.0, 1e-310, 1e-200, 1e200, 1e300],
+    torch.float64: [1.0, 1e-310, 1e-200, 1e153, 1e200, 1e300],
 }
 
 tensors = st.builds(
