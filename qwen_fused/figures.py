@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -43,7 +44,7 @@ INK = {
     "series-3": "#eb6834",
 }
 
-_RC = {
+_RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qwen-fused",
     "font.family": "sans-serif",
@@ -139,7 +140,7 @@ def draw_chart(chart: Chart, metrics: Mapping[str, np.ndarray]) -> Figure | None
         axes.margins(x=0.01)
         for color, (key, label) in zip(("series-1", "series-2", "series-3"), shown.items(), strict=False):
             values = np.where(metrics[key] > 0, metrics[key], np.nan) if chart.log else metrics[key]
-            few = {"marker": "o", "markersize": 3} if len(steps) < 3 else {}
+            few: dict[str, Any] = {"marker": "o", "markersize": 3} if len(steps) < 3 else {}
             axes.plot(steps, values, color=INK[color], linewidth=0.8, alpha=0.3, **few)
             axes.plot(steps, running_mean(values, window), color=INK[color], linewidth=1.8, label=label, **few)
         if chart.log:
@@ -227,7 +228,7 @@ def error_grid(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
 def grid_uri(grid: np.ndarray, colors: np.ndarray = ARC_COLORS) -> str:
     """A grid as a data URI of a PNG with one pixel per cell, to be enlarged by the page."""
     buffer = io.BytesIO()
-    imsave(buffer, colors[grid], format="png", metadata={"Software": None})
+    imsave(buffer, colors[grid], format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -162,7 +162,8 @@ def _tiles(metrics: Mapping[str, np.ndarray], evaluation: Mapping[str, Any]) -> 
 
 def _course(metrics: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """Means over the batches that the expected course names, and over the last 50."""
-    steps, rows = len(metrics["step"]), []
+    steps = len(metrics["step"])
+    rows: list[dict[str, Any]] = []
     spans = [(f"batches {a} to {b}", slice(a, b), expected) for a, b, expected in COURSE if steps >= b]
     if steps > 110:
         spans.append(("last 50 batches", slice(-50, None), None))
