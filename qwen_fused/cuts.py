@@ -100,7 +100,7 @@ class Trace:
     loss: Any = None
     cuts: list[Event] = field(default_factory=list)
     departures: list[Event] = field(default_factory=list)
-    flat: list[Event] = field(default_factory=list)
+    fixed: list[Event] = field(default_factory=list)  # draws, and operations whose gradient is zero everywhere
     custom: list[CustomOp] = field(default_factory=list)
     hooks: list[Site] = field(default_factory=list)
     fresh: list[tuple[nn.Parameter, Site]] = field(default_factory=list)
@@ -126,5 +126,5 @@ class Trace:
             carried: whether the user's own backward carries the gradient on from leaves made behind cuts.
         """
         events = [e for e in self.cuts if e.bit & self.through and not e.aliased and not (carried and e.carried)]
-        events += self.flat + [e for e in self.departures if e.kind != "pointer"]
+        events += self.fixed + [e for e in self.departures if e.kind != "pointer"]
         return {e.slot: e.record for e in events if e.slot is not None and e.record is not None}

@@ -2,23 +2,28 @@
 
     D(h) = (L(p + h v) - L(p - h v)) / 2h = <g, v> + O(h^2)
 
-Two step sizes give Richardson's estimate (4 D(h/2) - D(h)) / 3 and, from their disagreement, its error; the loss's
-rounding adds to that error. A direction is judged only where the error is small against the gradient's own scale, so
-that neither a coarse data type nor a kink (ReLU) raises a false alarm: what does not settle as h changes is not judged.
+The loss is evaluated in float64 where the code allows it, whatever type autograd computed in. Two step sizes give
+Richardson's estimate (4 D(h/2) - D(h)) / 3 and, from their disagreement, its error; the loss's rounding adds to that
+error. A direction is judged only where the error is small against the gradient's own scale, so that neither a coarse
+data type nor a kink (ReLU) raises a false alarm: what does not settle as h changes is not judged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-# relative deviation that counts as agreement, and the largest relative error at which a direction is judged at all
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+# relative deviation that counts as agreement, by the type that autograd computed in
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+# largest relative error at which a direction is judged at all
 JUDGED_BELOW = 0.1
+# by the type of the evaluations: smallest and largest step, relative to the parameters' size, and the relative change
+# of the loss to aim at, near the cube root of its precision, where rounding and bending are alike
+STEPS = {torch.float64: (1e-7, 1e-2, 6e-6), torch.float32: (1e-4, 3e-1, 2.5e-3), torch.bfloat16: (1e-2, 3e-1, 5e-2)}
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,10 @@ class Directions:
     Args:
         parameters: name -> parameter, at the point where the gradients were taken.
         gradients: name -> gradient.
-        evaluate: the loss as a float, the same function at each call.
-        dtype: coarsest floating-point type that the loss is computed in.
-        loss_dtype: type of the loss itself.
+        evaluate: the loss as a float, the same function at each call; given the parameters' values by id, in the type
+            to compute in, or None to compute as the parameters themselves say.
+        coarse: coarsest type that autograd computed in.
+        wide: type to evaluate in, or None for the parameters' own.
         seed: for the directions.
     """
 
@@ -71,41 +77,45 @@ class Directions:
         self,
         parameters: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
-        evaluate: Callable[[], float],
-        dtype: torch.dtype,
-        loss_dtype: torch.dtype,
+        evaluate: Callable[[Mapping[int, Tensor] | None], float],
+        coarse: torch.dtype,
+        wide: torch.dtype | None,
         seed: int,
     ):
         self.parameters = {name: p for name, p in parameters.items() if name in gradients}
         self.gradients = gradients
         self.evaluate = evaluate
-        self.dtype = dtype
+        self.wide = wide
         self.seed = seed
         self.base = {name: p.data.clone() for name, p in self.parameters.items()}
         self.scales = scales_of(self.parameters)
-        self.tolerance = TOLERANCE.get(dtype, 1e-2)
+        self._here: float | None = None
+        self.tolerance = TOLERANCE.get(coarse, TOLERANCE[torch.bfloat16])
+        fine = wide or coarse
+        self.first, self.last, self.target = STEPS.get(fine, STEPS[torch.bfloat16])
         # what the loss is rounded to, with a margin for the operations before it; 16-bit rounding averages out in part
-        self.noise = max(4 * torch.finfo(loss_dtype).eps, 2e-4 if dtype in (torch.float16, torch.bfloat16) else 0.0)
+        self.noise = 4 * torch.finfo(fine).eps if fine in STEPS and fine != torch.bfloat16 else 2e-4
 
-    def check(self, number: int, loss: float, wobble: float = 0.0) -> Verdict:
+    def check(self, number: int, wobble: float = 0.0, only: Collection[str] = ()) -> Verdict:
         """Judge one direction.
 
         Args:
             number: which direction; the first has every parameter's gradient with its own sign.
-            loss: value at the point itself.
             wobble: by how much the loss differs between two evaluations at the same point.
+            only: names of the parameters to move, all when empty.
         """
-        weights = self._weights(number)
-        shares = self._predict(self._first_step(), number, weights)[1]
+        weights = self._weights(number, only or self.parameters.keys())
+        shares = self._predict(self.last / 10, number, weights)[1]
         scale = math.sqrt(sum(share * share for share in shares.values()))
+        loss = self.here()
         if not math.isfinite(loss) or not math.isfinite(scale):
             return Verdict(None, math.nan, math.nan, math.nan, reason="the loss or its gradient is not finite")
         if scale == 0:
             return Verdict(None, math.nan, math.nan, math.nan, reason="the gradient is zero")
         floor = self.noise * abs(loss) + wobble
-        first = min(max(self._target() * abs(loss) / scale, self._first_step()), self._last_step())
+        first = min(max(self.target * abs(loss) / scale, self.first), self.last)
         estimates: list[Estimate] = []
-        for start in (first, first / 8, min(4 * first, 2 * self._last_step()), first / 64):
+        for start in (first, first / 8, min(4 * first, 2 * self.last), first / 64):
             estimate, slope = self._estimate(start, number, weights, scale, floor)
             estimates.append(estimate)
             good = min(estimates, key=lambda e: e.error)
@@ -126,16 +136,9 @@ class Directions:
             verdict.reason = "a kink: autograd's value lies between the slopes to both sides" if verdict.ok else ""
         return verdict
 
-    def wrong_among(self, groups: Mapping[str, list[str]], step: float = 1e-2) -> list[str]:
+    def wrong_among(self, groups: Mapping[str, list[str]]) -> list[str]:
         """Names of the groups of parameters whose own derivative deviates, each group judged alone."""
-        found = []
-        for group, names in groups.items():
-            weights = {name: float(name in names) for name in self.parameters}
-            shares = self._predict(step, 0, weights)[1]
-            scale = math.sqrt(sum(share * share for share in shares.values()))
-            if scale and abs(self._estimate(step, 0, weights, scale, 0.0)[0].deviation) > 5 * self.tolerance:
-                found.append(group)
-        return found
+        return [group for group, names in groups.items() if self.check(0, only=names).ok is False]
 
     def _settled(self, estimates: list[Estimate]) -> bool:
         """Whether different steps agree on the deviation: noise and jumps don't."""
@@ -145,20 +148,16 @@ class Directions:
         one, other = (e.deviation for e in usable)
         return abs(one - other) <= 0.3 * max(abs(one), abs(other))
 
+    def here(self) -> float:
+        """The loss at the point itself."""
+        if self._here is None:
+            self._here = self._loss_at(0.0, 0, dict.fromkeys(self.parameters, 0.0))
+        return self._here
+
     def restore(self) -> None:
         """Put the parameters back to the point where they were."""
         for name, parameter in self.parameters.items():
             parameter.data.copy_(self.base[name])
-
-    def _first_step(self) -> float:
-        return {torch.float64: 1e-5, torch.float32: 1e-3}.get(self.dtype, 1e-2)
-
-    def _last_step(self) -> float:
-        return {torch.float64: 1e-3, torch.float32: 3e-2}.get(self.dtype, 1e-1)
-
-    def _target(self) -> float:
-        """Change of the loss to aim at, relative to the loss: the cube root of its precision balances both errors."""
-        return {torch.float64: 6e-6, torch.float32: 2.5e-3}.get(self.dtype, 5e-2)
 
     def _direction(self, number: int, weights: Mapping[str, float]) -> Iterator[tuple[str, Tensor]]:
         for place, (name, parameter) in enumerate(self.parameters.items()):
@@ -170,24 +169,25 @@ class Directions:
             along = (gradient / size.clamp(min=torch.finfo(torch.float32).tiny)).clamp(-3, 3)
             yield name, weights[name] * self.scales[name] * 0.5 * (noise + along)
 
-    def _weights(self, number: int) -> dict[str, float]:
+    def _weights(self, number: int, names: Collection[str]) -> dict[str, float]:
+        even = {name: float(name in names) for name in self.parameters}
         if number == 0:
-            return dict.fromkeys(self.parameters, 1.0)
-        even = dict.fromkeys(self.parameters, 1.0)
-        shares = {name: abs(share) for name, share in self._predict(self._first_step(), number, even)[1].items()}
+            return even
+        shares = {name: abs(share) for name, share in self._predict(self.last / 10, number, even)[1].items()}
         alive = sorted(share for share in shares.values() if share)
         middle = alive[len(alive) // 2] if alive else 1.0
         signs = torch.randint(0, 2, (len(shares),), generator=torch.Generator().manual_seed(self.seed + number))
         return {
-            name: (1.0 if sign else -1.0) * min(10.0, middle / share if share else 1.0)
+            name: even[name] * (1.0 if sign else -1.0) * min(10.0, middle / share if share else 1.0)
             for (name, share), sign in zip(shares.items(), signs.tolist(), strict=True)
         }
 
     def _shifted(self, name: str, direction: Tensor, step: float) -> Tensor:
         base = self.base[name]
-        # rounded to the parameter's type: the prediction uses the steps really taken
-        wide = base.double() if base.dtype == torch.float64 else base.float()
-        return (wide + step * direction.to(wide.dtype)).to(base.dtype)
+        exact = base.to(self.wide or (base.dtype if base.dtype == torch.float64 else torch.float32))
+        exact = exact + step * direction.to(exact.dtype)
+        # rounded to the parameter's own type: the prediction uses the steps really taken
+        return exact if self.wide else exact.to(base.dtype)
 
     def _predict(self, step: float, number: int, weights: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         shares = {}
@@ -197,11 +197,18 @@ class Directions:
             shares[name] = product.sum().item() / (2 * step)
         return sum(shares.values()), shares
 
-    def _loss_at(self, step: float, number: int, weights: Mapping[str, float]) -> float:
+    def _values(self, step: float, number: int, weights: Mapping[str, float]) -> Mapping[int, Tensor] | None:
+        """Move the parameters, and give their exact values where those are computed with."""
+        values = {}
         for name, direction in self._direction(number, weights):
-            self.parameters[name].data.copy_(self._shifted(name, direction, step))
+            values[id(self.parameters[name])] = self._shifted(name, direction, step)
+            # code that no mode sees reads the parameters themselves
+            self.parameters[name].data.copy_(values[id(self.parameters[name])])
+        return values if self.wide else None
+
+    def _loss_at(self, step: float, number: int, weights: Mapping[str, float]) -> float:
         try:
-            return self.evaluate()
+            return self.evaluate(self._values(step, number, weights))
         finally:
             self.restore()
 

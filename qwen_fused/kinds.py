@@ -38,6 +38,12 @@ ZERO_GRADIENT = {
     for name in ("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "bernoulli", "floor_divide")
     for suffix in ("", "_")
 } | {"heaviside", "__floordiv__", "__round__"}
+# draws: another floating-point type may draw other numbers
+RANDOM = {
+    name + suffix
+    for name in ("rand", "randn", "randint", "normal", "uniform", "bernoulli", "exponential", "random", "multinomial")
+    for suffix in ("", "_", "_like")
+} | {"randperm", "rand_like", "poisson", "cauchy_", "log_normal_", "geometric_"}
 _ARGMAX = {"argmax", "argmin", "argsort", "max", "min", "topk", "sort", "kthvalue", "mode", "median", "multinomial"}
 _COMPARISON = {"eq", "ne", "lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal", "not_equal"} | {
     "isclose",

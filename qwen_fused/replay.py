@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -107,25 +108,78 @@ def replace_tensors(tree: Any, replacements: Mapping[int, Tensor]) -> Any:
     return walk(tree) if replacements else tree
 
 
+@dataclass(frozen=True)
+class Wide:
+    """Compute in another floating-point type than the loss function asks for, with parameters at exact values.
+
+    Every floating-point argument of every call is converted, and so is every type that is asked for by name. Autocast
+    leaves float64 alone. What is written in place keeps its type.
+    """
+
+    dtype: torch.dtype
+    values: Mapping[int, Tensor]  # id of a parameter -> its value in that type
+
+    def arguments(self, name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """A call's arguments, converted."""
+        if name.endswith(".__set__") or (name.endswith(".__get__") and name.split(".")[0] not in _VIEWS):
+            return args, kwargs
+        in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITES
+        target = args[0] if in_place and args and isinstance(args[0], Tensor) else None
+        dtype = target.dtype if target is not None and target.is_floating_point() else self.dtype
+
+        def convert(node: Any) -> Any:
+            if isinstance(node, Tensor):
+                if node is target or not node.is_floating_point():
+                    return node
+                return self.values.get(id(node), node).to(dtype)
+            if isinstance(node, torch.dtype):
+                return self.dtype if node in _NARROW else node
+            if type(node) in (list, tuple):
+                return type(node)(convert(item) for item in node)
+            return node
+
+        return tuple(convert(a) for a in args), {key: convert(value) for key, value in kwargs.items()}
+
+    @contextmanager
+    def by_default(self) -> Iterator[None]:
+        """Make new tensors of this type too."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+_NARROW = (torch.float16, torch.bfloat16, torch.float32)
+_VIEWS = ("T", "mT", "H", "mH", "real", "imag", "data")
+_WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
+_CASTS = {"float", "half", "bfloat16"}
+
+
 class _Replay:
-    def __init__(self, held: Mapping[Slot, Held]):
+    def __init__(self, held: Mapping[Slot, Held], wide: Wide | None):
         self.held = {(slot.sort, slot.index): (slot.name, record) for slot, record in held.items()}
+        self.wide = wide
         self.calls = self.applied = 0
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         self.calls += 1
-        name, held = self.held.pop(("call", self.calls), (None, None))
-        return self._put(name, held, kinds.name_of(func) if held else None, func, args, kwargs)
+        name = kinds.name_of(func)
+        if self.wide is not None and name in _CASTS and not kwargs:
+            func = torch.Tensor.clone
+        return self._put(("call", self.calls), name, func, args, kwargs)
 
     def apply(self, cls: type, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         self.applied += 1
-        name, held = self.held.pop(("apply", self.applied), (None, None))
-        return self._put(name, held, cls.__name__, call, args, kwargs)
+        return self._put(("apply", self.applied), cls.__name__, call, args, kwargs)
 
-    def _put(
-        self, expected: str | None, held: Held | None, name: str | None, call: Callable, args: tuple, kwargs: dict
-    ) -> Any:
+    def _put(self, place: tuple[str, int], name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        if self.wide is not None:
+            with torch._C.DisableTorchFunction():
+                args, kwargs = self.wide.arguments(name, args, kwargs)
         out = call(*args, **kwargs)
+        expected, held = self.held.pop(place, (None, None))
         if held is None:
             return out
         if expected != name:
@@ -134,16 +188,21 @@ class _Replay:
             return held.put(list(tensors_in((args, kwargs))), out)
 
 
-def evaluate(loss_fn: Callable[[], Any], held: Mapping[Slot, Held]) -> Any:
+def evaluate(loss_fn: Callable[[], Any], held: Mapping[Slot, Held], wide: Wide | None = None) -> Any:
     """Call the loss function with the held results in place of its own.
 
+    Args:
+        loss_fn: called without arguments.
+        held: call -> what takes the place of its result.
+        wide: the type to compute in, and the parameters' values; as the loss function says when None.
     Raises:
         ReplayMismatch: when its calls are not those of the evaluation that was recorded.
     """
-    if not held:
+    if not held and wide is None:
         return frames.boundary(loss_fn)
-    replay = _Replay(held)
-    with modes.uncompiled(), modes.on_apply(replay.apply), modes.FunctionMode(replay.call):
+    replay = _Replay(held, wide)
+    widened = nullcontext() if wide is None else wide.by_default()
+    with modes.uncompiled(), modes.on_apply(replay.apply), modes.FunctionMode(replay.call), widened:
         loss = frames.boundary(loss_fn)
     if replay.held:
         raise ReplayMismatch(f"{len(replay.held)} recorded calls were not made again")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qwen_fused import frames
 from qwen_fused.cuts import Event, Trace
-from qwen_fused.replay import Held, Slot, evaluate
+from qwen_fused.replay import Held, Slot, Wide, evaluate
 from qwen_fused.snapshot import Snapshot
 from qwen_fused.trace import OnCustom, trace
 
@@ -100,19 +100,19 @@ class Subject:
         """Parameters that ask for a gradient."""
         return {name: p for name, p in self.named.items() if p.requires_grad}
 
-    def call(self, held: Mapping[Slot, Held] | None = None) -> Any:
+    def call(self, held: Mapping[Slot, Held] | None = None, wide: Wide | None = None) -> Any:
         """The loss function's result, with random generators and buffers as at the start, and held results in place."""
         self.evaluations += 1
         self.snapshot.reset()
-        if not held:
+        if not held and wide is None:
             return frames.boundary(self.loss_fn)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return evaluate(self.loss_fn, held)
+            return evaluate(self.loss_fn, held or {}, wide)
 
-    def value(self, held: Mapping[Slot, Held] | None = None) -> float:
+    def value(self, held: Mapping[Slot, Held] | None = None, wide: Wide | None = None) -> float:
         """The loss as a float."""
-        return as_float(self.call(held))
+        return as_float(self.call(held, wide))
 
     def trace(self, on_custom: OnCustom | None = None) -> Trace:
         """Call the loss function and follow the parameters through it."""

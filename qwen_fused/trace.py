@@ -175,6 +175,9 @@ class _Tracer:
         alive, values, cuts = seen
         labels = self.labels
         outs = list(tensors_in(out))
+        if name in kinds.RANDOM or (alive and name in kinds.ZERO_GRADIENT):
+            held = capture(ins, out, outs)
+            self.trace.fixed.append(Event("fixed", name, NOWHERE, 0, self.calls, slot=slot, record=held))
         if not values or (not outs and not self.written and name not in kinds.DEPARTURES):
             if name == "register_hook" and values:
                 self.trace.hooks.append(frames.locate())
@@ -197,9 +200,6 @@ class _Tracer:
         self._lose(func, name, slot, ins, out, alive, cuts)
         if alive and kinds.is_custom(func):
             self._custom(slot, values, func, *given, out)
-        elif alive and name in kinds.ZERO_GRADIENT:
-            record = capture(ins, out)
-            self.trace.flat.append(Event("zero gradient", name, NOWHERE, 0, self.calls, slot=slot, record=record))
 
     def _lose(self, func: Any, name: str, slot: Slot, ins: list[Tensor], out: Any, alive: int, cuts: int) -> None:
         """Compare what went in alive with what came out, note a cut, and hand the cuts on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from qwen_fused.derivative import Directions, Verdict
 from qwen_fused.frames import of_function
 from qwen_fused.labels import tensors_in
 from qwen_fused.ladder import Finding, Rung, group_by_layer, name_some
-from qwen_fused.replay import Held, ReplayMismatch, Slot, replace_tensors
+from qwen_fused.replay import Held, ReplayMismatch, Slot, Wide, replace_tensors
 from qwen_fused.subject import Gradients, Subject, as_float
 
 
@@ -91,32 +92,59 @@ def correct(
     held: dict[Slot, Held] = {**trace.held(carried=subject.own_backward), **surrogates}
     for surrogate in surrogates.values():
         surrogate.finish()
+    value = as_float(loss)
     try:
         again = subject.value(held)
     except ReplayMismatch as error:
         return Rung("correct", None, f"the loss function does not make the same calls twice: {error}")
-    value = as_float(loss)
-    half = trace.half or any(p.dtype in (torch.float16, torch.bfloat16) for p in subject.trainable.values())
-    dtype = torch.bfloat16 if half else loss.dtype
     wobble = abs(again - value)
-    if wobble > 1e-2 * abs(value) + 1e-12:
+    if not wobble <= 1e-2 * abs(value) + 1e-12:
         detail = f"the loss is {value:.6g}, then {again:.6g} with the same parameters and random state: not repeatable"
-        return Rung("correct", None, detail)
+        return Rung("correct", None, "the loss is not finite" if math.isnan(wobble) else detail)
     stale = {name for label, _ in trace.stale for name in trace.labels.names_of(label)}
     judged = {name: g for name, g in gradients.of.items() if name not in stale}
-    lines = Directions(subject.trainable, judged, lambda: subject.value(held), dtype, loss.dtype, seed)
+    types = {p.dtype for p in subject.trainable.values()} | {loss.dtype}
+    coarse = torch.bfloat16 if trace.half else min(types, key=lambda t: torch.finfo(t).bits)
+    rung = Rung("correct", None, "")
+    for wide in (torch.float64, None) if coarse != torch.float64 else (None,):
+        lines = Directions(subject.trainable, judged, _evaluation(subject, held, wide), coarse, wide, seed)
+        try:
+            if wide is not None and not _agrees(lines, value, coarse):
+                continue
+            rung = _judge(subject, trace, lines, [lines.check(n, wobble) for n in range(directions)], wobble)
+        except ReplayMismatch as error:
+            rung.detail = f"the loss function does not make the same calls twice: {error}"
+        finally:
+            lines.restore()
+        if rung.ok is not None:
+            break
+    return rung
+
+
+def _evaluation(
+    subject: Subject, held: Mapping[Slot, Held], wide: torch.dtype | None
+) -> Callable[[Mapping[int, Tensor] | None], float]:
+    return lambda values: subject.value(held, None if wide is None else Wide(wide, values or {}))
+
+
+def _agrees(lines: Directions, value: float, coarse: torch.dtype) -> bool:
+    """Whether the loss can be computed in the wider type, and is the same loss: other draws would give another."""
+    allowed = {torch.float32: 1e-3}.get(coarse, 5e-2)
     try:
-        verdicts = [lines.check(number, value, wobble) for number in range(directions)]
-        return _judge(subject, trace, lines, verdicts, judged)
-    except ReplayMismatch as error:
-        return Rung("correct", None, f"the loss function does not make the same calls twice: {error}")
-    finally:
-        lines.restore()
+        return abs(lines.here() - value) <= allowed * abs(value) + 1e-6
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError):
+        # some code insists on its own type
+        return False
 
 
-def _judge(
-    subject: Subject, trace: Trace, lines: Directions, verdicts: list[Verdict], judged: Mapping[str, Tensor]
-) -> Rung:
+def _judge(subject: Subject, trace: Trace, lines: Directions, verdicts: list[Verdict], wobble: float) -> Rung:
+    judged = lines.gradients
+    if all(verdict.ok for verdict in verdicts):
+        # what weighs too little beside the others is moved alone
+        small = [n for n in judged if all(abs(v.shares.get(n, 0.0)) < v.resolution for v in verdicts)]
+        if small and len(small) < len(judged):
+            alone = lines.check(0, wobble, only=small)
+            verdicts += [alone] if alone.ok is not None else []
     if any(verdict.ok is False for verdict in verdicts):
         worst = max((v for v in verdicts if v.ok is False), key=lambda v: abs(v.deviation))
         findings = _guilty(subject, trace, lines, judged, worst)
@@ -127,7 +155,9 @@ def _judge(
         return Rung("correct", None, unsure[0])
     deviation = max(abs(verdict.deviation) for verdict in verdicts)
     resolution = max(verdict.resolution for verdict in verdicts)
-    detail = f"{len(verdicts)} directions agree with finite differences to {deviation:.1e} (resolved {resolution:.0e})"
+    where = "float64" if lines.wide else "the model's own precision"
+    detail = f"{len(verdicts)} directions agree with finite differences in {where} to {deviation:.0e}"
+    detail += f" (resolved {resolution:.0e})"
     # a share below the resolution could be wrong by its whole size unseen
     small = [name for name in judged if all(abs(v.shares.get(name, 0.0)) < v.resolution for v in verdicts)]
     detail += f"; {len(small)} of {len(judged)} parameters too small to tell" if small else ""
@@ -146,7 +176,7 @@ def _guilty(
     if findings:
         return findings
     lines.restore()
-    groups = group_by_layer(judged, most=16)
+    groups = group_by_layer(judged, most=12)
     wrong = lines.wrong_among(groups) or list(groups)
     names = tuple(name for group in wrong for name in groups[group])
     ratio = f" ({worst.ratio:.4g} times autograd's)" if len(wrong) == len(groups) else ""
@@ -191,13 +221,30 @@ def _detached(arguments: Any) -> Any:
 
 def _local_ratio(call: Callable[..., Any], args: tuple, kwargs: dict) -> float | None:
     """Backward's over forward's derivative of one operation alone, along a random direction; None if there is none."""
+    for dtype, step in ((torch.float64, 1e-5), (None, 1e-2)):
+        try:
+            slope, slopes = _local_slopes(call, args, kwargs, dtype, step)
+        except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError):
+            # the operation insists on its own type
+            continue
+        measured = (4 * slopes[1] - slopes[0]) / 3
+        size = max(abs(slope), abs(measured))
+        if size and abs(slopes[0] - slopes[1]) <= 0.1 * size:
+            return slope / measured if measured else float("inf")
+    return None
+
+
+def _local_slopes(
+    call: Callable[..., Any], args: tuple, kwargs: dict, dtype: torch.dtype | None, step: float
+) -> tuple[float, list[float]]:
+    """Autograd's derivative of a random sum of the results along a random direction, and two measured ones."""
     tensors = list(tensors_in((args, kwargs)))
     generator = torch.Generator().manual_seed(0)
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
 
-    inputs = {place: t for place, t in enumerate(tensors) if t.is_floating_point() and t.numel()}
+    inputs = {p: t.to(dtype or t.dtype) for p, t in enumerate(tensors) if t.is_floating_point() and t.numel()}
     directions = {place: noise(t) * t.float().square().mean().sqrt().clamp(min=1e-3) for place, t in inputs.items()}
     weights: dict[int, Tensor] = {}
 
@@ -213,16 +260,9 @@ def _local_ratio(call: Callable[..., Any], args: tuple, kwargs: dict) -> float |
         return total, list(moved.values())
 
     total, leaves = run(0.0, with_grad=True)
-    if not total.requires_grad:
-        return None
     grads = torch.autograd.grad(total, leaves, allow_unused=True)
     slope = sum(_inner(g, d) for g, d in zip(grads, directions.values(), strict=True) if g is not None)
-    slopes = [float((run(h)[0] - run(-h)[0]) / (2 * h)) for h in (1e-2, 5e-3)]
-    measured = (4 * slopes[1] - slopes[0]) / 3
-    size = max(abs(slope), abs(measured))
-    if not size or abs(slopes[0] - slopes[1]) > 0.1 * size:
-        return None
-    return slope / measured if measured else float("inf")
+    return slope, [float((run(h)[0] - run(-h)[0]) / (2 * h)) for h in (step, step / 2)]
 
 
 def _inner(one: Tensor, other: Tensor) -> float:
