@@ -1,4 +1,4 @@
-"""Command line: `qwen-fused train | eval | report | info`.
+"""Command line: `qwen-fused train | eval | prove | report | info`.
 
 Exit codes: 0 done; 1 the run stopped on a fault it names; 2 an argument or a file is wrong; 130 interrupted.
 """
@@ -35,6 +35,14 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProveConfig(TrainConfig):
+    """Prove that the gradient of the trainer's own step reaches Qwen and is right; exit code 0 or 1."""
+
+    json: Path | None = None
+    """File for the report as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Draw a run's report again."""
 
@@ -65,7 +73,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     """`qwen-fused eval`."""
     config = parse(EvalConfig, "eval", arguments)
     from qwen_fused.checkpoint import find_checkpoint, read_state
-    from qwen_fused.data import load_tasks, split_tasks, test_episodes
+    from qwen_fused.data import load_tasks, shared_tasks, split_tasks, test_episodes
     from qwen_fused.evaluate import evaluate, write_submission
     from qwen_fused.model import QwenPlanner
     from qwen_fused.train import describe_evaluation
@@ -80,6 +88,9 @@ def run_eval(arguments: Sequence[str]) -> int:
     model.load_state_dict(state["model"])
     if config.split == "evaluation":
         tasks = load_tasks(trained.dataset, "evaluation").tasks
+        known = shared_tasks(load_tasks(trained.dataset).tasks, tasks)
+        if known:
+            print(f"{len(known)} of these {len(tasks)} tasks share a pair with a training task: {', '.join(known)}")
     else:
         split = split_tasks(load_tasks(trained.dataset).tasks, trained.val_fraction, trained.split_seed)
         tasks = split[0] if config.split == "training" else split[1]
@@ -88,6 +99,18 @@ def run_eval(arguments: Sequence[str]) -> int:
     write_submission(path, tasks, result.predictions)
     print(f"{config.split}: {describe_evaluation(result)}\nSubmission: {path}")
     return 0
+
+
+def run_prove(arguments: Sequence[str]) -> int:
+    """`qwen-fused prove`: the ladder of the trainer's own step, under any of the flags of train."""
+    config = parse(ProveConfig, "prove", arguments)
+    from qwen_fused.trainer import Trainer
+
+    report = Trainer(config, config.out).prove()
+    print(report)
+    if config.json is not None:
+        config.json.write_text(json.dumps(report.to_dict(), indent=2))
+    return 0 if report.ok else 1
 
 
 def run_report(arguments: Sequence[str]) -> int:
@@ -112,6 +135,7 @@ def run_info(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (run_train, "train on ARC tasks, evaluate, and write a report"),
     "eval": (run_eval, "evaluate a run and write submission.json"),
+    "prove": (run_prove, "prove that the gradient of the training step reaches Qwen"),
     "report": (run_report, "draw a run's report again"),
     "info": (run_info, "what is built and used on this machine"),
 }

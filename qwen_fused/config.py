@@ -101,6 +101,8 @@ class TrainConfig:
     """fp32, or autocast to bf16 or to fp16 with gradient scaling."""
     backend: Literal["auto", "triton", "cpp", "reference"] = "auto"
     """Backend of the fused loss."""
+    prove: bool = True
+    """Prove before the first batch that the gradient reaches every trainable parameter, and stop if it does not."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A NaN or Inf gradient stops the run, or the step is skipped and counted."""
 

@@ -106,18 +106,20 @@ class QwenPlanner(nn.Module):
         score = self.objective(
             plan, size_logits, action.refined, batch.query, batch.target, batch.target_size, epoch
         )
-        with torch.no_grad():
-            before = self.agent(
-                encoded.prompt, batch.query, batch.query_size, batch.target_size, readouts=1
-            )
-            valid = batch.target >= 0
-            right = (before.logits[:, -1].argmax(1) == batch.target) & valid
-            accuracy_before = right.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
-            reward = REWARD_SCALE * (score.efe.accuracy - accuracy_before)
-        policy = self.policy.loss(action, reward, before.state, plan.state)
+        accuracy_before, state_before = self.baseline(encoded.prompt, batch)
+        reward = REWARD_SCALE * (score.efe.accuracy - accuracy_before)
+        policy = self.policy.loss(action, reward, state_before, plan.state)
         share = self.config.objective_share
         loss = share * score.loss + (1 - share) * policy.loss
         return StepOutput(loss, score, policy, action, reward, encoded.prompt)
+
+    @torch.no_grad()
+    def baseline(self, prompt: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Accuracy [B] and plan state [B, F] under the prompt as it was; only argmaxed, so without a graph."""
+        plan = self.agent(prompt, batch.query, batch.query_size, batch.target_size, readouts=1)
+        valid = batch.target >= 0
+        right = (plan.logits[:, -1].argmax(1) == batch.target) & valid
+        return right.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1), plan.state
 
     def size_logits(self, prompt: Tensor, query_size: Tensor, features: Tensor) -> Tensor:
         """Logits [B, 2, S] over the answer's rows and columns."""

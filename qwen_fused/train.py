@@ -18,7 +18,7 @@ from qwen_fused.examples import write_examples
 from qwen_fused.model import QwenPlanner
 from qwen_fused.report import write_report
 from qwen_fused.runlog import RunLog, log_line
-from qwen_fused.trainer import Trainer
+from qwen_fused.trainer import Trainer, TrainingStopped
 
 
 def train(config: TrainConfig) -> Path:
@@ -39,11 +39,27 @@ def train(config: TrainConfig) -> Path:
     log = RunLog(folder, resume_step=trainer.progress.step if checkpoint else None)
     try:
         describe_run(trainer, log, checkpoint)
+        prove_first(trainer, log)
         run_batches(trainer, log)
         finish(trainer, log)
     finally:
         log.close()
     return folder
+
+
+def prove_first(trainer: Trainer, log: RunLog) -> None:
+    """Prove the gradient before the first batch is spent on a loop that cannot learn.
+
+    Raises:
+        TrainingStopped: the proof failed; the ladder is in the log and in proof.json.
+    """
+    if not trainer.config.prove or trainer.progress.step:
+        return
+    report = trainer.prove()
+    (trainer.folder / "proof.json").write_text(json.dumps(report.to_dict(), indent=2))
+    log.say(str(report).rstrip())
+    if not report.ok:
+        raise TrainingStopped("the gradient does not reach what should train; --no-prove trains all the same")
 
 
 def run_batches(trainer: Trainer, log: RunLog) -> None:

@@ -13,11 +13,20 @@ from torch import Tensor
 
 from qwen_fused.checkpoint import rng_state, save_checkpoint, set_rng_state
 from qwen_fused.config import TrainConfig
-from qwen_fused.data import Episode, EpisodeSampler, collate, load_tasks, split_tasks
+from qwen_fused.data import Batch, Episode, EpisodeSampler, collate, load_tasks, split_tasks
 from qwen_fused.gradients import GroupGradNorm, nonfinite_message
 from qwen_fused.model import QwenPlanner, StepOutput
+from qwen_fused.prove import ProofReport, prove
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# where a value loses its gradient on purpose
+INTENDED_CUTS = (
+    "efe_loss_*",  # the hard mask, accuracy and predictions: argmaxed
+    "QwenPlanner.baseline",  # the plan under the unrefined prompt: argmaxed for the reward
+    "PromptPolicy.forward",  # the sampled u is held fixed in its own log-probability
+    "PromptPolicy.loss",  # reward, advantage and the states that curiosity observes
+    "Curiosity.forward",  # the stopped target, and the action as an observation
+)
 # fp16's scaler halves its scale at each overflow; this many in a row is no longer a matter of scale
 MOST_OVERFLOWS = 25
 
@@ -94,10 +103,8 @@ class Trainer:
         """
         rates = self.set_learning_rates(self.progress.step)
         batch = collate(episodes).to(self.device)
-        dtype = AUTOCAST[self.config.precision]
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            out = self.model(batch, epoch=epoch)
+        out = self.forward(batch, epoch=epoch)
         out.prompt.retain_grad()
         self.scaler.scale(out.loss).backward()
         # the prompt is no parameter: its gradient still has the loss scale of this batch
@@ -118,6 +125,12 @@ class Trainer:
         self.model.objective.update_anchor(batch.target, out.score.efe.solved)
         self.progress.step += 1
         return self._metrics(out, gradients, prompt_grad, rates, epoch)
+
+    def forward(self, batch: Batch, *, epoch: int) -> StepOutput:
+        """The model's forward under the run's precision."""
+        dtype = AUTOCAST[self.config.precision]
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            return self.model(batch, epoch=epoch)
 
     def _on_nonfinite(self, bad: str, loss: Tensor) -> None:
         """Count a batch whose gradient is not finite, and stop where the configuration or a stuck scaler says so."""
@@ -155,6 +168,25 @@ class Trainer:
             "lr_qwen": rates["qwen"],
             "lr_agent": rates["agent"],
         }
+
+    def prove(self) -> ProofReport:
+        """Prove this trainer's own step on its first batch: forward, backward, clip, optimizer; nothing changes."""
+        batch = collate(self.sampler.batch(0, 0)).to(self.device)
+        # the rates of the first batch after warm-up, or the rung "applied" would judge the warm-up
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.set_learning_rates(self.config.warmup_batches)
+
+        def step() -> None:
+            self.norms.clip_(self.norms.measure(), self.config.clip)
+            self.optimizer.step()
+
+        try:
+            return prove(
+                lambda: self.forward(batch, epoch=1).loss, self.model, self.optimizer, allow=INTENDED_CUTS, step=step
+            )
+        finally:
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bitwise continuation needs; the data order follows from the step alone."""

@@ -49,6 +49,28 @@ def test_train_eval_report_resume(small, tmp_path, capsys):
     assert "Continuing from" in capsys.readouterr().out
 
 
+def test_prove_exits_0_and_writes_json(small, tmp_path, capsys):
+    assert main(["prove", *small, "--json", str(tmp_path / "proof.json")]) == 0
+    assert "connected" in capsys.readouterr().out
+    assert json.loads((tmp_path / "proof.json").read_text())["ok"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_prove_exits_1_when_the_loop_cannot_learn(small, monkeypatch, capsys):
+    from qwen_fused.model import QwenPlanner
+
+    forward = QwenPlanner.forward
+
+    def silent(self, batch, *, epoch):
+        out = forward(self, batch, epoch=epoch)
+        out.loss = out.loss.detach()
+        return out
+
+    monkeypatch.setattr(QwenPlanner, "forward", silent)
+    assert main(["prove", *small]) == 1
+    assert "detach" in capsys.readouterr().out
+
+
 def test_info_tells_what_is_used(capsys):
     assert main(["info"]) == 0
     assert "extension" in json.loads(capsys.readouterr().out)

@@ -13,6 +13,7 @@ import torch
 
 from qwen_fused.checkpoint import list_checkpoints, read_state
 from qwen_fused.data import test_episodes
+from qwen_fused.prompt import QwenPrompt
 from qwen_fused.runlog import METRICS, RunLog
 from qwen_fused.train import new_run_folder, train, validate
 from qwen_fused.trainer import Trainer, TrainingStopped, by_layer, resolve_device
@@ -216,6 +217,36 @@ def test_validation_disturbs_nothing(small_config, tmp_path):
         b.append(one_batch(watched))
     log.close()
     assert a == b
+
+
+def test_healthy_step_is_proved_with_exactly_the_intended_cuts(trainer):
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    report = trainer.prove()
+    assert report.ok, str(report)
+    assert report.notes == []
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in trainer.model.named_parameters())
+    assert rates == [group["lr"] for group in trainer.optimizer.param_groups]
+    assert not trainer.optimizer.state
+
+
+def test_cut_prompt_stops_the_run_before_its_first_batch(small_config, monkeypatch):
+    forward = QwenPrompt.forward
+
+    def cut(self, demonstrations, pooled=None):
+        out = forward(self, demonstrations, pooled)
+        return replace(out, prompt=out.prompt.detach())
+
+    monkeypatch.setattr(QwenPrompt, "forward", cut)
+    config = small_config(prove=True)
+    with pytest.raises(TrainingStopped, match="no-prove"):
+        train(config)
+    (folder,) = config.out.iterdir()
+    proof = json.loads((folder / "proof.json").read_text())
+    assert not proof["ok"] and not proof["rungs"]["connected"]["ok"]
+    assert proof["cut"]["kind"] == "detach" and proof["cut"]["file"].endswith("test_train.py")
+    assert any("layers.0" in name for name in proof["rungs"]["connected"]["parameters"])
+    assert (folder / "metrics.jsonl").read_text() == ""
 
 
 def test_layers_are_told_apart():
