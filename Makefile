@@ -47,5 +47,21 @@ cuda-check:
 aot: $(STAMP)
 	for script in $(wildcard bench/aot_*.py tests/test_aot.py); do $(BIN)/python -m pytest -q $$script || exit 1; done
 
+# the extension built for a CUDA torch, linked and imported; a second environment of some 6 GB, no GPU needed
+CUDA_TORCH ?= torch==2.14.1
+CUDA_VENV ?= .venv-cuda
+
+cuda-build:
+	@[ -n "$(NVCC)" ] || { echo "cuda-build: there is no nvcc (set CUDA_HOME)"; exit 1; }
+	[ -x $(CUDA_VENV)/bin/python ] || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install -q "$(CUDA_TORCH)"
+	rm -rf $(CUDA_VENV)/source && mkdir $(CUDA_VENV)/source
+	cp -a setup.py pyproject.toml README.md csrc kernels $(CUDA_VENV)/source
+	mkdir $(CUDA_VENV)/source/qwen_fused && cp -a $(filter-out %.so,$(wildcard qwen_fused/*)) $(CUDA_VENV)/source/qwen_fused
+	cd $(CUDA_VENV)/source && QWEN_FUSED_REQUIRE_EXTENSION=1 ../bin/python -m pip install -v --force-reinstall --no-deps .
+	$(CUDA_VENV)/bin/python -m pip install -q $(CUDA_VENV)/source
+	cd $(CUDA_VENV) && bin/python -c "from qwen_fused import backends as b; print(b.describe()); \
+		assert b.EXTENSION_HAS_CUDA and b.has_kernel('group_grad_clip_', 'cuda'), b.EXTENSION_ERROR"
+
 clean:
 	rm -rf build qwen_fused/_C*.so $(VENV) *.egg-info

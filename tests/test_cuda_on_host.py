@@ -273,8 +273,11 @@ def programs(tmp_path_factory) -> Programs:
     return Programs(tmp_path_factory.mktemp("cuda_on_host"))
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
+# many blocks are slow under ThreadSanitizer, and race no more than one does
+RUNS = [(sanitizer, name) for sanitizer in SANITIZERS for name in CASES if (sanitizer, name) != ("thread", "many")]
+
+
+@pytest.mark.parametrize(("sanitizer", "name"), RUNS)
 def test_kernels_on_the_host(programs: Programs, tmp_path: Path, sanitizer: str, name: str) -> None:
     case = CASES[name](np.random.default_rng(0))
     check(case, run(programs.get(sanitizer), case, tmp_path))
