@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -50,7 +50,9 @@ def _source(qwen: str) -> tuple[str, bool]:
     return qwen, False
 
 
-def _load_config(qwen: str, source: str, local: bool) -> PretrainedConfig:
+def load_config(qwen: str) -> PretrainedConfig:
+    """The config of a saved or published Qwen; refuses other families in one sentence."""
+    source, local = _source(qwen)
     try:
         # the client retries for half a minute and reports each attempt: the sentence below says it once
         with quiet("huggingface_hub"):
@@ -69,8 +71,8 @@ def _load_config(qwen: str, source: str, local: bool) -> PretrainedConfig:
 
 
 def _load_pretrained(qwen: str, dtype: torch.dtype, attention: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    source, local = _source(qwen)
-    config = _load_config(qwen, source, local)
+    config = load_config(qwen)
+    source, _ = _source(qwen)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
@@ -104,7 +106,14 @@ def _load_pretrained(qwen: str, dtype: torch.dtype, attention: str) -> tuple[nn.
 
 def add_lora(backbone: nn.Module, rank: int) -> nn.Module:
     """Freeze `backbone` and put trainable low-rank adapters on its linear layers, both factors non-zero."""
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    # the task lets peft's Auto classes load the saved adapters
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="FEATURE_EXTRACTION",
+    )
     adapted = get_peft_model(backbone, config)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -156,3 +165,30 @@ def load_backbone(
             backbone = add_lora(backbone, lora_rank)
     # from_pretrained hands models out in eval mode
     return backbone.train(), tokenizer
+
+
+def save_backbone(backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
+    """Save a trained backbone for plain transformers, or its LoRA adapters for plain peft, and the tokenizer.
+
+    Adapters name the base that they belong to; the tiny Qwen, which is nowhere else, is saved beside them.
+
+    Args:
+        backbone: as `load_backbone` gives it.
+        tokenizer: likewise.
+        folder: made if missing.
+    """
+    folder = Path(folder)
+    tokenizer.save_pretrained(folder)
+    config = backbone.active_peft_config if isinstance(backbone, PeftModel) else None
+    if config is None or config.base_model_name_or_path:
+        backbone.save_pretrained(folder)
+        return
+    base = backbone.get_base_model()
+    plain = {name.replace(".base_layer", ""): value for name, value in base.state_dict().items() if "lora_" not in name}
+    base.save_pretrained(folder / "base", state_dict=plain)
+    tokenizer.save_pretrained(folder / "base")
+    config.base_model_name_or_path = str(folder / "base")
+    try:
+        backbone.save_pretrained(folder)
+    finally:
+        config.base_model_name_or_path = ""

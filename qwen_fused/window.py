@@ -195,7 +195,7 @@ class PromptWindow:
         return {
             "batches": self.batches,
             "starts": [chunk.start for chunk in self.chunks],
-            "outputs": [chunk.output.detach().clone() for chunk in self.chunks],
+            "outputs": [chunk.output.detach() for chunk in self.chunks],
             "gradient": self._gradient() if self.chunks else None,
             "rng_cpu": [chunk.random.cpu for chunk in self.chunks],
             "rng_cuda": [chunk.random.cuda for chunk in self.chunks],

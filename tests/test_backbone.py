@@ -7,11 +7,12 @@ import os
 import pytest
 import torch
 from huggingface_hub import constants
+from peft import AutoPeftModelForFeatureExtraction, PeftModel
 from qwens import CONFIGS, qwen_tokenizer, save_qwen
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import AutoModel, AutoTokenizer, LlamaConfig
 
-from qwen_fused.backbone import load_backbone
+from qwen_fused.backbone import load_backbone, save_backbone
 from qwen_fused.tiny import byte_tokenizer
 
 
@@ -143,3 +144,51 @@ def test_never_runs_code_of_a_model(tmp_path):
 def test_rejects_negative_rank():
     with pytest.raises(ValueError, match="lora_rank must be 0 or more, got -1"):
         load_backbone(lora_rank=-1)
+
+
+TEXT = "in:\n077\nout:\n70\n"
+
+
+def train_a_little(backbone, tokenizer) -> torch.Tensor:
+    """Move every trainable weight; return the token ids of TEXT."""
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    backbone(input_ids=ids).last_hidden_state.square().sum().backward()
+    torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=1e-3).step()
+    return ids
+
+
+@pytest.mark.parametrize("kind", ["tiny", "qwen2.5", "qwen3"])
+def test_a_trained_backbone_loads_in_plain_transformers(kind, tmp_path):
+    if kind != "tiny":
+        save_qwen(tmp_path / "from", kind)
+    backbone, tokenizer = load_backbone("tiny" if kind == "tiny" else str(tmp_path / "from"))
+    ids = train_a_little(backbone, tokenizer)
+    want = backbone(input_ids=ids).last_hidden_state
+    save_backbone(backbone, tokenizer, tmp_path / "to")
+    plain = AutoModel.from_pretrained(tmp_path / "to")
+    read = AutoTokenizer.from_pretrained(tmp_path / "to")
+    assert type(plain) is type(backbone) and torch.equal(read(TEXT, return_tensors="pt")["input_ids"], ids)
+    assert torch.equal(plain(input_ids=ids).last_hidden_state, want)
+    # and here again, as a folder like any other
+    again, _ = load_backbone(str(tmp_path / "to"))
+    assert torch.equal(again(input_ids=ids).last_hidden_state, want)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "qwen2.5"])
+def test_trained_adapters_load_in_plain_peft(kind, tmp_path):
+    if kind != "tiny":
+        save_qwen(tmp_path / "from", kind)
+    backbone, tokenizer = load_backbone("tiny" if kind == "tiny" else str(tmp_path / "from"), lora_rank=3)
+    ids = train_a_little(backbone, tokenizer)
+    want = backbone(input_ids=ids).last_hidden_state
+    # a second export must not lean on the first
+    for name in ("first", "to"):
+        save_backbone(backbone, tokenizer, tmp_path / name)
+    by_name = AutoPeftModelForFeatureExtraction.from_pretrained(tmp_path / "to")
+    assert torch.equal(by_name(input_ids=ids).last_hidden_state, want)
+    base = by_name.active_peft_config.base_model_name_or_path
+    assert base == str(tmp_path / ("to/base" if kind == "tiny" else "from"))
+    onto = PeftModel.from_pretrained(AutoModel.from_pretrained(base), tmp_path / "to")
+    assert torch.equal(onto(input_ids=ids).last_hidden_state, want)
+    with onto.disable_adapter():
+        assert not torch.equal(onto(input_ids=ids).last_hidden_state, want)

@@ -1,0 +1,123 @@
+"""The memory estimate against what torch really keeps, and the advice against the estimate."""
+
+import pytest
+import torch
+from qwens import save_qwen
+
+from qwen_fused.backbone import load_backbone
+from qwen_fused.memory import advise, available_memory, estimate_memory, size
+
+BATCH, TOKENS = 4, 96
+CASES = {
+    "tiny": ("tiny", {}),
+    "qwen2.5": ("qwen2.5", {}),
+    "qwen3": ("qwen3", {}),
+    "bfloat16": ("qwen2.5", dict(dtype=torch.bfloat16)),
+    "qwen3, bfloat16": ("qwen3", dict(dtype=torch.bfloat16)),
+    "lora": ("qwen2.5", dict(lora_rank=4)),
+    "lora, bfloat16": ("qwen2.5", dict(lora_rank=4, dtype=torch.bfloat16)),
+    "qwen3, lora": ("qwen3", dict(lora_rank=4)),
+    "qwen3, lora, bfloat16": ("qwen3", dict(lora_rank=4, dtype=torch.bfloat16)),
+    "checkpointing": ("tiny", dict(gradient_checkpointing=True)),
+}
+
+
+def kept_for_backward(backbone) -> tuple[int, torch.Tensor]:
+    """Bytes of every storage that autograd saves in a forward pass but the weights' own, and its result."""
+    own = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            # the reference keeps the address from being used twice
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.zeros(BATCH, TOKENS, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
+    return sum(storage.nbytes() for storage in kept.values()), hidden
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_estimate_is_what_torch_keeps(case, tmp_path):
+    kind, arguments = CASES[case]
+    if kind != "tiny":
+        save_qwen(tmp_path, kind)
+    qwen = "tiny" if kind == "tiny" else str(tmp_path)
+    estimate = estimate_memory(qwen, batch_size=BATCH, max_prompt_tokens=TOKENS, **arguments)
+    backbone, _ = load_backbone(qwen, **arguments)
+    trained = [p for p in backbone.parameters() if p.requires_grad]
+    # the tiny vocabulary of rules and markers is a few rows more than the bytes
+    assert estimate.weights == pytest.approx(sum(p.nbytes for p in backbone.parameters()), rel=0.01)
+    assert estimate.gradients == pytest.approx(sum(p.nbytes for p in trained), rel=0.01)
+    kept, hidden = kept_for_backward(backbone)
+    hidden.float().sum().backward()
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    state = sum(value.nbytes for s in optimizer.state.values() for value in s.values() if value.dim())
+    assert estimate.optimizer == pytest.approx(state, rel=0.01)
+    if "gradient_checkpointing" in arguments:
+        # on top of what is kept, one layer is laid out again while its gradient is computed
+        layer = estimate_memory(qwen, batch_size=BATCH, max_prompt_tokens=TOKENS).activations / 2
+        kept += layer
+    assert estimate.activations == pytest.approx(kept, rel=0.12)
+
+
+def test_retained_graphs_count_by_batch():
+    one, ten = (estimate_memory(retained_batches=n) for n in (1, 10))
+    assert ten.activations == 10 * one.activations and ten.weights == one.weights
+    assert estimate_memory(optimizer_bytes=12).optimizer == 1.5 * one.optimizer
+
+
+def test_says_itself():
+    text = str(estimate_memory(batch_size=1, max_prompt_tokens=64))
+    assert text.startswith("Qwen needs about ") and text.endswith(".") and "activations" in text
+    assert [size(n * 1024**2) for n in (1, 99, 512, 2048, 20480)] == [
+        "1.0 MiB",
+        "99 MiB",
+        "0.50 GiB",
+        "2.0 GiB",
+        "20 GiB",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("available", "flags"),
+    [
+        (1000, None),
+        (120, "pass --gradient-checkpointing."),
+        (50, "pass --gradient-checkpointing --batch-size 4."),
+        (1, "take a smaller --qwen."),
+    ],
+)
+def test_advice_names_flags_that_help(available, flags):
+    said = advise(available * 1024**2)
+    if flags is None:
+        assert said is None
+    else:
+        assert flags in said and "is free" in said and "\n" not in said
+
+
+def test_advice_names_a_smaller_batch_when_checkpointing_is_on():
+    said = advise(25 * 1024**2, gradient_checkpointing=True, max_prompt_tokens=256)
+    assert "pass --batch-size 4." in said
+    everything = dict(gradient_checkpointing=True, lora_rank=2, dtype=torch.bfloat16, batch_size=1)
+    assert "with every saving on: take a smaller --qwen." in advise(1, **everything)
+
+
+def test_advice_names_lora_when_the_optimizer_is_the_problem():
+    arguments = dict(batch_size=1, max_prompt_tokens=64)
+    need = estimate_memory(**arguments)
+    assert "pass --lora-rank 16" in advise(need.weights * 2 + need.activations, **arguments)
+
+
+def test_available_memory_of_this_machine():
+    available = available_memory(torch.device("cpu"))
+    assert 2**20 < available < 2**50
+
+
+def test_rejects_what_the_loader_rejects():
+    with pytest.raises(ValueError, match="got no folder at '/nowhere'"):
+        estimate_memory("/nowhere")
