@@ -2,8 +2,8 @@
 
     python examples/hf_trainer_grad_norm.py [output folder]
 
-The measurement comes right after the backward pass: Trainer's own clipping multiplies every gradient by one factor, and a
-single NaN would be in all of them. The model here is a small Qwen2 built from a config; the trainer takes any model.
+The measurement comes right after the backward pass: Trainer's own clipping multiplies every gradient by one factor, and
+a single NaN would be in all of them. The model here is a small Qwen2 built from a config; the trainer takes any model.
 """
 
 from __future__ import annotations
