@@ -158,7 +158,7 @@ def _cross_entropy(
         kappa = torch.where(valid, class_weight.to(dtype)[label], 0.0)
     per_cell = kappa
     if hard_mode == "cell":
-        per_cell = kappa * (hard_floor + (1 - hard_floor) * hard)
+        per_cell = torch.where(hard, kappa, kappa * hard_floor)
     if step_weight is None:
         log_q, weight = log_q[:, -1:], per_cell[:, None]
     else:

@@ -157,8 +157,9 @@ def test_hard_modes_scale_the_episode(hard_mode, scale):
 
 def test_cell_mode_weights_each_cell():
     logits = torch.tensor([0.0, log(3)], dtype=torch.float64).repeat(4, 1)
-    out = hard_cell_cross_entropy(logits, torch.tensor([0, 1, 1, 1]), hard_floor=0.25, hard_mode="cell")
-    expected = (log(4) + 0.25 * 3 * log(4 / 3)) / 4
+    # 0.3 is no binary fraction: a float32 on the way would show
+    out = hard_cell_cross_entropy(logits, torch.tensor([0, 1, 1, 1]), hard_floor=0.3, hard_mode="cell")
+    expected = (log(4) + 0.3 * 3 * log(4 / 3)) / 4
     assert out.loss.item() == pytest.approx(expected, rel=1e-12)
     assert out.terms["ce"].item() == pytest.approx(expected, rel=1e-12)
 
@@ -274,6 +275,19 @@ def test_a_preference_that_forbids_a_live_class_is_infinitely_risky():
     case = make_case(ignored=0.0)
     case["preference_logits"][0, 1] = -torch.inf
     assert reference(case, weights=only("risk")).terms["risk"].tolist()[0] == torch.inf
+
+
+def test_a_class_that_preference_and_anchor_forbid_costs_nothing():
+    case = make_case(ignored=0.0)
+    case["target"][:] = 0
+    for name in ("plan_logits", "back_logits", "preference_logits"):
+        case[name][:, ..., 1, :, :] = -torch.inf
+    case["anchor_log_probs"][1] = -torch.inf
+    case = with_grad(case)
+    out = reference(case, weights=ALL_TERMS)
+    out.loss.backward()
+    assert out.loss.isfinite() and out.terms["anchor"].isfinite().all()
+    assert (case["preference_logits"].grad[:, 1] == 0).all() and case["preference_logits"].grad.isfinite().all()
 
 
 def test_forbidden_target_counts_only_where_it_has_weight():

@@ -1,0 +1,185 @@
+"""The backward pass over the tiles: the gradient of every term at once, written where it belongs.
+
+Every term is a potential phi with dL/dx_c = q_c (phi_c - sum_k q_k phi_k). With a = upstream / episodes / n:
+
+    risk       a w_risk (log q - log p)
+    ambiguity  a w_ambiguity h
+    agreement  a w_agreement / 2 (log q - log m), and the same of r for back
+    anchor     a w_anchor (log p - log anchor) of p, for preference, to which risk adds a w_risk (T p - sum_t q)
+
+Cross-entropy adds k (q - delta) and the prompt its pooled gradient.
+"""
+
+import triton
+import triton.language as tl
+
+from .efe_tile import cells, labels, load_classes, log_mean, softmax
+
+
+@triton.jit(do_not_specialize=["ignore_index", "B", "T"])
+def efe_backward_kernel(
+    plan,
+    target,
+    back,
+    preference,
+    anchor,
+    obs_entropy,  # [C]
+    step_weight,
+    class_weight,
+    predicted,  # [B, P]
+    upstream,  # [1]
+    coef,  # [B + 1, 2]: sigma / n and sigma / sum of class weights; then 1 / episodes
+    d_pooled,  # [B, T, C]
+    obs_entropy_share,  # [C] and [B, C]: gradients before the upstream factor
+    prompt_colors_share,
+    d_plan,
+    d_back,
+    d_preference,
+    d_obs_entropy,
+    d_prompt_colors,
+    plan_stride,
+    target_stride,
+    back_stride,
+    preference_stride,
+    anchor_stride,
+    d_plan_stride,
+    d_back_stride,
+    d_preference_stride,
+    ignore_index,
+    hard_floor: tl.float64,
+    w_ce: tl.float64,
+    w_risk: tl.float64,
+    w_ambiguity: tl.float64,
+    w_agreement: tl.float64,
+    w_anchor: tl.float64,
+    B,
+    P,
+    W,
+    T,
+    C: tl.constexpr,
+    RISK: tl.constexpr,
+    AMBIGUITY: tl.constexpr,
+    AGREEMENT: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    PROMPT: tl.constexpr,
+    STEP_WEIGHT: tl.constexpr,
+    CLASS_WEIGHT: tl.constexpr,
+    HARD_CELL: tl.constexpr,
+    D_PLAN: tl.constexpr,
+    D_BACK: tl.constexpr,
+    D_PREFERENCE: tl.constexpr,
+    D_OBS_ENTROPY: tl.constexpr,
+    D_PROMPT_COLORS: tl.constexpr,
+    FLAT: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    b = tl.program_id(1).to(tl.int64)
+    cell = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    cell_in = cell < P
+    target = cells(target + b * target_stride[0], target_stride[1], target_stride[2], cell, W, FLAT)
+    valid, known, label, kappa = labels(target, cell_in, ignore_index, class_weight, C, CLASS_WEIGHT, ACC)
+    scale = tl.load(upstream).to(ACC) * tl.load(coef + 2 * B)
+    if tl.program_id(0) == 0:
+        for c in tl.static_range(C):
+            if D_PROMPT_COLORS:
+                tl.store(d_prompt_colors + b * C + c, scale * tl.load(prompt_colors_share + b * C + c))
+            if D_OBS_ENTROPY:
+                # every episode's first program would write the same
+                tl.store(d_obs_entropy + c, scale * tl.load(obs_entropy_share + c), mask=b == 0)
+    per_cell = scale * tl.load(coef + 2 * b)
+    cost = kappa * (scale * tl.load(coef + 2 * b + 1) * tl.full([], w_ce, ACC))
+    if HARD_CELL:
+        right = tl.load(predicted + b * P + cell, mask=cell_in, other=0).to(tl.int64) == label
+        cost = tl.where(right, cost * tl.full([], hard_floor, ACC), cost)
+
+    plan = cells(plan + b * plan_stride[0], plan_stride[3], plan_stride[4], cell, W, FLAT)
+    if D_PLAN:
+        d_plan = cells(d_plan + b * d_plan_stride[0], d_plan_stride[3], d_plan_stride[4], cell, W, FLAT)
+    if AGREEMENT:
+        back = cells(back + b * back_stride[0], back_stride[3], back_stride[4], cell, W, FLAT)
+    if D_BACK:
+        d_back = cells(d_back + b * d_back_stride[0], d_back_stride[3], d_back_stride[4], cell, W, FLAT)
+    if RISK or ANCHOR:
+        preference = cells(
+            preference + b * preference_stride[0], preference_stride[2], preference_stride[3], cell, W, FLAT
+        )
+        log_p, p, _ = softmax(load_classes(preference, preference_stride[1], valid, C, ACC), C)
+    risk = per_cell * tl.full([], w_risk, ACC)
+    agreement = 0.5 * per_cell * tl.full([], w_agreement, ACC)
+    mass = ()
+    for _ in tl.static_range(C):
+        mass = mass + (tl.zeros([BLOCK_P], ACC),)
+
+    for t in range(0, T):
+        x = load_classes(plan, plan_stride[2], valid, C, ACC)
+        log_q, q, _ = softmax(x, C)
+        if RISK:
+            total = ()
+            for c in tl.static_range(C):
+                total = total + (mass[c] + q[c],)
+            mass = total
+        if AGREEMENT:
+            log_r, r, _ = softmax(load_classes(back, back_stride[2], valid, C, ACC), C)
+            psi = ()
+            mean = tl.zeros([BLOCK_P], ACC)
+        phi = ()
+        shift = tl.zeros([BLOCK_P], ACC)
+        for c in tl.static_range(C):
+            potential = tl.zeros([BLOCK_P], ACC)
+            if RISK:
+                potential += risk * (log_q[c] - log_p[c])
+            if AMBIGUITY:
+                h = tl.load(obs_entropy + c).to(ACC)
+                potential += per_cell * tl.full([], w_ambiguity, ACC) * h
+            if AGREEMENT:
+                log_m = log_mean(q[c], r[c])
+                potential += agreement * (log_q[c] - log_m)
+                psi = psi + (tl.where(r[c] == 0, 0.0, agreement * (log_r[c] - log_m)),)
+                mean += r[c] * psi[c]
+            phi = phi + (tl.where(q[c] == 0, 0.0, potential),)
+            shift += q[c] * phi[c]
+        if D_BACK:
+            to = d_back
+            for c in tl.static_range(C):
+                tl.store(to, tl.where(valid, r[c] * (psi[c] - mean), 0.0), mask=cell_in)
+                to += d_back_stride[2]
+            d_back += d_back_stride[1]
+        if D_PLAN:
+            step = (t == T - 1).to(ACC)
+            if STEP_WEIGHT:
+                step = tl.load(step_weight + t).to(ACC)
+            k = cost * step
+            to = d_plan
+            for c in tl.static_range(C):
+                d = q[c] * (phi[c] - shift + k) - tl.where(label == c, k, 0.0)
+                if PROMPT:
+                    pooled = scale * tl.load(d_pooled + (b * T + t) * C + c)
+                    d += tl.where(x[c] == -float("inf"), 0.0, pooled)
+                tl.store(to, tl.where(valid, d, 0.0), mask=cell_in)
+                to += d_plan_stride[2]
+            d_plan += d_plan_stride[1]
+        plan += plan_stride[1]
+        if AGREEMENT:
+            back += back_stride[1]
+
+    if D_PREFERENCE:
+        if ANCHOR:
+            anchor = cells(anchor, anchor_stride[1], anchor_stride[2], cell, W, FLAT)
+            log_a = load_classes(anchor, anchor_stride[0], valid, C, ACC)
+            phi = ()
+            mean = tl.zeros([BLOCK_P], ACC)
+            for c in tl.static_range(C):
+                phi = phi + (tl.where(p[c] == 0, 0.0, log_p[c] - log_a[c]),)
+                mean += p[c] * phi[c]
+        d_preference = cells(
+            d_preference + b * d_preference_stride[0], d_preference_stride[2], d_preference_stride[3], cell, W, FLAT
+        )
+        for c in tl.static_range(C):
+            d = tl.zeros([BLOCK_P], ACC)
+            if RISK:
+                d += risk * (p[c] * T - mass[c])
+            if ANCHOR:
+                d += per_cell * tl.full([], w_anchor, ACC) * (p[c] * (phi[c] - mean))
+            tl.store(d_preference, tl.where(valid, d, 0.0), mask=cell_in)
+            d_preference += d_preference_stride[1]

@@ -1,0 +1,180 @@
+"""The finishing pass of the Triton loss: from the tiles' slots to terms, loss and the gradients of what is small."""
+
+import triton
+import triton.language as tl
+
+from .efe_tile import AGREEMENT_SUM, ANCHOR_SUM, BAD, CE, CELLS, HARD, HEAD, KAPPA, RISK_SUM
+
+# a norm under this counts as this, as in F.cosine_similarity
+EPS = tl.constexpr(1.0e-8)
+TERM_COLUMNS = tl.constexpr(8)
+
+
+@triton.jit
+def _sum_tiles(row, live, tiles, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of one slot over the tiles that have a cell that counts, in a fixed order."""
+    total = tl.zeros([BLOCK], ACC)
+    for start in range(0, tiles, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        there = tile < tiles
+        there = there & (tl.load(live + tile, mask=there, other=0.0) > 0)
+        total += tl.load(row + tile, mask=there, other=0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def _sum_classes(rows, live, tiles, C, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The same for C slots that follow each other -> [BLOCK_C]."""
+    total = tl.zeros([BLOCK_C, BLOCK], ACC)
+    c = tl.arange(0, BLOCK_C)[:, None]
+    for start in range(0, tiles, BLOCK):
+        tile = start + tl.arange(0, BLOCK)[None, :]
+        there = tile < tiles
+        there = there & (tl.load(live + tile, mask=there, other=0.0) > 0)
+        total += tl.load(rows + c * tiles + tile, mask=there & (c < C), other=0.0)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit(do_not_specialize=["B", "T", "tiles"])
+def efe_finish_kernel(
+    slots,  # [B, K, tiles]
+    arrived,  # [1] 0 at the start
+    totals,  # [B, 2 + C] loss of the episode, 1 where it counts, gradient of obs_entropy
+    obs_entropy,
+    prompt_colors,
+    prompt_stride,  # b, c
+    obs_stride,
+    loss,
+    terms,  # [B, 8]
+    solved,  # [B]
+    coef,  # [B + 1, 2]
+    d_pooled,  # [B, T, C]
+    d_obs_entropy,  # [C]
+    d_prompt_colors,  # [B, C]
+    hard_floor: tl.float64,
+    w_ce: tl.float64,
+    w_risk: tl.float64,
+    w_ambiguity: tl.float64,
+    w_agreement: tl.float64,
+    w_anchor: tl.float64,
+    w_prompt: tl.float64,
+    B,
+    T,
+    tiles,
+    C: tl.constexpr,
+    RISK: tl.constexpr,
+    AMBIGUITY: tl.constexpr,
+    AGREEMENT: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    PROMPT: tl.constexpr,
+    USE_CE: tl.constexpr,
+    HARD_EPISODE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    row = slots + b * (HEAD + T * C * (PROMPT + AMBIGUITY)) * tiles
+    live = row + CELLS * tiles
+    c = tl.arange(0, BLOCK_C)
+    class_in = c < C
+    cells = _sum_tiles(live, live, tiles, ACC, BLOCK)
+    wrong = _sum_tiles(row + HARD * tiles, live, tiles, ACC, BLOCK)
+    bad = _sum_tiles(row + BAD * tiles, live, tiles, ACC, BLOCK)
+    kappa = _sum_tiles(row + KAPPA * tiles, live, tiles, ACC, BLOCK)
+    n = tl.maximum(cells, 1.0)
+    ratio = wrong / n
+    sigma = tl.full([], 1.0, ACC)
+    if HARD_EPISODE:
+        floor = tl.full([], hard_floor, ACC)
+        sigma = floor + (1.0 - floor) * ratio
+    # a class that does not exist must show: nothing here can raise
+    sigma = tl.where(bad > 0, float("nan"), sigma)
+    sigma = tl.where(cells > 0, sigma, 0.0)
+
+    per_kappa = tl.where(kappa == 0, 0.0, 1.0 / tl.where(kappa == 0, 1.0, kappa))
+    out = terms + b * TERM_COLUMNS
+    ce = _sum_tiles(row + CE * tiles, live, tiles, ACC, BLOCK) * per_kappa
+    total = tl.zeros([], ACC)
+    if USE_CE:
+        total += tl.full([], w_ce, ACC) * ce
+    tl.store(out, ce)
+    risk = tl.zeros([], ACC)
+    if RISK:
+        risk = _sum_tiles(row + RISK_SUM * tiles, live, tiles, ACC, BLOCK) / n
+        total += tl.full([], w_risk, ACC) * risk
+    tl.store(out + 1, risk)
+    agreement = tl.zeros([], ACC)
+    if AGREEMENT:
+        agreement = _sum_tiles(row + AGREEMENT_SUM * tiles, live, tiles, ACC, BLOCK) / n
+        total += tl.full([], w_agreement, ACC) * agreement
+    tl.store(out + 3, agreement)
+    anchor = tl.zeros([], ACC)
+    if ANCHOR:
+        anchor = _sum_tiles(row + ANCHOR_SUM * tiles, live, tiles, ACC, BLOCK) / n
+        total += tl.full([], w_anchor, ACC) * anchor
+    tl.store(out + 4, anchor)
+
+    rows = row + HEAD * tiles
+    prompt = tl.zeros([], ACC)
+    if PROMPT:
+        v = tl.load(prompt_colors + b * prompt_stride[0] + c * prompt_stride[1], mask=class_in, other=0.0)
+        v = tl.where(cells > 0, v.to(ACC), 0.0)
+        v_norm = tl.sqrt(tl.sum(v * v))
+        v_held = tl.maximum(v_norm, EPS)
+        dv = tl.zeros([BLOCK_C], ACC)
+        scale = tl.where(cells > 0, -sigma * tl.full([], w_prompt, ACC) / T, 0.0)
+        for t in range(0, T):
+            u = _sum_classes(rows + t * C * tiles, live, tiles, C, ACC, BLOCK, BLOCK_C) / n
+            u_norm = tl.sqrt(tl.sum(u * u))
+            u_held = tl.maximum(u_norm, EPS)
+            cos = tl.sum((u / u_held) * (v / v_held))
+            prompt -= cos / T
+            du = v / v_held - tl.where(u_norm < EPS, 0.0, cos) * (u / u_held)
+            dv += u / u_held - tl.where(v_norm < EPS, 0.0, cos) * (v / v_held)
+            tl.store(d_pooled + (b * T + t) * C + c, scale / n * (du / u_held), mask=class_in)
+        tl.store(d_prompt_colors + b * C + c, scale * (dv / v_held), mask=class_in)
+        total += tl.full([], w_prompt, ACC) * prompt
+        rows += T * C * tiles
+    tl.store(out + 5, prompt)
+    ambiguity = tl.zeros([], ACC)
+    if AMBIGUITY:
+        mass = tl.zeros([BLOCK_C], ACC)
+        for t in range(0, T):
+            mass += _sum_classes(rows + t * C * tiles, live, tiles, C, ACC, BLOCK, BLOCK_C)
+        h = tl.load(obs_entropy + c * obs_stride, mask=class_in, other=0.0).to(ACC)
+        ambiguity = tl.sum(mass * h) / n
+        w = tl.full([], w_ambiguity, ACC)
+        total += w * ambiguity
+        tl.store(totals + b * (2 + C) + 2 + c, sigma * w / n * mass, mask=class_in)
+    tl.store(out + 2, ambiguity)
+    tl.store(out + 6, ratio)
+    tl.store(out + 7, (cells - wrong) / n)
+    tl.store(solved + b, (cells > 0) & (wrong == 0))
+    tl.store(coef + 2 * b, sigma / n)
+    tl.store(coef + 2 * b + 1, sigma * per_kappa)
+    tl.store(totals + b * (2 + C), tl.where(cells > 0, sigma * total, 0.0))
+    tl.store(totals + b * (2 + C) + 1, (cells > 0).to(ACC))
+
+    # every write above by every thread of this program comes before its arrival
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == B - 1:
+        loss_sum = tl.zeros([BLOCK_B], ACC)
+        episode_sum = tl.zeros([BLOCK_B], ACC)
+        for start in range(0, B, BLOCK_B):
+            e = start + tl.arange(0, BLOCK_B)
+            # past the caches: other programs wrote these
+            loss_sum += tl.load(totals + e * (2 + C), mask=e < B, other=0.0, cache_modifier=".cg")
+            episode_sum += tl.load(totals + e * (2 + C) + 1, mask=e < B, other=0.0, cache_modifier=".cg")
+        share = 1.0 / tl.maximum(tl.sum(episode_sum), 1.0)
+        tl.store(loss, tl.sum(loss_sum) * share)
+        tl.store(coef + 2 * B, share)
+        tl.store(coef + 2 * B + 1, 0.0)
+        if AMBIGUITY:
+            dh = tl.zeros([BLOCK_C, BLOCK_B], ACC)
+            for start in range(0, B, BLOCK_B):
+                e = start + tl.arange(0, BLOCK_B)[None, :]
+                at = totals + e * (2 + C) + 2 + c[:, None]
+                dh += tl.load(at, mask=(e < B) & (c[:, None] < C), other=0.0, cache_modifier=".cg")
+            tl.store(d_obs_entropy + c, tl.sum(dh, axis=1), mask=class_in)

@@ -1,0 +1,144 @@
+"""The forward pass over the tiles: sums of every term over a tile's cells, and what each cell predicts."""
+
+import triton
+import triton.language as tl
+
+from .efe_tile import (
+    AGREEMENT_SUM,
+    ANCHOR_SUM,
+    BAD,
+    CE,
+    CELLS,
+    HARD,
+    HEAD,
+    IGNORED_PREDICTION,
+    KAPPA,
+    LOG_ZERO,
+    RISK_SUM,
+    cells,
+    labels,
+    load_classes,
+    log_mean,
+    softmax,
+)
+
+
+@triton.jit(do_not_specialize=["ignore_index", "T", "tiles"])
+def efe_forward_kernel(
+    plan,
+    target,
+    back,
+    preference,
+    anchor,
+    step_weight,
+    class_weight,
+    predicted,  # [B, P]
+    slots,  # [B, K, tiles]
+    arrived,  # [1]
+    plan_stride,  # b, t, c, h, w
+    target_stride,  # b, h, w
+    back_stride,  # b, t, c, h, w
+    preference_stride,  # b, c, h, w
+    anchor_stride,  # c, h, w
+    ignore_index,
+    hard_floor: tl.float64,
+    P,
+    W,
+    T,
+    tiles,
+    C: tl.constexpr,
+    RISK: tl.constexpr,
+    AMBIGUITY: tl.constexpr,
+    AGREEMENT: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    PROMPT: tl.constexpr,
+    STEP_WEIGHT: tl.constexpr,
+    CLASS_WEIGHT: tl.constexpr,
+    HARD_CELL: tl.constexpr,
+    FLAT: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)
+    cell = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    cell_in = cell < P
+    target = cells(target + b * target_stride[0], target_stride[1], target_stride[2], cell, W, FLAT)
+    valid, known, label, kappa = labels(target, cell_in, ignore_index, class_weight, C, CLASS_WEIGHT, ACC)
+    count = tl.sum(valid.to(ACC))
+    if (tile == 0) & (b == 0):
+        tl.store(arrived, 0)
+    slots += b * (HEAD + T * C * (PROMPT + AMBIGUITY)) * tiles + tile
+
+    plan = cells(plan + b * plan_stride[0], plan_stride[3], plan_stride[4], cell, W, FLAT)
+    if AGREEMENT:
+        back = cells(back + b * back_stride[0], back_stride[3], back_stride[4], cell, W, FLAT)
+    anchor_sum = tl.zeros([BLOCK_P], ACC)
+    if RISK or ANCHOR:
+        preference = cells(
+            preference + b * preference_stride[0], preference_stride[2], preference_stride[3], cell, W, FLAT
+        )
+        log_p, p, _ = softmax(load_classes(preference, preference_stride[1], valid, C, ACC), C)
+    if ANCHOR:
+        anchor = cells(anchor, anchor_stride[1], anchor_stride[2], cell, W, FLAT)
+        log_a = load_classes(anchor, anchor_stride[0], valid, C, ACC)
+        for c in tl.static_range(C):
+            anchor_sum += tl.where(p[c] == 0, 0.0, p[c] * (log_p[c] - log_a[c]))
+
+    nll = tl.zeros([BLOCK_P], ACC)
+    risk = tl.zeros([BLOCK_P], ACC)
+    agreement = tl.zeros([BLOCK_P], ACC)
+    best = tl.zeros([BLOCK_P], tl.int32)
+    first = 0
+    if not (RISK or AMBIGUITY or AGREEMENT or PROMPT or STEP_WEIGHT):
+        first = T - 1
+        plan += tl.cast(first, tl.int64) * plan_stride[1]
+    # a tile without a cell that counts leaves only its head: the finishing pass reads no more of it
+    for t in range(first, tl.where(count > 0, T, 0)):
+        x = load_classes(plan, plan_stride[2], valid, C, ACC)
+        log_q, q, log_total = softmax(x, C)
+        step = (t == T - 1).to(ACC)
+        if STEP_WEIGHT:
+            step = tl.load(step_weight + t).to(ACC)
+        if step != 0:
+            at_label = tl.load(plan + label * plan_stride[2], mask=known, other=0.0).to(ACC)
+            nll += step * (log_total - at_label)
+        if t == T - 1:
+            largest = x[0]
+            for c in tl.static_range(1, C):
+                best = tl.where(x[c] > largest, c, best)
+                largest = tl.maximum(x[c], largest)
+        if RISK:
+            for c in tl.static_range(C):
+                risk += tl.where(q[c] == 0, 0.0, q[c] * (log_q[c] - log_p[c]))
+        row = slots + (HEAD + t * C) * tiles
+        if PROMPT:
+            for c in tl.static_range(C):
+                seen = valid & (x[c] != -float("inf"))
+                tl.store(row + c * tiles, tl.sum(tl.where(seen, x[c], 0.0)))
+            row += T * C * tiles
+        if AMBIGUITY:
+            for c in tl.static_range(C):
+                tl.store(row + c * tiles, tl.sum(tl.where(valid, q[c], 0.0)))
+        if AGREEMENT:
+            log_r, r, _ = softmax(load_classes(back, back_stride[2], valid, C, ACC), C)
+            for c in tl.static_range(C):
+                log_m = log_mean(q[c], r[c])
+                agreement += q[c] * (tl.maximum(log_q[c], LOG_ZERO) - log_m)
+                agreement += r[c] * (tl.maximum(log_r[c], LOG_ZERO) - log_m)
+            back += back_stride[1]
+        plan += plan_stride[1]
+
+    hard = valid & (best != label)
+    cost = kappa
+    if HARD_CELL:
+        cost = tl.where(hard, kappa, kappa * tl.full([], hard_floor, ACC))
+    tl.store(slots + CELLS * tiles, count)
+    tl.store(slots + HARD * tiles, tl.sum(hard.to(ACC)))
+    tl.store(slots + BAD * tiles, tl.sum((valid & (label < 0)).to(ACC)))
+    tl.store(slots + KAPPA * tiles, tl.sum(kappa))
+    tl.store(slots + CE * tiles, tl.sum(tl.where(cost == 0, 0.0, cost * nll)))
+    tl.store(slots + RISK_SUM * tiles, tl.sum(tl.where(valid, risk, 0.0)))
+    tl.store(slots + AGREEMENT_SUM * tiles, tl.sum(tl.where(valid, 0.5 * agreement, 0.0)))
+    tl.store(slots + ANCHOR_SUM * tiles, tl.sum(tl.where(valid, anchor_sum, 0.0)))
+    tl.store(predicted + b * P + cell, tl.where(valid, best, IGNORED_PREDICTION).to(tl.uint8), mask=cell_in)

@@ -1,0 +1,276 @@
+"""The expected-free-energy loss in Triton, as two custom ops: two launches forward, one backward, no host sync.
+
+`qwen_fused::efe_loss_triton` and its backward have the schema of the C++ ops; `qwen_fused.ops` gives both pairs their
+autograd. They run on CUDA tensors, and on CPU tensors where TRITON_INTERPRET=1 was set before Triton was imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .efe_backward import efe_backward_kernel
+from .efe_finish import efe_finish_kernel
+from .efe_forward import efe_forward_kernel
+from .efe_tile import HEAD
+from .reference import accumulate_dtype
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+FORWARD_SCHEMA = (
+    "(Tensor plan, Tensor target, Tensor? back, Tensor? preference, Tensor? anchor, Tensor? obs_entropy, "
+    "Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, float[] weights, float hard_floor, "
+    "int hard_mode, int ignore_index) -> (Tensor loss, Tensor terms, Tensor solved, Tensor predicted, Tensor coef, "
+    "Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors)"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor grad, Tensor plan, Tensor target, Tensor? back, Tensor? preference, Tensor? anchor, "
+    "Tensor? obs_entropy, Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, Tensor predicted, "
+    "Tensor coef, Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors, float[] weights, float hard_floor, "
+    "int hard_mode, int ignore_index, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+# (classes up to, cells per program, warps): one warp needs no shared memory for its sums, and two cells a thread
+# leave room in its registers for the classes of plan, back and preference
+LAUNCH = ((4, 128, 1), (16, 64, 1), (64, 32, 1))
+HARD_EPISODE, HARD_CELL = 0, 1
+
+
+def tile_options(num_classes: int) -> tuple[int, int]:
+    """Cells and warps per program."""
+    return next((cells, warps) for limit, cells, warps in LAUNCH if num_classes <= limit)
+
+
+def _is_flat(x: Tensor | None) -> bool:
+    """Whether the cells of the last two axes lie at one stride."""
+    return x is None or 1 in x.shape[-2:] or x.stride(-2) == x.shape[-1] * x.stride(-1)
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...] | None:
+    """Strides with that of a cell last, which for a canvas one cell wide is that of a row."""
+    if x is None:
+        return None
+    strides = x.stride()
+    return (*strides[:-1], strides[-2]) if x.shape[-1] == 1 else strides
+
+
+def _flags(
+    back: Tensor | None,
+    preference: Tensor | None,
+    anchor: Tensor | None,
+    obs_entropy: Tensor | None,
+    prompt_colors: Tensor | None,
+    weights: Sequence[float],
+) -> dict[str, bool]:
+    """Which terms are computed."""
+    _, risk, ambiguity, agreement, anchor_weight, prompt = (weight != 0 for weight in weights)
+    return {
+        "RISK": risk and preference is not None,
+        "AMBIGUITY": ambiguity and obs_entropy is not None,
+        "AGREEMENT": agreement and back is not None,
+        "ANCHOR": anchor_weight and preference is not None and anchor is not None,
+        "PROMPT": prompt and prompt_colors is not None,
+    }
+
+
+def _device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _forward(
+    plan: Tensor,  # [B, T, C, H, W]
+    target: Tensor,  # [B, H, W]
+    back: Tensor | None,
+    preference: Tensor | None,
+    anchor: Tensor | None,
+    obs_entropy: Tensor | None,
+    prompt_colors: Tensor | None,
+    step_weight: Tensor | None,
+    class_weight: Tensor | None,
+    weights: Sequence[float],
+    hard_floor: float,
+    hard_mode: int,
+    ignore_index: int,
+) -> tuple[Tensor, ...]:
+    B, T, C, H, W = plan.shape
+    acc = accumulate_dtype(plan, back, preference, obs_entropy, prompt_colors)
+    flags = _flags(back, preference, anchor, obs_entropy, prompt_colors, weights)
+    empty = B * H * W == 0
+    new = plan.new_zeros if empty else plan.new_empty
+    loss, terms, coef = new((), dtype=acc), new((B, 8), dtype=acc), new((B + 1, 2), dtype=acc)
+    solved, predicted = new(B, dtype=torch.bool), new((B, H, W), dtype=torch.uint8)
+    d_pooled = new((B if flags["PROMPT"] else 0, T, C), dtype=acc)
+    d_obs_entropy = new(C if flags["AMBIGUITY"] else 0, dtype=acc)
+    d_prompt_colors = new((B if flags["PROMPT"] else 0, C), dtype=acc)
+    outputs = (loss, terms, solved, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors)
+    if empty:
+        return outputs
+
+    block, warps = tile_options(C)
+    tiles = triton.cdiv(H * W, block)
+    tail = T * C * (flags["PROMPT"] + flags["AMBIGUITY"])
+    slots = plan.new_empty((B, HEAD.value + tail, tiles), dtype=acc)
+    totals = plan.new_empty((B, 2 + C), dtype=acc)
+    arrived = plan.new_empty(1, dtype=torch.int32)
+    tl_acc = tl.float64 if acc == torch.float64 else tl.float32
+    with _device(plan):
+        efe_forward_kernel[(tiles, B)](
+            plan,
+            target,
+            back,
+            preference,
+            anchor,
+            None if step_weight is None else step_weight.contiguous(),
+            None if class_weight is None else class_weight.contiguous(),
+            predicted,
+            slots,
+            arrived,
+            _strides(plan),
+            _strides(target),
+            _strides(back),
+            _strides(preference),
+            _strides(anchor),
+            ignore_index,
+            hard_floor,
+            H * W,
+            W,
+            T,
+            tiles,
+            C=C,
+            **flags,
+            STEP_WEIGHT=step_weight is not None,
+            CLASS_WEIGHT=class_weight is not None,
+            HARD_CELL=hard_mode == HARD_CELL,
+            FLAT=all(map(_is_flat, (plan, target, back, preference, anchor))),
+            ACC=tl_acc,
+            BLOCK_P=block,
+            num_warps=warps,
+        )
+        efe_finish_kernel[(B,)](
+            slots,
+            arrived,
+            totals,
+            obs_entropy,
+            prompt_colors,
+            None if prompt_colors is None else prompt_colors.stride(),
+            None if obs_entropy is None else obs_entropy.stride(0),
+            loss,
+            terms,
+            solved,
+            coef,
+            d_pooled,
+            d_obs_entropy,
+            d_prompt_colors,
+            hard_floor,
+            *weights,
+            B,
+            T,
+            tiles,
+            C=C,
+            **flags,
+            USE_CE=weights[0] != 0,
+            HARD_EPISODE=hard_mode == HARD_EPISODE,
+            ACC=tl_acc,
+            BLOCK=min(triton.next_power_of_2(tiles), 128),
+            BLOCK_C=triton.next_power_of_2(C),
+            BLOCK_B=min(triton.next_power_of_2(B), 256),
+            num_warps=4,
+        )
+    return outputs
+
+
+def _backward(
+    grad: Tensor,  # []
+    plan: Tensor,
+    target: Tensor,
+    back: Tensor | None,
+    preference: Tensor | None,
+    anchor: Tensor | None,
+    obs_entropy: Tensor | None,
+    prompt_colors: Tensor | None,
+    step_weight: Tensor | None,
+    class_weight: Tensor | None,
+    predicted: Tensor,
+    coef: Tensor,
+    d_pooled: Tensor,
+    obs_entropy_share: Tensor,
+    prompt_colors_share: Tensor,
+    weights: Sequence[float],
+    hard_floor: float,
+    hard_mode: int,
+    ignore_index: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    B, T, C, H, W = plan.shape
+    acc = accumulate_dtype(plan, back, preference, obs_entropy, prompt_colors)
+    flags = _flags(back, preference, anchor, obs_entropy, prompt_colors, weights)
+    preference_used = flags["RISK"] or flags["ANCHOR"]
+    used = (True, flags["AGREEMENT"], preference_used, flags["AMBIGUITY"], flags["PROMPT"])
+    inputs = (plan, back, preference, obs_entropy, prompt_colors)
+    wanted = tuple(need and use for need, use in zip(needs, used, strict=True))
+    empty = B * H * W == 0
+    d_plan, d_back, d_preference, d_obs_entropy, d_prompt_colors = grads = tuple(
+        (torch.zeros_like(x) if empty else torch.empty_like(x)) if want else plan.new_empty(0)
+        for x, want in zip(inputs, wanted, strict=True)
+    )
+    if empty or not any(wanted):
+        return grads
+
+    # the small ones are written in order; empty_like may have kept a transposed one's strides
+    small = [x.new_empty(x.shape) if x.numel() else x for x in (d_obs_entropy, d_prompt_colors)]
+    block, warps = tile_options(C)
+    canvases = (plan, target, back, preference, anchor, d_plan, d_back, d_preference)
+    with _device(plan):
+        efe_backward_kernel[(triton.cdiv(H * W, block), B)](
+            plan,
+            target,
+            back,
+            preference,
+            anchor,
+            None if obs_entropy is None else obs_entropy.contiguous(),
+            None if step_weight is None else step_weight.contiguous(),
+            None if class_weight is None else class_weight.contiguous(),
+            predicted,
+            grad,
+            coef,
+            d_pooled,
+            obs_entropy_share,
+            prompt_colors_share,
+            d_plan,
+            d_back,
+            d_preference,
+            *small,
+            *(_strides(x) if x is None or x.dim() > 1 else None for x in canvases),
+            ignore_index,
+            hard_floor,
+            *weights[:5],
+            B,
+            H * W,
+            W,
+            T,
+            C=C,
+            **flags,
+            STEP_WEIGHT=step_weight is not None,
+            CLASS_WEIGHT=class_weight is not None,
+            HARD_CELL=hard_mode == HARD_CELL,
+            D_PLAN=wanted[0],
+            D_BACK=wanted[1],
+            D_PREFERENCE=wanted[2],
+            D_OBS_ENTROPY=wanted[3],
+            D_PROMPT_COLORS=wanted[4],
+            FLAT=all(_is_flat(x) for x in canvases if x is None or x.dim() > 1),
+            ACC=tl.float64 if acc == torch.float64 else tl.float32,
+            BLOCK_P=block,
+            num_warps=warps,
+        )
+    return d_plan, d_back, d_preference, *small
+
+
+torch.library.custom_op("qwen_fused::efe_loss_triton", _forward, mutates_args=(), schema=FORWARD_SCHEMA)
+torch.library.custom_op("qwen_fused::efe_loss_triton_backward", _backward, mutates_args=(), schema=BACKWARD_SCHEMA)
