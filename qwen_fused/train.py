@@ -18,7 +18,7 @@ from qwen_fused.examples import write_examples
 from qwen_fused.model import QwenPlanner
 from qwen_fused.report import write_report
 from qwen_fused.runlog import RunLog, log_line
-from qwen_fused.trainer import Trainer, TrainingStopped
+from qwen_fused.trainer import PendingBatch, Trainer, TrainingStopped
 
 
 def train(config: TrainConfig) -> Path:
@@ -63,34 +63,78 @@ def prove_first(trainer: Trainer, log: RunLog) -> None:
 
 
 def run_batches(trainer: Trainer, log: RunLog) -> None:
-    """The loop."""
+    """The loop. A batch is logged when the next one is under way, so that logging never holds the device up."""
     config, progress = trainer.config, trainer.progress
     per_epoch = trainer.sampler.batches_per_epoch()
     last = min(trainer.total_batches, config.max_batches or trainer.total_batches)
-    started = time.monotonic()
+    clock = Clock(config.max_minutes)
+    pending: PendingBatch | None = None
     with catch_sigint() as interrupted, log.progress(last, progress.step, "training") as advance:
         while progress.step < last:
-            batch_started = time.perf_counter()
             epoch, index = divmod(progress.step, per_epoch)
-            episodes = trainer.sampler.batch(epoch, index)
-            metrics = trainer.train_step(episodes, epoch)
-            metrics["episodes_per_second"] = len(episodes) / (time.perf_counter() - batch_started)
-            log.row(metrics)
+            running = trainer.train_step(trainer.sampler.batch(epoch, index), epoch)
+            log_batch(trainer, log, pending, clock)
+            pending = running
             advance(progress.step)
-            if progress.step == 1 or progress.step % config.log_every == 0:
-                log.say(log_line(metrics))
-            if config.eval_every and progress.step % (per_epoch * config.eval_every) == 0 and progress.step < last:
+            epoch_ends = config.eval_every and progress.step % (per_epoch * config.eval_every) == 0
+            saves = progress.step % config.checkpoint_every == 0
+            if epoch_ends or saves or interrupted() or clock.is_over():
+                pending = log_batch(trainer, log, pending, clock)
+            if epoch_ends and progress.step < last:
                 validate(trainer, log)
-            if progress.step % config.checkpoint_every == 0:
+                clock.pause()
+            if saves:
                 trainer.save()
             if interrupted():
                 path = trainer.save()
-                log.say(f"Interrupted after batch {progress.step}; continue with: qwen-fused train --resume {path}")
+                log.say(f"Interrupted after batch {progress.step}; to go on: qwen-fused train --resume {path}")
                 raise KeyboardInterrupt
-            if config.max_minutes and time.monotonic() - started > 60 * config.max_minutes:
+            if clock.is_over():
                 log.say(f"Stopping after {config.max_minutes:g} minutes, at batch {progress.step} of {last}.")
                 break
+        log_batch(trainer, log, pending, clock)
     trainer.save()
+
+
+def log_batch(trainer: Trainer, log: RunLog, pending: PendingBatch | None, clock: Clock) -> None:
+    """Write the metrics of a batch that is done.
+
+    Raises:
+        TrainingStopped: its gradient was NaN or Inf; a checkpoint without it is written first.
+    """
+    if pending is None:
+        return
+    try:
+        metrics = trainer.read(pending)
+    except TrainingStopped:
+        log.say(f"Checkpoint: {trainer.save()}")
+        raise
+    metrics["episodes_per_second"] = pending.episodes / clock.lap()
+    log.row(metrics)
+    if pending.step == 1 or pending.step % trainer.config.log_every == 0:
+        log.say(log_line(metrics))
+
+
+class Clock:
+    """Seconds between batches, and whether the run's minutes are over."""
+
+    def __init__(self, max_minutes: float | None):
+        self.started = self.last = time.monotonic()
+        self.limit = 60 * max_minutes if max_minutes else float("inf")
+
+    def lap(self) -> float:
+        """Seconds since the last lap or pause."""
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        return max(seconds, 1e-9)
+
+    def pause(self) -> None:
+        """Leave out the time since the last lap."""
+        self.last = time.monotonic()
+
+    def is_over(self) -> bool:
+        """Whether the run has had its minutes."""
+        return time.monotonic() - self.started > self.limit
 
 
 def validate(trainer: Trainer, log: RunLog) -> Evaluation:

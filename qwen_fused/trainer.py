@@ -14,7 +14,7 @@ from torch import Tensor
 from qwen_fused.checkpoint import rng_state, save_checkpoint, set_rng_state
 from qwen_fused.config import TrainConfig
 from qwen_fused.data import Batch, Episode, EpisodeSampler, collate, load_tasks, split_tasks
-from qwen_fused.gradients import GroupGradNorm, nonfinite_message
+from qwen_fused.gradients import GradStats, GroupGradNorm, PendingStats, nonfinite_message
 from qwen_fused.model import QwenPlanner, StepOutput
 from qwen_fused.prove import ProofReport, prove
 
@@ -27,6 +27,10 @@ INTENDED_CUTS = (
     "PromptPolicy.loss",  # reward, advantage and the states that curiosity observes
     "Curiosity.forward",  # the stopped target, and the action as an observation
 )
+SCALARS = (
+    "loss", "efe", "size_loss", "policy_loss", "reward", "prompt_grad", "mask_ratio", "accuracy", "solved",
+    "size_accuracy",
+)  # fmt: skip
 # fp16's scaler halves its scale at each overflow; this many in a row is no longer a matter of scale
 MOST_OVERFLOWS = 25
 
@@ -43,6 +47,18 @@ class Progress:
     best_accuracy: float = -1.0
     nonfinite: int = 0
     overflows: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PendingBatch:
+    """What is known of a batch before the device has finished it; `Trainer.read` waits for the rest."""
+
+    step: int
+    epoch: int
+    episodes: int
+    rates: dict[str, float]
+    values: Tensor  # [len(SCALARS)] on the host, whole once `stats` is
+    stats: PendingStats
 
 
 class Trainer:
@@ -95,36 +111,62 @@ class Trainer:
             group["lr"] = group["peak"] * warm * left
         return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
-    def train_step(self, episodes: Sequence[Episode], epoch: int) -> dict[str, Any]:
-        """One batch: forward, backward, unscale, norms, clip, step; returns what is logged.
+    def train_step(self, episodes: Sequence[Episode], epoch: int) -> PendingBatch:
+        """One batch: forward, backward, unscale, norms, clip, step. Nothing here waits for the device.
 
-        Raises:
-            TrainingStopped: a gradient is NaN or Inf and the configuration says stop.
+        Returns:
+            What `read` turns into the batch's metrics, best asked for when the next batch is under way.
         """
         rates = self.set_learning_rates(self.progress.step)
         batch = collate(episodes).to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         out = self.forward(batch, epoch=epoch)
         out.prompt.retain_grad()
-        self.scaler.scale(out.loss).backward()
-        # the prompt is no parameter: its gradient still has the loss scale of this batch
-        prompt_grad = out.prompt.grad.float().norm() / self.scaler.get_scale()
+        loss = self.scaler.scale(out.loss)
+        loss.backward()
+        # the prompt is no parameter: its gradient still has this batch's loss scale
+        prompt_grad = out.prompt.grad.float().norm() * (out.loss / loss).detach()
         self.scaler.unscale_(self.optimizer)
         stats = self.norms.measure()
-        gradients = stats.to_dict()
-        bad = nonfinite_message(gradients)
-        if bad is None:
-            self.norms.clip_(stats, self.config.clip)
-            self.progress.overflows = 0
-        else:
-            self._on_nonfinite(bad, out.loss)
-        if bad is None or self.scaler.is_enabled():
-            # the scaler skips a step whose gradients overflowed, and lowers its scale
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.norms.clip_(stats, self.config.clip)
+        self._step(stats)
         self.model.objective.update_anchor(batch.target, out.score.efe.solved)
         self.progress.step += 1
-        return self._metrics(out, gradients, prompt_grad, rates, epoch)
+        values = to_host(_scalars(out, prompt_grad))
+        return PendingBatch(self.progress.step, epoch, len(episodes), rates, values, stats.read_later())
+
+    def _step(self, stats: GradStats) -> None:
+        """Step, unless a gradient is NaN or Inf: then weights and optimizer stay as they are, without a host sync."""
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            # fused AdamW reads it on the device and leaves everything alone where it is 1
+            self.optimizer.found_inf = (stats.nonfinite.sum() > 0).float()
+            self.optimizer.step()
+
+    def read(self, pending: PendingBatch) -> dict[str, Any]:
+        """The metrics of a batch, in the order in which the batches ran.
+
+        Raises:
+            TrainingStopped: its gradient was NaN or Inf and the configuration says stop.
+        """
+        gradients = pending.stats.result()
+        metrics = dict(zip(SCALARS, pending.values.tolist(), strict=True))
+        bad = nonfinite_message(gradients)
+        if bad is None:
+            self.progress.overflows = 0
+        else:
+            self._on_nonfinite(pending.step, bad, metrics["loss"])
+        return {
+            "step": pending.step,
+            "epoch": pending.epoch,
+            **metrics,
+            **{f"{name}_grad": gradients[name]["norm"] for name in ("qwen", "agent", "policy")},
+            "nonfinite": self.progress.nonfinite,
+            "lr_qwen": pending.rates["qwen"],
+            "lr_agent": pending.rates["agent"],
+        }
 
     def forward(self, batch: Batch, *, epoch: int) -> StepOutput:
         """The model's forward under the run's precision."""
@@ -132,42 +174,16 @@ class Trainer:
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             return self.model(batch, epoch=epoch)
 
-    def _on_nonfinite(self, bad: str, loss: Tensor) -> None:
+    def _on_nonfinite(self, step: int, bad: str, loss: float) -> None:
         """Count a batch whose gradient is not finite, and stop where the configuration or a stuck scaler says so."""
         self.progress.nonfinite += 1
         self.progress.overflows += 1
         stuck = self.progress.overflows >= MOST_OVERFLOWS
         if stuck or (self.config.on_nonfinite == "stop" and not self.scaler.is_enabled()):
             raise TrainingStopped(
-                f"batch {self.progress.step + 1}: {bad}; the loss was {loss.item():.4g}. Lower --qwen-lr and "
-                "--agent-lr, or pass --on-nonfinite skip to count such batches and go on."
+                f"batch {step}: {bad}; the loss was {loss:.4g}. That batch was not applied. Lower --qwen-lr "
+                "and --agent-lr, or pass --on-nonfinite skip to count such batches and go on."
             )
-
-    def _metrics(
-        self, out: StepOutput, gradients: dict[str, dict[str, float]], prompt_grad: Tensor, rates: dict[str, float],
-        epoch: int,
-    ) -> dict[str, Any]:  # fmt: skip
-        # one transfer for all scalars
-        names = ("loss", "efe", "size_loss", "policy_loss", "reward", "prompt_grad", "mask_ratio", "accuracy", "solved")
-        efe = out.score.efe
-        values = torch.stack(
-            [
-                x.detach().float()
-                for x in (
-                    out.loss, efe.loss, out.score.size, out.policy.loss, out.reward.mean(), prompt_grad,
-                    efe.hard_ratio.mean(), efe.accuracy.mean(), efe.solved.float().mean(), out.score.size_accuracy,
-                )
-            ]
-        ).tolist()  # fmt: skip
-        return {
-            "step": self.progress.step,
-            "epoch": epoch,
-            **dict(zip((*names, "size_accuracy"), values, strict=True)),
-            **{f"{name}_grad": gradients[name]["norm"] for name in ("qwen", "agent", "policy")},
-            "nonfinite": self.progress.nonfinite,
-            "lr_qwen": rates["qwen"],
-            "lr_agent": rates["agent"],
-        }
 
     def prove(self) -> ProofReport:
         """Prove this trainer's own step on its first batch: forward, backward, clip, optimizer; nothing changes."""
@@ -177,8 +193,9 @@ class Trainer:
         self.set_learning_rates(self.config.warmup_batches)
 
         def step() -> None:
-            self.norms.clip_(self.norms.measure(), self.config.clip)
-            self.optimizer.step()
+            stats = self.norms.measure()
+            self.norms.clip_(stats, self.config.clip)
+            self._step(stats)
 
         try:
             return prove(
@@ -211,6 +228,31 @@ class Trainer:
         return save_checkpoint(
             self.folder / "checkpoints", self.progress.step, self.state_dict(), keep=self.config.keep_checkpoints
         )
+
+
+def _scalars(out: StepOutput, prompt_grad: Tensor) -> Tensor:
+    """SCALARS of a step as one tensor, so that they travel together."""
+    efe = out.score.efe
+    values = {
+        "loss": out.loss,
+        "efe": efe.loss,
+        "size_loss": out.score.size,
+        "policy_loss": out.policy.loss,
+        "reward": out.reward.mean(),
+        "prompt_grad": prompt_grad,
+        "mask_ratio": efe.hard_ratio.mean(),
+        "accuracy": efe.accuracy.mean(),
+        "solved": efe.solved.float().mean(),
+        "size_accuracy": out.score.size_accuracy,
+    }
+    return torch.stack([values[name].detach().float() for name in SCALARS])
+
+
+def to_host(values: Tensor) -> Tensor:
+    """A copy on the host, on its way: complete once an event recorded later has passed."""
+    if values.device.type != "cuda":
+        return values
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
 
 def by_layer(members: Sequence[tuple[str, torch.nn.Parameter]]) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:

@@ -35,7 +35,7 @@ def trainer(small_config, tmp_path) -> Trainer:
 def one_batch(trainer: Trainer) -> dict:
     step = trainer.progress.step
     epoch, index = divmod(step, trainer.sampler.batches_per_epoch())
-    return trainer.train_step(trainer.sampler.batch(epoch, index), epoch)
+    return trainer.read(trainer.train_step(trainer.sampler.batch(epoch, index), epoch))
 
 
 def test_run_leaves_everything_it_promises(small_config):
@@ -76,7 +76,7 @@ def test_resume_drops_rows_after_the_checkpoint(tmp_path):
 def test_loss_falls_on_one_batch(small_config, tmp_path):
     trainer = Trainer(small_config(warmup_batches=1, agent_lr=1e-2), tmp_path)
     episodes = trainer.sampler.batch(0, 0)
-    losses = [trainer.train_step(episodes, 1)["efe"] for _ in range(30)]
+    losses = [trainer.read(trainer.train_step(episodes, 1))["efe"] for _ in range(30)]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -133,6 +133,25 @@ def test_nan_gradient_stops_and_names_the_tensor(trainer):
     with pytest.raises(TrainingStopped, match=rf"group qwen, first in {name}.*on-nonfinite"):
         one_batch(trainer)
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+
+
+def test_nan_gradient_leaves_a_checkpoint_from_before_it(small_config, monkeypatch):
+    train_step = Trainer.train_step
+
+    def planting(self, *args):
+        if self.progress.step == 3:
+            plant_nan(self)
+        return train_step(self, *args)
+
+    monkeypatch.setattr(Trainer, "train_step", planting)
+    config = small_config(max_batches=8)
+    with pytest.raises(TrainingStopped, match="batch 4: .*group qwen"):
+        train(config)
+    (folder,) = config.out.iterdir()
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3]
+    state = read_state(list_checkpoints(folder / "checkpoints")[-1])
+    assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
+    assert {float(s["step"]) for s in state["optimizer"]["state"].values()} == {3.0}
 
 
 def test_nan_gradient_is_skipped_and_counted(small_config, tmp_path):
