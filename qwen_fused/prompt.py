@@ -183,7 +183,7 @@ class QwenPrompt(nn.Module):
         elif pooled.shape != shape:
             raise ValueError(f"pooled must be {list(shape)}, got {tuple(pooled.shape)}")
         means = [np.mean([pair.features for pair in pairs], axis=0, dtype=np.float32) for pairs in encoded]
-        features = torch.from_numpy(normalise(np.stack(means))).to(pooled.device)
+        features = torch.from_numpy(normalise(np.stack(means))).to(pooled.device, non_blocking=True)
         dtype = self.projection[0].weight.dtype
         text = at_least_float32(self.projection(pooled.to(dtype)))
         control = at_least_float32(self.control(features.to(dtype)))
@@ -266,7 +266,8 @@ class QwenPrompt(nn.Module):
         groups = similar_lengths([len(row) for row in rows], budget)
         pooled = torch.cat([self._pool([rows[index] for index in group]) for group in groups])
         # back from the groups' order to the batch's
-        return pooled[torch.tensor(np.argsort(np.concatenate(groups)), device=pooled.device)]
+        order = torch.from_numpy(np.argsort(np.concatenate(groups)))
+        return pooled[order.to(pooled.device, non_blocking=True)]
 
     def _pool(self, rows: list[np.ndarray]) -> Tensor:
         """Pooled hidden states [b, hidden] of prompts that go through Qwen together."""
@@ -276,9 +277,10 @@ class QwenPrompt(nn.Module):
         device = self.projection[0].weight.device
         # padding is on the right and attention is causal, so no prompt ever sees a pad: without a mask SDPA takes
         # its causal kernel, which skips half of the work
-        hidden = self.backbone(input_ids=torch.from_numpy(ids).to(device), use_cache=False).last_hidden_state
-        hidden = at_least_float32(hidden)
-        length = torch.tensor([len(row) for row in rows], device=device)
+        # transfers wait for nothing: a step on CUDA need not stop for its prompts
+        tokens = torch.from_numpy(ids).to(device, non_blocking=True)
+        hidden = at_least_float32(self.backbone(input_ids=tokens, use_cache=False).last_hidden_state)
+        length = torch.tensor([len(row) for row in rows]).to(device, non_blocking=True)
         if self.pooling == "last":
             return hidden[torch.arange(len(rows), device=device), length - 1]
         valid = torch.arange(hidden.shape[1], device=device) < length[:, None]

@@ -148,7 +148,7 @@ class PromptWindow:
             self.chunks.append(self._encode(new, start))
             self.rows.update((key, start + index) for index, key in enumerate(new))
         table = torch.cat([chunk.output.detach() for chunk in self.chunks])
-        rows = torch.tensor([self.rows[key] for key in keys], device=table.device)
+        rows = torch.tensor([self.rows[key] for key in keys]).to(table.device, non_blocking=True)
         leaf = table[rows].requires_grad_()
         leaf.register_hook(self._guard())
         self.leaves.append((leaf, rows))
