@@ -45,7 +45,7 @@ cuda-check:
 
 # Triton kernels compiled for each GPU generation, no GPU needed
 aot: $(STAMP)
-	for script in $(wildcard bench/aot_*.py tests/test_aot.py); do $(BIN)/python -m pytest -q $$script || exit 1; done
+	set -e; for script in $(wildcard bench/aot_*.py); do $(BIN)/python $$script; done
 
 # the extension built for a CUDA torch, linked and imported; a second environment of some 6 GB, no GPU needed
 CUDA_TORCH ?= torch==2.14.1
