@@ -13,7 +13,7 @@ Cross-entropy adds k (q - delta) and the prompt its pooled gradient.
 import triton
 import triton.language as tl
 
-from .efe_tile import cells, labels, load_classes, log_mean, softmax
+from .efe_tile import LN_2, LOG2_E, TINY, cells, labels, load_classes, log2, softmax
 
 
 @triton.jit(do_not_specialize=["ignore_index", "B", "T"])
@@ -72,6 +72,7 @@ def efe_backward_kernel(
     D_PROMPT_COLORS: tl.constexpr,
     FLAT: tl.constexpr,
     ACC: tl.constexpr,
+    FAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
@@ -87,8 +88,9 @@ def efe_backward_kernel(
             if D_OBS_ENTROPY:
                 # every episode's first program would write the same
                 tl.store(d_obs_entropy + c, scale * tl.load(obs_entropy_share + c), mask=b == 0)
-    per_cell = scale * tl.load(coef + 2 * b)
-    cost = kappa * (scale * tl.load(coef + 2 * b + 1) * tl.full([], w_ce, ACC))
+    # 0 in cells that do not count, and with it every gradient there
+    per_cell = tl.where(valid, scale * tl.load(coef + 2 * b), 0.0)
+    cost = tl.where(valid, kappa * (scale * tl.load(coef + 2 * b + 1) * tl.full([], w_ce, ACC)), 0.0)
     if HARD_CELL:
         right = tl.load(predicted + b * P + cell, mask=cell_in, other=0).to(tl.int64) == label
         cost = tl.where(right, cost * tl.full([], hard_floor, ACC), cost)
@@ -104,45 +106,53 @@ def efe_backward_kernel(
         preference = cells(
             preference + b * preference_stride[0], preference_stride[2], preference_stride[3], cell, W, FLAT
         )
-        log_p, p, _ = softmax(load_classes(preference, preference_stride[1], valid, C, ACC), C)
+        y = load_classes(preference, preference_stride[1], valid, C, ACC)
+        y_max, y_z, p, y_log2 = softmax(y, C, ACC, FAST)
+        log_p = ()
+        for c in tl.static_range(C):
+            log_p = log_p + ((y[c] - y_max) * LOG2_E - y_log2,)
+    pooled_scale = tl.where(valid, scale, 0.0)
+    # logarithms are in base 2
     risk = per_cell * tl.full([], w_risk, ACC)
-    agreement = 0.5 * per_cell * tl.full([], w_agreement, ACC)
+    risk_2 = LN_2 * risk
+    agreement_2 = 0.5 * LN_2 * per_cell * tl.full([], w_agreement, ACC)
     mass = ()
-    for _ in tl.static_range(C):
+    for _c in tl.static_range(C):
         mass = mass + (tl.zeros([BLOCK_P], ACC),)
 
     for t in range(0, T):
         x = load_classes(plan, plan_stride[2], valid, C, ACC)
-        log_q, q, _ = softmax(x, C)
+        x_max, z, q, x_log2 = softmax(x, C, ACC, FAST)
         if RISK:
             total = ()
             for c in tl.static_range(C):
                 total = total + (mass[c] + q[c],)
             mass = total
         if AGREEMENT:
-            log_r, r, _ = softmax(load_classes(back, back_stride[2], valid, C, ACC), C)
+            y_max, y_z, r, y_log2 = softmax(load_classes(back, back_stride[2], valid, C, ACC), C, ACC, FAST)
             psi = ()
             mean = tl.zeros([BLOCK_P], ACC)
         phi = ()
         shift = tl.zeros([BLOCK_P], ACC)
         for c in tl.static_range(C):
+            log_q = z[c] - x_log2
             potential = tl.zeros([BLOCK_P], ACC)
             if RISK:
-                potential += risk * (log_q[c] - log_p[c])
+                potential += tl.where(q[c] == 0, 0.0, risk_2 * (log_q - log_p[c]))
             if AMBIGUITY:
                 h = tl.load(obs_entropy + c).to(ACC)
                 potential += per_cell * tl.full([], w_ambiguity, ACC) * h
             if AGREEMENT:
-                log_m = log_mean(q[c], r[c])
-                potential += agreement * (log_q[c] - log_m)
-                psi = psi + (tl.where(r[c] == 0, 0.0, agreement * (log_r[c] - log_m)),)
+                log_m = log2(tl.maximum(q[c] + r[c], TINY), FAST) - 1.0
+                potential += agreement_2 * (log_q - log_m)
+                psi = psi + (agreement_2 * (y_z[c] - y_log2 - log_m),)
                 mean += r[c] * psi[c]
-            phi = phi + (tl.where(q[c] == 0, 0.0, potential),)
+            phi = phi + (potential,)
             shift += q[c] * phi[c]
         if D_BACK:
             to = d_back
             for c in tl.static_range(C):
-                tl.store(to, tl.where(valid, r[c] * (psi[c] - mean), 0.0), mask=cell_in)
+                tl.store(to, r[c] * (psi[c] - mean), mask=cell_in)
                 to += d_back_stride[2]
             d_back += d_back_stride[1]
         if D_PLAN:
@@ -154,9 +164,9 @@ def efe_backward_kernel(
             for c in tl.static_range(C):
                 d = q[c] * (phi[c] - shift + k) - tl.where(label == c, k, 0.0)
                 if PROMPT:
-                    pooled = scale * tl.load(d_pooled + (b * T + t) * C + c)
-                    d += tl.where(x[c] == -float("inf"), 0.0, pooled)
-                tl.store(to, tl.where(valid, d, 0.0), mask=cell_in)
+                    pooled = tl.load(d_pooled + (b * T + t) * C + c)
+                    d += tl.where(x[c] == -float("inf"), 0.0, pooled_scale * pooled)
+                tl.store(to, d, mask=cell_in)
                 to += d_plan_stride[2]
             d_plan += d_plan_stride[1]
         plan += plan_stride[1]
@@ -170,7 +180,7 @@ def efe_backward_kernel(
             phi = ()
             mean = tl.zeros([BLOCK_P], ACC)
             for c in tl.static_range(C):
-                phi = phi + (tl.where(p[c] == 0, 0.0, log_p[c] - log_a[c]),)
+                phi = phi + (tl.where(p[c] == 0, 0.0, LN_2 * log_p[c] - log_a[c]),)
                 mean += p[c] * phi[c]
         d_preference = cells(
             d_preference + b * d_preference_stride[0], d_preference_stride[2], d_preference_stride[3], cell, W, FLAT
@@ -181,5 +191,5 @@ def efe_backward_kernel(
                 d += risk * (p[c] * T - mass[c])
             if ANCHOR:
                 d += per_cell * tl.full([], w_anchor, ACC) * (p[c] * (phi[c] - mean))
-            tl.store(d_preference, tl.where(valid, d, 0.0), mask=cell_in)
+            tl.store(d_preference, d, mask=cell_in)
             d_preference += d_preference_stride[1]

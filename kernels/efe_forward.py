@@ -13,12 +13,14 @@ from .efe_tile import (
     HEAD,
     IGNORED_PREDICTION,
     KAPPA,
-    LOG_ZERO,
+    LN_2,
+    LOG2_E,
     RISK_SUM,
+    TINY,
     cells,
     labels,
     load_classes,
-    log_mean,
+    log2,
     softmax,
 )
 
@@ -57,6 +59,7 @@ def efe_forward_kernel(
     HARD_CELL: tl.constexpr,
     FLAT: tl.constexpr,
     ACC: tl.constexpr,
+    FAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
@@ -78,12 +81,17 @@ def efe_forward_kernel(
         preference = cells(
             preference + b * preference_stride[0], preference_stride[2], preference_stride[3], cell, W, FLAT
         )
-        log_p, p, _ = softmax(load_classes(preference, preference_stride[1], valid, C, ACC), C)
+        y = load_classes(preference, preference_stride[1], valid, C, ACC)
+        y_max, y_z, p, y_log2 = softmax(y, C, ACC, FAST)
+        log_p = ()
+        for c in tl.static_range(C):
+            # not held above anything: what the preference forbids costs infinitely much
+            log_p = log_p + ((y[c] - y_max) * LOG2_E - y_log2,)
     if ANCHOR:
         anchor = cells(anchor, anchor_stride[1], anchor_stride[2], cell, W, FLAT)
         log_a = load_classes(anchor, anchor_stride[0], valid, C, ACC)
         for c in tl.static_range(C):
-            anchor_sum += tl.where(p[c] == 0, 0.0, p[c] * (log_p[c] - log_a[c]))
+            anchor_sum += tl.where(p[c] == 0, 0.0, p[c] * (LN_2 * log_p[c] - log_a[c]))
 
     nll = tl.zeros([BLOCK_P], ACC)
     risk = tl.zeros([BLOCK_P], ACC)
@@ -96,36 +104,44 @@ def efe_forward_kernel(
     # a tile without a cell that counts leaves only its head: the finishing pass reads no more of it
     for t in range(first, tl.where(count > 0, T, 0)):
         x = load_classes(plan, plan_stride[2], valid, C, ACC)
-        log_q, q, log_total = softmax(x, C)
+        x_max, z, q, x_log2 = softmax(x, C, ACC, FAST)
         step = (t == T - 1).to(ACC)
         if STEP_WEIGHT:
             step = tl.load(step_weight + t).to(ACC)
         if step != 0:
             at_label = tl.load(plan + label * plan_stride[2], mask=known, other=0.0).to(ACC)
-            nll += step * (log_total - at_label)
+            nll += step * (x_max - at_label + LN_2 * x_log2)
         if t == T - 1:
             largest = x[0]
             for c in tl.static_range(1, C):
                 best = tl.where(x[c] > largest, c, best)
                 largest = tl.maximum(x[c], largest)
-        if RISK:
+        if RISK or AGREEMENT:
+            # sum q log2 q, as the probabilities add up to 1
+            neg_entropy = -x_log2
             for c in tl.static_range(C):
-                risk += tl.where(q[c] == 0, 0.0, q[c] * (log_q[c] - log_p[c]))
+                neg_entropy += q[c] * z[c]
+        if RISK:
+            risk += neg_entropy
+            for c in tl.static_range(C):
+                risk -= q[c] * tl.where(q[c] == 0, 0.0, log_p[c])
         row = slots + (HEAD + t * C) * tiles
         if PROMPT:
             for c in tl.static_range(C):
-                seen = valid & (x[c] != -float("inf"))
-                tl.store(row + c * tiles, tl.sum(tl.where(seen, x[c], 0.0)))
+                # cells that do not count read 0
+                tl.store(row + c * tiles, tl.sum(tl.where(x[c] == -float("inf"), 0.0, x[c])))
             row += T * C * tiles
         if AMBIGUITY:
             for c in tl.static_range(C):
                 tl.store(row + c * tiles, tl.sum(tl.where(valid, q[c], 0.0)))
         if AGREEMENT:
-            log_r, r, _ = softmax(load_classes(back, back_stride[2], valid, C, ACC), C)
+            y_max, y_z, r, y_log2 = softmax(load_classes(back, back_stride[2], valid, C, ACC), C, ACC, FAST)
+            # twice the divergence: with s = q + r, sum q log2 q + sum r log2 r - sum s (log2 s - 1), and sum s = 2
+            divergence = neg_entropy - y_log2 + 2.0
             for c in tl.static_range(C):
-                log_m = log_mean(q[c], r[c])
-                agreement += q[c] * (tl.maximum(log_q[c], LOG_ZERO) - log_m)
-                agreement += r[c] * (tl.maximum(log_r[c], LOG_ZERO) - log_m)
+                total = q[c] + r[c]
+                divergence += r[c] * y_z[c] - total * log2(tl.maximum(total, TINY), FAST)
+            agreement += divergence
             back += back_stride[1]
         plan += plan_stride[1]
 
@@ -138,7 +154,7 @@ def efe_forward_kernel(
     tl.store(slots + BAD * tiles, tl.sum((valid & (label < 0)).to(ACC)))
     tl.store(slots + KAPPA * tiles, tl.sum(kappa))
     tl.store(slots + CE * tiles, tl.sum(tl.where(cost == 0, 0.0, cost * nll)))
-    tl.store(slots + RISK_SUM * tiles, tl.sum(tl.where(valid, risk, 0.0)))
-    tl.store(slots + AGREEMENT_SUM * tiles, tl.sum(tl.where(valid, 0.5 * agreement, 0.0)))
+    tl.store(slots + RISK_SUM * tiles, tl.sum(tl.where(valid, LN_2 * risk, 0.0)))
+    tl.store(slots + AGREEMENT_SUM * tiles, tl.sum(tl.where(valid, 0.5 * LN_2 * agreement, 0.0)))
     tl.store(slots + ANCHOR_SUM * tiles, tl.sum(tl.where(valid, anchor_sum, 0.0)))
     tl.store(predicted + b * P + cell, tl.where(valid, best, IGNORED_PREDICTION).to(tl.uint8), mask=cell_in)

@@ -30,14 +30,14 @@ FORWARD_SCHEMA = (
 )
 BACKWARD_SCHEMA = (
     "(Tensor grad, Tensor plan, Tensor target, Tensor? back, Tensor? preference, Tensor? anchor, "
-    "Tensor? obs_entropy, Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, Tensor predicted, "
+    "Tensor? obs_entropy, Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, Tensor? predicted, "
     "Tensor coef, Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors, float[] weights, float hard_floor, "
     "int hard_mode, int ignore_index, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 # (classes up to, cells per program, warps): one warp needs no shared memory for its sums, and two cells a thread
 # leave room in its registers for the classes of plan, back and preference
-LAUNCH = ((4, 128, 1), (16, 64, 1), (64, 32, 1))
+LAUNCH = ((4, 64, 1), (64, 32, 1))
 HARD_EPISODE, HARD_CELL = 0, 1
 
 
@@ -149,8 +149,10 @@ def _forward(
             HARD_CELL=hard_mode == HARD_CELL,
             FLAT=all(map(_is_flat, (plan, target, back, preference, anchor))),
             ACC=tl_acc,
+            FAST=acc == torch.float32 and not INTERPRETED,
             BLOCK_P=block,
             num_warps=warps,
+            enable_fp_fusion=True,
         )
         efe_finish_kernel[(B,)](
             slots,
@@ -177,10 +179,11 @@ def _forward(
             USE_CE=weights[0] != 0,
             HARD_EPISODE=hard_mode == HARD_EPISODE,
             ACC=tl_acc,
-            BLOCK=min(triton.next_power_of_2(tiles), 128),
+            BLOCK=max(32, min(triton.next_power_of_2(tiles), 128)),
             BLOCK_C=triton.next_power_of_2(C),
             BLOCK_B=min(triton.next_power_of_2(B), 256),
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return outputs
 
@@ -196,7 +199,7 @@ def _backward(
     prompt_colors: Tensor | None,
     step_weight: Tensor | None,
     class_weight: Tensor | None,
-    predicted: Tensor,
+    predicted: Tensor | None,
     coef: Tensor,
     d_pooled: Tensor,
     obs_entropy_share: Tensor,
@@ -266,8 +269,10 @@ def _backward(
             D_PROMPT_COLORS=wanted[4],
             FLAT=all(_is_flat(x) for x in canvases if x is None or x.dim() > 1),
             ACC=tl.float64 if acc == torch.float64 else tl.float32,
+            FAST=acc == torch.float32 and not INTERPRETED,
             BLOCK_P=block,
             num_warps=warps,
+            enable_fp_fusion=True,
         )
     return d_plan, d_back, d_preference, *small
 

@@ -11,6 +11,7 @@ in float32.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
 
 CELLS = tl.constexpr(0)
 HARD = tl.constexpr(1)
@@ -22,10 +23,11 @@ AGREEMENT_SUM = tl.constexpr(6)
 ANCHOR_SUM = tl.constexpr(7)
 HEAD = tl.constexpr(8)
 
-# stands for log 0 where it is multiplied by 0
-LOG_ZERO = tl.constexpr(-1.0e30)
-# under every mean of two probabilities that is not multiplied by 0, and a normal float32
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# under every sum of two probabilities that is not multiplied by 0, and a normal float32
 TINY = tl.constexpr(1.0e-37)
+
 IGNORED_PREDICTION = tl.constexpr(255)
 
 
@@ -41,36 +43,43 @@ def cells(ptr, stride_h, stride_w, cell, W, FLAT: tl.constexpr):
 def load_classes(ptr, stride_c, mask, C: tl.constexpr, ACC: tl.constexpr):
     """Tuple of the C values of each lane; masked lanes read 0."""
     x = ()
-    for _ in tl.static_range(C):
+    for _c in tl.static_range(C):
         x = x + (tl.load(ptr, mask=mask, other=0.0).to(ACC),)
         ptr += stride_c
     return x
 
 
 @triton.jit
-def softmax(x, C: tl.constexpr):
-    """Tuples log p and p of a tuple of logits, and log sum exp."""
-    largest = x[0]
-    for c in tl.static_range(1, C):
-        largest = tl.maximum(largest, x[c])
-    e = ()
-    total = tl.zeros_like(largest)
-    for c in tl.static_range(C):
-        e = e + (tl.exp(x[c] - largest),)
-        total += e[c]
-    log_total = tl.log(total)
-    inverse = 1.0 / total
-    log_p = ()
-    p = ()
-    for c in tl.static_range(C):
-        log_p = log_p + (x[c] - largest - log_total,)
-        p = p + (e[c] * inverse,)
-    return log_p, p, largest + log_total
+def log2(x, FAST: tl.constexpr):
+    """Base-2 logarithm; FAST is one instruction for float32, with an absolute error of 2^-22."""
+    if FAST:
+        return libdevice.fast_log2f(x)
+    return tl.log2(x)
 
 
 @triton.jit
-def log_mean(q, r):
-    return tl.log(tl.maximum(0.5 * (q + r), TINY))
+def softmax(x, C: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr):
+    """From a tuple of logits: their maximum, tuples (x - max) / ln 2 and p, and log2 of sum exp (x - max).
+
+    The differences are held above the least exponent, so that p log p is 0 where p is: log2 p is what comes back
+    less the last. All is in base 2, which is what the hardware computes; a NaN goes through everything.
+    """
+    least: tl.constexpr = -160.0 if ACC.is_fp32() else -1100.0
+    largest = x[0]
+    for c in tl.static_range(1, C):
+        largest = tl.maximum(largest, x[c])
+    z = ()
+    e = ()
+    total = tl.zeros_like(largest)
+    for c in tl.static_range(C):
+        z = z + (tl.maximum((x[c] - largest) * LOG2_E, least, propagate_nan=tl.PropagateNan.ALL),)
+        e = e + (tl.exp2(z[c]),)
+        total += e[c]
+    inverse = 1.0 / total
+    p = ()
+    for c in tl.static_range(C):
+        p = p + (e[c] * inverse,)
+    return largest, z, p, log2(total, FAST)
 
 
 @triton.jit

@@ -9,12 +9,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen_fused.kernels.reference import HARD_MODES, efe_loss_reference
+from qwen_fused import backends
+from qwen_fused.efe_autograd import COLUMNS, HARD_MODE, register
+from qwen_fused.efe_checks import check_float, check_options, check_plan, check_target_range
+from qwen_fused.kernels.reference import efe_loss_reference
+
+if backends.has_op("efe_loss"):
+    register("efe_loss")
+if backends.HAS_TRITON:
+    # registers the op and its backward
+    from qwen_fused.kernels import efe_loss as triton_loss
+
+    register("efe_loss_triton")
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
-MAX_CLASSES = 64
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,36 +118,51 @@ def efe_loss(
             a host sync; `qwen_fused.ops.CHECK_TARGETS = True` looks for it there too.
     """
     weights = EFEWeights() if weights is None else weights
-    _check_plan(plan_logits, target)
+    check_plan(plan_logits, target)
     B, T, C, H, W = plan_logits.shape
-    _check_float("back_logits", back_logits, (B, T, C, H, W), "[B, T, C, H, W] like plan_logits", plan_logits)
-    _check_float("preference_logits", preference_logits, (B, C, H, W), "[B, C, H, W]", plan_logits)
-    _check_float("anchor_log_probs", anchor_log_probs, (C, H, W), "[C, H, W]", plan_logits, grad=False)
-    _check_float("obs_entropy", obs_entropy, (C,), "[C]", plan_logits)
-    _check_float("prompt_colors", prompt_colors, (B, C), "[B, C]", plan_logits)
-    _check_float("step_weight", step_weight, (T,), "[T]", plan_logits, grad=False)
-    _check_float("class_weight", class_weight, (C,), "[C]", plan_logits, grad=False)
-    _check_options(weights, hard_floor, hard_mode, ignore_index)
+    check_float("back_logits", back_logits, (B, T, C, H, W), "[B, T, C, H, W] like plan_logits", plan_logits)
+    check_float("preference_logits", preference_logits, (B, C, H, W), "[B, C, H, W]", plan_logits)
+    check_float("anchor_log_probs", anchor_log_probs, (C, H, W), "[C, H, W]", plan_logits, grad=False)
+    check_float("obs_entropy", obs_entropy, (C,), "[C]", plan_logits)
+    check_float("prompt_colors", prompt_colors, (B, C), "[B, C]", plan_logits)
+    check_float("step_weight", step_weight, (T,), "[T]", plan_logits, grad=False)
+    check_float("class_weight", class_weight, (C,), "[C]", plan_logits, grad=False)
+    check_options(hard_floor, hard_mode, ignore_index)
+    if not isinstance(weights, EFEWeights):
+        raise ValueError(f"weights must be an EFEWeights, got {type(weights).__name__}")
     backend = _resolve_backend(backend, plan_logits)
     if CHECK_TARGETS or (backend == "reference" and target.device.type == "cpu"):
-        _check_target_range(target, C, ignore_index)
+        check_target_range(target, C, ignore_index)
 
-    result = efe_loss_reference(
-        plan_logits,
-        target,
-        weights={name: getattr(weights, name) for name in TERMS},
-        back=back_logits,
-        preference=preference_logits,
-        anchor=anchor_log_probs,
-        obs_entropy=obs_entropy,
-        prompt_colors=prompt_colors,
+    on = {
+        "ce": True,
+        "risk": weights.risk != 0 and preference_logits is not None,
+        "ambiguity": weights.ambiguity != 0 and obs_entropy is not None,
+        "agreement": weights.agreement != 0 and back_logits is not None,
+        "anchor": weights.anchor != 0 and preference_logits is not None and anchor_log_probs is not None,
+        "prompt": weights.prompt != 0 and prompt_colors is not None,
+    }
+    inputs = dict(
+        back=back_logits if on["agreement"] else None,
+        preference=preference_logits if on["risk"] or on["anchor"] else None,
+        anchor=anchor_log_probs if on["anchor"] else None,
+        obs_entropy=obs_entropy if on["ambiguity"] else None,
+        prompt_colors=prompt_colors if on["prompt"] else None,
         step_weight=step_weight,
         class_weight=class_weight,
-        hard_floor=hard_floor,
-        hard_mode=hard_mode,
-        ignore_index=ignore_index,
     )
-    return EFEOutput(*result)
+    named = {name: getattr(weights, name) for name in on}
+    if backend == "reference":
+        options = dict(hard_floor=hard_floor, hard_mode=hard_mode, ignore_index=ignore_index)
+        return EFEOutput(*efe_loss_reference(plan_logits, target, **inputs, weights=named, **options))
+    op = torch.ops.qwen_fused.efe_loss if backend == "cpp" else torch.ops.qwen_fused.efe_loss_triton
+    loss, reported, solved, predicted, *_ = op(
+        plan_logits, target, *inputs.values(), [*named.values()], hard_floor, HARD_MODE[hard_mode], ignore_index
+    )
+    columns = dict(zip(COLUMNS, reported.unbind(1), strict=True))
+    hard_ratio, accuracy = columns["hard"], columns.pop("accuracy")
+    terms = {name: column for name, column in columns.items() if on.get(name, True)}
+    return EFEOutput(loss, terms, hard_ratio, accuracy, solved, predicted)
 
 
 def hard_cell_cross_entropy(
@@ -191,79 +214,30 @@ def hard_cell_cross_entropy(
     return out._replace(predicted=out.predicted[0, :, 0]) if flat else out
 
 
-def _check_plan(plan: Tensor, target: Tensor) -> None:
-    if plan.dim() != 5:
-        raise ValueError(f"plan_logits must be [B, T, C, H, W], got {tuple(plan.shape)}")
-    if plan.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"plan_logits must be float16, bfloat16, float32 or float64, got {plan.dtype}")
-    B, T, C, H, W = plan.shape
-    if T < 1:
-        raise ValueError(f"plan_logits must have at least one step T, got {tuple(plan.shape)}")
-    if not 1 <= C <= MAX_CLASSES:
-        raise ValueError(
-            f"plan_logits must have 1 to {MAX_CLASSES} classes, got C = {C} in {tuple(plan.shape)}"
-        )
-    if target.shape != (B, H, W):
-        raise ValueError(f"target must be [B, H, W] = {(B, H, W)}, got {tuple(target.shape)}")
-    if target.dtype not in INTEGER_DTYPES:
-        raise ValueError(f"target must have an integer dtype, got {target.dtype}")
-    if target.device != plan.device:
-        raise ValueError(f"target must be on {plan.device} like plan_logits, got {target.device}")
-
-
-def _check_float(
-    name: str, x: Tensor | None, shape: tuple[int, ...], axes: str, plan: Tensor, *, grad: bool = True
-) -> None:
-    """Check an optional float argument; `grad=False` refuses one whose gradient would be lost."""
-    if x is None:
-        return
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name} must be {axes} = {shape}, got {tuple(x.shape)}")
-    if x.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if x.device != plan.device:
-        raise ValueError(f"{name} must be on {plan.device} like plan_logits, got {x.device}")
-    if not grad and x.requires_grad:
-        raise ValueError(f"{name} must not require grad, as no gradient flows to it, got requires_grad=True")
-
-
-def _check_options(weights: EFEWeights, hard_floor: float, hard_mode: str, ignore_index: int) -> None:
-    if not isinstance(weights, EFEWeights):
-        raise ValueError(f"weights must be an EFEWeights, got {type(weights).__name__}")
-    if hard_mode not in HARD_MODES:
-        raise ValueError(f"hard_mode must be one of {HARD_MODES}, got {hard_mode!r}")
-    if not 0.0 <= hard_floor <= 1.0:
-        raise ValueError(f"hard_floor must be in [0, 1], got {hard_floor}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise ValueError(f"ignore_index must be an int, got {ignore_index!r}")
-
-
-def _check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Refuse a class that does not exist; reads the target on the host, so not while tracing."""
-    if type(target) is not Tensor or torch.compiler.is_compiling():
-        return
-    outside = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
-    if bool(outside.any()):
-        found = target[outside]
-        raise ValueError(
-            f"target must be in [0, {num_classes}) or ignore_index {ignore_index}, "
-            f"got {int(found[0])} ({found.numel()} cells outside)"
-        )
-
-
 def _resolve_backend(backend: str, plan: Tensor) -> str:
     """Name of the implementation to run; "auto" picks the fastest that serves the device of `plan`."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    device = plan.device.type
+    compiled = backends.has_kernel("efe_loss", "cpu")
     if backend == "auto":
-        return "reference"
-    if backend != "reference":
-        raise ValueError(f"backend must be available, got {backend!r}, which is not built here")
+        fast = {"cpu": "cpp" if compiled else None, "cuda": "triton" if backends.HAS_TRITON else None}
+        return fast.get(device) or "reference"
+    if backend == "cpp" and not (compiled and device == "cpu"):
+        reason = f"plan_logits on {plan.device}" if compiled else f"none: {backends.EXTENSION_ERROR}"
+        raise ValueError(f"backend='cpp' must have the compiled extension and CPU tensors, got {reason}")
+    if backend == "triton":
+        if not backends.HAS_TRITON:
+            raise ValueError(f"backend='triton' must have Triton, got none: {backends.TRITON_ERROR}")
+        if device != "cuda" and not (device == "cpu" and triton_loss.INTERPRETED):
+            raise ValueError(
+                "backend='triton' must have CUDA tensors, or CPU tensors and TRITON_INTERPRET=1 in the environment, "
+                f"got plan_logits on {plan.device}"
+            )
     return backend
 
 
 CHECK_TARGETS = False
 """Debug switch: look for targets out of range on every device, at the price of a host sync."""
 
-TERMS = tuple(field.name for field in fields(EFEWeights))
 CE_ONLY = EFEWeights(risk=0.0, ambiguity=0.0, agreement=0.0, anchor=0.0, prompt=0.0)

@@ -1,0 +1,130 @@
+"""Compile the Triton loss ahead of time for GPUs that need not be there, and print what each kernel takes of one.
+
+    python bench/aot_efe_loss.py [--arch 80 90 100] [--dtype float32 bfloat16 float16] [--quick]
+
+Every kernel is specialised by its real launcher, on the shapes the trainer uses; a kernel that spills is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# the kernels are to be compiled, whatever the tests around this do
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from qwen_fused.kernels import efe_loss
+
+TRAINER = (1.0, 1.0, 0.0, 0.5, 0.2, 0.3)
+FLAG_SETS = {
+    "trainer": TRAINER,
+    "trainer, every term": (1.0, 1.0, 0.1, 0.5, 0.2, 0.3),
+    "without back": (1.0, 1.0, 0.0, 0.0, 0.2, 0.3),
+    "cross-entropy": (1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+}
+REGISTERS_PER_SM, WARPS_PER_SM, BLOCKS_PER_SM = 65536, 64, 32
+
+
+class Device:
+    """Stands where Triton asks which GPU it compiles for."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Recorder:
+    """Stands for a kernel: its launches compile and are kept, nothing runs."""
+
+    def __init__(self, kernel, compiled: list) -> None:
+        self.kernel, self.compiled = kernel, compiled
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
+
+
+def compile_all(weights: tuple[float, ...], dtype: torch.dtype, hard_mode: int, shape=(32, 5, 10, 30, 30)) -> list:
+    """The compiled kernels of one forward and one backward call."""
+    B, T, C, H, W = shape
+    plan = torch.zeros(shape, dtype=dtype)
+    preference, anchor = torch.zeros(B, C, H, W), torch.zeros(C, H, W)
+    inputs = (
+        plan, torch.zeros(B, H, W, dtype=torch.long), plan.clone() if weights[3] else None, preference, anchor,
+        torch.zeros(C) if weights[2] else None, torch.zeros(B, C, dtype=dtype), None, None,
+    )  # fmt: skip
+    options = (weights, 0.5, hard_mode, -100)
+    compiled: list = []
+    kernels = ("efe_forward_kernel", "efe_finish_kernel", "efe_backward_kernel")
+    real = {name: getattr(efe_loss, name) for name in kernels}
+    try:
+        for name, kernel in real.items():
+            setattr(efe_loss, name, Recorder(kernel, compiled))
+        out = efe_loss._forward(*inputs, *options)
+        efe_loss._backward(out[0], *inputs, *out[3:], *options, (True,) * 5)
+    finally:
+        for name, kernel in real.items():
+            setattr(efe_loss, name, kernel)
+    return compiled
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED and LOCAL of a cubin, by the cuobjdump that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16", "float16"])
+    parser.add_argument("--quick", action="store_true", help="the trainer's own set of terms only")
+    arguments = parser.parse_args()
+    sets = {"trainer": TRAINER} if arguments.quick else FLAG_SETS
+    spilled = 0
+    print(f"{'arch':6}{'dtype':10}{'terms':22}{'kernel':22}{'regs':>6}{'spill B':>9}{'shared B':>10}{'warps/SM':>10}")
+    for arch in arguments.arch:
+        triton.runtime.driver.set_active(Device(arch))
+        for dtype in arguments.dtype:
+            for name, weights in sets.items():
+                for kernel in compile_all(weights, getattr(torch, dtype), efe_loss.HARD_EPISODE):
+                    use = resources(kernel.asm["cubin"])
+                    spill = use["STACK"] + use["LOCAL"]
+                    warps = kernel.metadata.num_warps
+                    # registers are given out per warp in units of 256
+                    by_registers = REGISTERS_PER_SM // (-(-use["REG"] * 32 // 256) * 256)
+                    resident = min(by_registers // warps, BLOCKS_PER_SM, WARPS_PER_SM // warps) * warps
+                    shared = kernel.metadata.shared
+                    print(
+                        f"sm_{arch:<3}{dtype:10}{name:22}{kernel.metadata.name:22}{use['REG']:6}{spill:9}{shared:10}{resident:10}"
+                    )
+                    spilled += spill > 0
+    if spilled:
+        print(f"{spilled} kernels spill registers")
+    return int(spilled > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

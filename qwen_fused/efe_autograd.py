@@ -1,0 +1,97 @@
+"""Fake tensors and autograd of the fused loss ops; the compiled and the Triton pair share one schema.
+
+A forward op returns (loss, terms [B, 8], solved, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors); only loss
+is differentiable, and what follows predicted is what backward needs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from qwen_fused.kernels.reference import accumulate_dtype
+
+HARD_MODE = {"episode": 0, "cell": 1, "none": 2}
+# columns of the terms an op returns
+COLUMNS = ("ce", "risk", "ambiguity", "agreement", "anchor", "prompt", "hard", "accuracy")
+TENSOR_INPUTS = 9
+# places of plan, back, preference, obs_entropy and prompt_colors in the schema
+DIFFERENTIABLE = (0, 2, 3, 5, 6)
+
+
+def register(name: str) -> None:
+    """Give `qwen_fused::<name>` and `qwen_fused::<name>_backward` their fake tensors and their autograd."""
+    forward, backward = f"qwen_fused::{name}", f"qwen_fused::{name}_backward"
+    torch.library.register_fake(forward, _fake_forward)
+    torch.library.register_fake(backward, _fake_backward)
+    gradients = partial(_backward, getattr(torch.ops.qwen_fused, f"{name}_backward"))
+    torch.library.register_autograd(forward, gradients, setup_context=_save)
+    torch.library.register_autograd(backward, _refuse_second_derivative)
+
+
+def _fake_forward(
+    plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight, weights, *options
+):  # fmt: skip
+    B, T, C, _, _ = plan.shape
+    dtype = accumulate_dtype(plan, back, preference, obs_entropy, prompt_colors)
+    ambiguity = obs_entropy is not None and weights[2] != 0
+    prompt = prompt_colors is not None and weights[5] != 0
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return plan.new_empty(shape, dtype=dtype)
+
+    return (
+        new(),
+        new(B, len(COLUMNS)),
+        new(B, dtype=torch.bool),
+        new(*target.shape, dtype=torch.uint8),
+        new(B + 1, 2),
+        new(B if prompt else 0, T, C),
+        new(C if ambiguity else 0),
+        new(B if prompt else 0, C),
+    )
+
+
+def _fake_backward(
+    grad, plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight, predicted,
+    coef, d_pooled, d_obs_entropy, d_prompt_colors, weights, hard_floor, hard_mode, ignore_index, needs,
+):  # fmt: skip
+    _, risk, ambiguity, agreement, anchor_weight, prompt = (weight != 0 for weight in weights)
+    used = (True, agreement, risk or (anchor_weight and anchor is not None), ambiguity, prompt)
+    inputs = (plan, back, preference, obs_entropy, prompt_colors)
+    return tuple(
+        torch.empty_like(x) if x is not None and need and use else plan.new_empty(0)
+        for x, need, use in zip(inputs, needs, used, strict=True)
+    )
+
+
+def _save(ctx, inputs: tuple, output: tuple) -> None:
+    loss, terms, solved, predicted, *shares = output
+    hard_mode = inputs[TENSOR_INPUTS + 2]
+    if hard_mode != HARD_MODE["cell"]:
+        # not needed, and not saved: whoever called may then write into it
+        predicted = None
+    ctx.save_for_backward(*inputs[:TENSOR_INPUTS], predicted, *shares)
+    ctx.options = inputs[TENSOR_INPUTS:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(op, ctx, grad: Tensor | None, *others) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [None] * (TENSOR_INPUTS + len(ctx.options))
+    if grad is None:
+        return tuple(gradients)
+    needs = [ctx.needs_input_grad[place] for place in DIFFERENTIABLE]
+    found = op(grad, *ctx.saved_tensors, *ctx.options, needs)
+    for place, need, gradient in zip(DIFFERENTIABLE, needs, found, strict=True):
+        if need:
+            gradients[place] = gradient
+    return tuple(gradients)
+
+
+def _refuse_second_derivative(ctx, *grads) -> None:
+    raise RuntimeError(
+        "efe_loss has no second derivative in its fused backends: use backend='reference', or drop create_graph=True"
+    )

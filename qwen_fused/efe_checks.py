@@ -1,0 +1,68 @@
+"""What the public losses ask of their arguments; a complaint names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwen_fused.kernels.reference import HARD_MODES
+
+MAX_CLASSES = 64
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_plan(plan: Tensor, target: Tensor) -> None:
+    if plan.dim() != 5:
+        raise ValueError(f"plan_logits must be [B, T, C, H, W], got {tuple(plan.shape)}")
+    if plan.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"plan_logits must be float16, bfloat16, float32 or float64, got {plan.dtype}")
+    B, T, C, H, W = plan.shape
+    if T < 1:
+        raise ValueError(f"plan_logits must have at least one step T, got {tuple(plan.shape)}")
+    if not 1 <= C <= MAX_CLASSES:
+        raise ValueError(f"plan_logits must have 1 to {MAX_CLASSES} classes, got C = {C} in {tuple(plan.shape)}")
+    if target.shape != (B, H, W):
+        raise ValueError(f"target must be [B, H, W] = {(B, H, W)}, got {tuple(target.shape)}")
+    if target.dtype not in INTEGER_DTYPES:
+        raise ValueError(f"target must have an integer dtype, got {target.dtype}")
+    if target.device != plan.device:
+        raise ValueError(f"target must be on {plan.device} like plan_logits, got {target.device}")
+
+
+def check_float(
+    name: str, x: Tensor | None, shape: tuple[int, ...], axes: str, plan: Tensor, *, grad: bool = True
+) -> None:
+    """Check an optional float argument; `grad=False` refuses one whose gradient would be lost."""
+    if x is None:
+        return
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must be {axes} = {shape}, got {tuple(x.shape)}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.device != plan.device:
+        raise ValueError(f"{name} must be on {plan.device} like plan_logits, got {x.device}")
+    if not grad and x.requires_grad:
+        raise ValueError(f"{name} must not require grad, as no gradient flows to it, got requires_grad=True")
+
+
+def check_options(hard_floor: float, hard_mode: str, ignore_index: int) -> None:
+    if hard_mode not in HARD_MODES:
+        raise ValueError(f"hard_mode must be one of {HARD_MODES}, got {hard_mode!r}")
+    if not 0.0 <= hard_floor <= 1.0:
+        raise ValueError(f"hard_floor must be in [0, 1], got {hard_floor}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index must be an int, got {ignore_index!r}")
+
+
+def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Refuse a class that does not exist; reads the target on the host, so not while tracing."""
+    if type(target) is not Tensor or torch.compiler.is_compiling():
+        return
+    outside = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
+    if bool(outside.any()):
+        found = target[outside]
+        raise ValueError(
+            f"target must be in [0, {num_classes}) or ignore_index {ignore_index}, "
+            f"got {int(found[0])} ({found.numel()} cells outside)"
+        )
