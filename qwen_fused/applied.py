@@ -2,89 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from qwen_fused import frames, kinds, modes
 from qwen_fused.cuts import Trace
 from qwen_fused.frames import Frame
-from qwen_fused.labels import tensors_in
 from qwen_fused.ladder import Finding, Rung, name_some
-from qwen_fused.subject import Gradients, Subject, as_float
-
-HALF = (torch.float16, torch.bfloat16)
-
-
-@dataclass
-class Step:
-    """What one step did.
-
-    Args:
-        stepped: whether any optimizer's step was called.
-        missing: names whose gradient was gone, or all zero, when the optimizer came to use it.
-        still: names that did not move.
-        moved: share of the elements that moved, among the parameters that have a gradient.
-        predicted: <g, change of the parameters>, the loss's change to first order.
-        actual: the loss's change.
-        rates: name -> learning rate of its group.
-        held_back: names whose learning rate a scheduler keeps at 0 for now.
-        had_state: whether the optimizer had stepped before.
-    """
-
-    stepped: bool = False
-    missing: tuple[str, ...] = ()
-    still: tuple[str, ...] = ()
-    moved: float = 0.0
-    predicted: float = 0.0
-    actual: float = 0.0
-    rates: dict[str, float] = field(default_factory=dict)
-    held_back: tuple[str, ...] = ()
-    had_state: bool = False
-
-
-def take_step(subject: Subject, gradients: Gradients, loss: Any) -> Step | None:
-    """Step as the caller does, with the gradients in place, look, and put parameters and optimizers back."""
-    if not subject.optimizers or not gradients.of:
-        return None
-    step = Step(had_state=any(optimizer.state for optimizer in subject.optimizers))
-    groups = [(o, group) for o in subject.optimizers for group in o.param_groups]
-    rates = {id(p): (float(g["lr"]), float(g.get("initial_lr", 0.0))) for _, g in groups for p in g["params"]}
-    known = {name: rates[id(subject.named[name])] for name in gradients.of if id(subject.named[name]) in rates}
-    step.rates = {name: rate for name, (rate, _) in known.items()}
-    step.held_back = tuple(name for name, (rate, initial) in known.items() if rate == 0 and initial > 0)
-    alive = {name: g.detach().clone() for name, g in gradients.of.items() if g.any()}
-    before = {name: subject.named[name].data.clone() for name in gradients.of}
-
-    def look(*_: Any) -> None:
-        step.stepped = True
-        now = {name: subject.named[name].grad for name in alive}
-        step.missing = tuple(name for name, grad in now.items() if grad is None or not grad.any())
-
-    hooks = [optimizer.register_step_pre_hook(look) for optimizer in subject.optimizers]
-    try:
-        subject.step()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    total = moved = 0
-    still = []
-    for name, old in before.items():
-        change = subject.named[name].data - old
-        count = int(change.count_nonzero())
-        if name in alive:
-            total, moved = total + change.numel(), moved + count
-            step.predicted += float((alive[name].double() * change.double()).sum())
-            if not count:
-                still.append(name)
-    step.still, step.moved = tuple(still), moved / max(total, 1)
-    step.actual = subject.value() - as_float(loss)
-    subject.snapshot.reset_values()
-    subject.snapshot.reset_optimizers()
-    return step
+from qwen_fused.step import HALF, Step, erased
+from qwen_fused.subject import Gradients, Subject
 
 
 def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Trace, later: Trace | None) -> Rung:
@@ -99,7 +23,7 @@ def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Tr
     """
     findings = _unlasting(first, later)
     if gradients.erased:
-        findings.append(_erased(subject, gradients.erased, during_step=False))
+        findings.append(erased(subject, gradients.erased, during_step=False))
     if not subject.optimizers:
         if findings:
             return Rung("applied", False, name_some([f.kind for f in findings]), findings)
@@ -108,17 +32,30 @@ def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Tr
         ok = False if findings else None
         return Rung("applied", ok, "there is no gradient to step with", findings)
     findings += _unmoved(subject, step, gradients)
-    if not findings and not step.had_state and step.predicted > 0 and step.actual > 0:
-        detail = f"the step goes uphill: the loss rises by {step.actual:.2g}, as its gradient predicts"
-        findings.append(Finding("uphill", detail, tuple(gradients.of)))
+    if not findings:
+        findings += _astray(step, gradients)
     if findings:
         return Rung("applied", False, name_some([f.kind for f in findings]), findings)
     if step.held_back:
         detail = f"a scheduler holds the learning rate of {name_some(step.held_back)} at 0; prove after its first step"
         return Rung("applied", None, detail)
     detail = f"{len(gradients.of)} parameters moved ({step.moved:.0%} of their elements)"
-    detail += f"; the loss changed by {step.actual:+.2e}, first order says {step.predicted:+.2e}"
+    detail += f"; the loss changes by {step.actual:+.2e}, first order says {step.predicted:+.2e}"
+    if step.fraction is not None and step.fraction < 1:
+        detail += f" and holds for 1/{1 / step.fraction:.0f} of the step"
     return Rung("applied", True, detail)
+
+
+def _astray(step: Step, gradients: Gradients) -> list[Finding]:
+    """A step that is not down the gradient of this loss."""
+    names = tuple(gradients.of)
+    if not step.had_state and step.predicted > 0 and step.actual > 0:
+        detail = f"the step goes uphill: the loss rises by {step.actual:.2g}, as its gradient predicts"
+        return [Finding("uphill", detail, names)]
+    if step.fraction == 0.0:
+        detail = f"a small part of the step changes the loss by {step.ratio:.2g} times what its gradient predicts"
+        return [Finding("first order", detail, names)]
+    return []
 
 
 def _unlasting(first: Trace, later: Trace | None) -> list[Finding]:
@@ -172,7 +109,11 @@ def _unmoved(subject: Subject, step: Step, gradients: Gradients) -> list[Finding
     findings = []
     lost = tuple(name for name in step.missing if name not in gradients.erased and not subject.allow.name(name))
     if lost:
-        findings.append(_erased(subject, lost, during_step=True))
+        findings.append(erased(subject, lost, during_step=True))
+    changed = tuple(name for name in step.changed if not subject.allow.name(name))
+    if changed:
+        detail = f"the gradient of {name_some(changed)} that the optimizer uses is not the one that backward left"
+        findings.append(Finding("changed", detail, changed))
     left = [n for n in step.still if n not in step.missing and n in step.rates and not subject.allow.name(n)]
     left = [n for n in left if n not in step.held_back]
     idle = tuple(name for name in left if step.rates[name] == 0)
@@ -188,42 +129,3 @@ def _unmoved(subject: Subject, step: Step, gradients: Gradients) -> list[Finding
         detail = f"{name_some(rest)} has a gradient, and the step leaves it as it was"
         findings.append(Finding("not moved", detail, rest))
     return findings
-
-
-def _erased(subject: Subject, names: tuple[str, ...], during_step: bool) -> Finding:
-    """Name the line that erased gradients, by doing backward and step once more with every call watched."""
-    loss = subject.call()
-    found: list[frames.Site] = []
-    watched = subject.named[names[0]]
-
-    def handler(func: Any, args: tuple, kwargs: dict) -> Any:
-        held = watched.grad
-        was = held is not None and bool(held.any())
-        out = func(*args, **kwargs)
-        concerned = kinds.name_of(func) == "grad.__set__" or any(True for _ in tensors_in((args, kwargs)))
-        if was and not found and concerned and (watched.grad is None or not watched.grad.any()):
-            found.append(frames.locate())
-        return out
-
-    subject.snapshot.clear_gradients()
-    with modes.FunctionMode(handler):
-        frames.boundary(subject.backward, loss)
-        if during_step:
-            subject.step()
-    if during_step:
-        subject.snapshot.reset_values()
-        subject.snapshot.reset_optimizers()
-    subject.snapshot.clear_gradients()
-    when = "between backward and the optimizer's step" if during_step else "before backward was done"
-    frame = found[0].user if found else None
-    return Finding("erased", f"the gradient of {name_some(names)} is erased {when}", names, frame)
-
-
-def second_look(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
-    """Move every parameter whose gradient is not zero by a random hundredth of its size; the others stay."""
-    for place, (name, gradient) in enumerate(gradients.items()):
-        if gradient.any():
-            parameter = parameters[name]
-            generator = torch.Generator(device=parameter.device).manual_seed(place)
-            noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
-            parameter.data.add_((0.02 * scales[name] * noise).to(parameter.dtype))

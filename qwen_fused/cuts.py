@@ -100,7 +100,7 @@ class Trace:
     loss: Any = None
     cuts: list[Event] = field(default_factory=list)
     departures: list[Event] = field(default_factory=list)
-    fixed: list[Event] = field(default_factory=list)  # draws, and operations whose gradient is zero everywhere
+    fixed: list[Event] = field(default_factory=list)  # draws, and whatever may jump
     custom: list[CustomOp] = field(default_factory=list)
     hooks: list[Site] = field(default_factory=list)
     fresh: list[tuple[nn.Parameter, Site]] = field(default_factory=list)

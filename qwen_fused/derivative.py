@@ -2,10 +2,11 @@
 
     D(h) = (L(p + h v) - L(p - h v)) / 2h = <g, v> + O(h^2)
 
-The loss is evaluated in float64 where the code allows it, whatever type autograd computed in. Two step sizes give
-Richardson's estimate (4 D(h/2) - D(h)) / 3 and, from their disagreement, its error; the loss's rounding adds to that
-error. A direction is judged only where the error is small against the gradient's own scale, so that neither a coarse
-data type nor a kink (ReLU) raises a false alarm: what does not settle as h changes is not judged.
+The loss is evaluated in float64 where the code allows it, whatever type autograd computed in; there one step that
+agrees settles it. Otherwise two steps give Richardson's estimate (4 D(h/2) - D(h)) / 3 and, from their disagreement,
+its error; the loss's rounding adds to that error. A direction is judged only where the error is small against the
+gradient's own scale, so that neither a coarse data type nor a kink (ReLU) raises a false alarm: what does not settle
+as h changes is not judged.
 """
 
 from __future__ import annotations
@@ -114,15 +115,19 @@ class Directions:
             return Verdict(None, math.nan, math.nan, math.nan, reason="the gradient is zero")
         floor = self.noise * abs(loss) + wobble
         first = min(max(self.target * abs(loss) / scale, self.first), self.last)
+        shares = {name: share / scale for name, share in shares.items()}
+        deviation, slope = self._deviation(first, number, weights, scale)
+        rounding = floor / (first * scale)
+        if abs(deviation) <= self.tolerance and rounding <= self.tolerance:
+            # two ways to the same number: no error estimate can make that plainer
+            return Verdict(True, deviation, self.tolerance + rounding, 1 + deviation * scale / slope, shares)
         estimates: list[Estimate] = []
         for start in (first, first / 8, min(4 * first, 2 * self.last), first / 64):
-            estimate, slope = self._estimate(start, number, weights, scale, floor)
-            estimates.append(estimate)
+            estimates.append(self._estimate(start, number, weights, scale, floor))
             good = min(estimates, key=lambda e: e.error)
             resolution = self.tolerance + 3 * good.error
             if abs(good.deviation) <= resolution and 3 * good.error <= 0.05:
                 break
-        shares = {name: share / scale for name, share in shares.items()}
         ratio = 1 + good.deviation * scale / slope if slope else math.nan
         verdict = Verdict(None, good.deviation, resolution, ratio, shares)
         if good.error > JUDGED_BELOW:
@@ -176,9 +181,11 @@ class Directions:
         shares = {name: abs(share) for name, share in self._predict(self.last / 10, number, even)[1].items()}
         alive = sorted(share for share in shares.values() if share)
         middle = alive[len(alive) // 2] if alive else 1.0
+        # in float64 the steps are so small that a parameter may take part a thousandfold
+        most = 1e3 if self.wide == torch.float64 else 10.0
         signs = torch.randint(0, 2, (len(shares),), generator=torch.Generator().manual_seed(self.seed + number))
         return {
-            name: even[name] * (1.0 if sign else -1.0) * min(10.0, middle / share if share else 1.0)
+            name: even[name] * (1.0 if sign else -1.0) * min(most, middle / share if share else 1.0)
             for (name, share), sign in zip(shares.items(), signs.tolist(), strict=True)
         }
 
@@ -212,21 +219,20 @@ class Directions:
         finally:
             self.restore()
 
-    def _estimate(
-        self, step: float, number: int, weights: Mapping[str, float], scale: float, floor: float
-    ) -> tuple[Estimate, float]:
-        """Richardson's estimate of the deviation from the steps h and h/2, and autograd's derivative."""
-        deviations = []
-        for h in (step, step / 2):
-            measured = (self._loss_at(h, number, weights) - self._loss_at(-h, number, weights)) / (2 * h)
-            slope = self._predict(h, number, weights)[0]
-            deviations.append((measured - slope) / scale)
-        wide, narrow = deviations
+    def _deviation(self, step: float, number: int, weights: Mapping[str, float], scale: float) -> tuple[float, float]:
+        """Measured minus autograd's derivative at one step, relative to the scale, and autograd's derivative."""
+        measured = (self._loss_at(step, number, weights) - self._loss_at(-step, number, weights)) / (2 * step)
+        slope = self._predict(step, number, weights)[0]
+        return (measured - slope) / scale, slope
+
+    def _estimate(self, step: float, number: int, weights: Mapping[str, float], scale: float, floor: float) -> Estimate:
+        """Richardson's estimate of the deviation from the steps h and h/2."""
+        wide, narrow = (self._deviation(h, number, weights, scale)[0] for h in (step, step / 2))
         if not math.isfinite(wide) or not math.isfinite(narrow):
-            return Estimate(step, math.inf, math.inf), slope
+            return Estimate(step, math.inf, math.inf)
         # rounding of four losses, weighted as the estimate weighs them
         rounding = floor / (step * scale)
-        return Estimate(step, (4 * narrow - wide) / 3, abs(wide - narrow) / 3 + rounding), slope
+        return Estimate(step, (4 * narrow - wide) / 3, abs(wide - narrow) / 3 + rounding)
 
     def _is_kink(
         self, estimate: Estimate, number: int, weights: Mapping[str, float], loss: float, scale: float

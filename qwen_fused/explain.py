@@ -13,8 +13,8 @@ from qwen_fused.ladder import Finding, name_some
 from qwen_fused.replay import Nudge, ReplayMismatch
 from qwen_fused.subject import Subject, as_float
 
-# how many values that left tensors are moved to see whether they come back into the loss
-NUDGES = 6
+# departures whose value is a number that can be moved a little
+NUMBERS = ("item", "tolist", "numpy")
 
 
 def disconnected(subject: Subject, trace: Trace, missing: list[str]) -> tuple[list[Finding], list[Cut]]:
@@ -26,7 +26,7 @@ def disconnected(subject: Subject, trace: Trace, missing: list[str]) -> tuple[li
     fresh = {trace.named_after.get(id(p)): site for p, site in trace.fresh}
     by_line: dict[tuple[str, Frame], tuple[Event, list[str]]] = {}
     graph, replaced, unused, dropped = [], [], [], []
-    returning = None
+    ends = None
     for name in missing:
         if alive & bit[name]:
             graph.append(name)
@@ -36,9 +36,9 @@ def disconnected(subject: Subject, trace: Trace, missing: list[str]) -> tuple[li
             continue
         events = [e for e in trace.reaching if e.lost & bit[name]] if through & bit[name] else []
         if not events:
-            if returning is None:
-                returning = _returning(subject, trace)
-            events = [e for e in returning if e.lost & bit[name]]
+            if ends is None:
+                ends = _ends(subject, trace)
+            events = [e for e in ends if e.lost & bit[name]]
         if events:
             event = events[0]
             by_line.setdefault((event.kind, event.site.user), (event, []))[1].append(name)
@@ -64,16 +64,24 @@ def disconnected(subject: Subject, trace: Trace, missing: list[str]) -> tuple[li
     return findings, cuts
 
 
-def _returning(subject: Subject, trace: Trace) -> list[Event]:
-    """Values that left tensors and come back into the loss, found by moving them; else the last nothing followed."""
+def _ends(subject: Subject, trace: Trace) -> list[Event]:
+    """Where values left tensors for good: those that come back into the loss, else the last that nothing followed."""
+    numbers = [e for e in trace.departures if e.kind in NUMBERS]
+    if not isinstance(trace.loss, Tensor) and numbers:
+        return numbers[-1:]
+    # integers and branches can't be moved a little
+    ends = [e for e in trace.departures if not e.continues and e.kind != "text"]
+    return returning(subject, trace, most=6) or ends[-1:]
+
+
+def returning(subject: Subject, trace: Trace, most: int) -> list[Event]:
+    """Values that left tensors and come back into the loss, found by moving them, the last few of them."""
     found: list[Event] = []
-    candidates = [e for e in trace.departures if e.kind not in ("text", "branch", "pointer")]
-    if not isinstance(trace.loss, Tensor) and candidates:
-        return candidates[-1:]
+    candidates = [e for e in trace.departures if e.kind in NUMBERS]
     seen: set[Any] = set()
     base = None
     for event in reversed(candidates):
-        if event.site.user in seen or len(seen) >= NUDGES:
+        if event.site.user in seen or len(seen) >= most:
             continue
         seen.add(event.site.user)
         try:
@@ -83,9 +91,7 @@ def _returning(subject: Subject, trace: Trace) -> list[Event]:
             continue
         if moved != base:
             found.append(event)
-    # integers and branches can't be moved a little
-    ends = [e for e in trace.departures if not e.continues and e.kind != "text"]
-    return found or ends[-1:]
+    return found
 
 
 def _in_backward(subject: Subject, names: list[str]) -> tuple[list[Finding], list[Cut]]:

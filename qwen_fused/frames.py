@@ -23,6 +23,7 @@ _PROOF = {"frames.py", "labels.py", "kinds.py", "cuts.py", "modes.py", "trace.py
     "snapshot.py",
     "subject.py",
     "rungs.py",
+    "step.py",
     "explain.py",
     "wrong.py",
     "applied.py",
@@ -75,6 +76,14 @@ def boundary(function: Any, *args: Any) -> Any:
 def locate(start: FrameType | None = None) -> Site:
     """The site of the operation that is being called now, seen from inside torch's modes."""
     return _site(_stack(start or sys._getframe(1)))
+
+
+def line_of_call() -> tuple[str, int]:
+    """File and line that the present call comes from, the innermost outside torch: cheap, made for every call."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _owner(frame.f_code.co_filename) == "torch":
+        frame = frame.f_back
+    return ("", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
 
 def decorated(start: FrameType | None) -> Site | None:

@@ -107,6 +107,13 @@ def describe(func: Any, name: str, kind: str) -> str:
     return f"torch.{name}"
 
 
+def is_discrete(name: str, ins: list[Tensor], outs: list[Tensor]) -> bool:
+    """Whether a result may jump, or be drawn anew, when it is computed in another floating-point type."""
+    if name in RANDOM or name in ZERO_GRADIENT:
+        return bool(outs)
+    return any(not t.is_floating_point() for t in outs) and any(t.is_floating_point() for t in ins)
+
+
 def recomputes(cls: type) -> bool:
     """Whether a custom Function is reentrant checkpointing, which delivers gradients by a backward pass of its own."""
     return cls.__name__ == "CheckpointFunction"

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_fused import applied, rungs
+from qwen_fused import applied, explain, rungs
 from qwen_fused.cuts import CustomOp, Trace
 from qwen_fused.derivative import scales_of
 from qwen_fused.frames import Frame
 from qwen_fused.ladder import RUNGS, ProofReport, name_some
 from qwen_fused.replay import Slot
+from qwen_fused.step import second_look, take_step
 from qwen_fused.subject import Gradients, Optimizers, Subject, as_float, check_scalar
 from qwen_fused.wrong import Surrogate, correct
 
@@ -83,7 +84,7 @@ def _climb(subject: Subject, directions: int, seed: int) -> ProofReport:
     check_scalar(first.loss)
     loss = subject.call()
     gradients = subject.gradients(loss)
-    step = applied.take_step(subject, gradients, loss)
+    step = take_step(subject, gradients, loss, first)
     rung, cut = rungs.connected(subject, first, gradients)
     ladder.append(rung)
 
@@ -119,7 +120,7 @@ class _Nearby:
         scales = scales_of(subject.trainable)
         for look in range(LOOKS):
             alive_before = rungs.zeros(gradients.of)
-            applied.second_look(subject.trainable, gradients.of, scales)
+            second_look(subject.trainable, gradients.of, scales)
             self.surrogates: dict[Slot, Surrogate] = {}
             self.trace: Trace = subject.trace(self._vouch)
             self.loss = self.trace.loss
@@ -154,6 +155,8 @@ def _notes(subject: Subject, trace: Trace) -> list[str]:
         f"one way to the loss is cut, another is not: {operation} at {frame} ({name_some(labels.names_of(label), 2)})"
         for (operation, frame), label in lines.items()
     ]
+    returning = explain.returning(subject, trace, most=3) if alive == labels.trainable else []
+    notes += [f"a value that left tensors comes back into the loss: {e.operation} at {e.site.user}" for e in returning]
     carried = [event for event in trace.reaching if event.carried]
     if carried and subject.own_backward:
         where = f"{carried[0].operation} at {carried[0].site.user}"

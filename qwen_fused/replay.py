@@ -1,14 +1,15 @@
 """Call a loss function again with chosen results held at recorded values.
 
 Autograd takes what lies behind a cut as constant. A finite difference agrees with it only if that is constant too, so
-every cut's result is recorded once and put back at each further evaluation. The calls are matched by their order, which
-the recorded results themselves keep the same: a branch taken on a tensor's value is a recorded result as well.
+every cut's result is recorded once and put back at each further evaluation. The calls are matched by name, line and
+order, which the recorded results themselves keep the same: a branch taken on a tensor's value is recorded as well.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,11 +23,25 @@ from qwen_fused.labels import tensors_in
 
 
 class Slot(NamedTuple):
-    """The index-th call of one sort during an evaluation."""
+    """The index-th call of a function from one line of source during an evaluation."""
 
-    sort: str  # "call" or "apply"
-    index: int
     name: str
+    file: str
+    line: int
+    index: int
+
+
+class Slots:
+    """Gives each call of an evaluation its slot."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str, int]] = Counter()
+
+    def next(self, name: str) -> Slot:
+        """The slot of the call that is being made now."""
+        place = (name, *frames.line_of_call())
+        self._counts[place] += 1
+        return Slot(*place, self._counts[place])
 
 
 class Held(Protocol):
@@ -49,6 +64,10 @@ class Record:
         """Put the recorded tensors in place of the new ones."""
         if self.departed:
             return copy.deepcopy(self.value)
+        results = list(tensors_in(out))
+        for places, tensors in ((self.written, ins), (self.outputs, results)):
+            if any(p >= len(tensors) or tensors[p].shape != t.shape for p, t in places.items()):
+                raise ReplayMismatch("a call gave a result of another shape than before")
         with torch.no_grad():
             for place, tensor in self.written.items():
                 ins[place].copy_(tensor)
@@ -159,31 +178,29 @@ _CASTS = {"float", "half", "bfloat16"}
 
 class _Replay:
     def __init__(self, held: Mapping[Slot, Held], wide: Wide | None):
-        self.held = {(slot.sort, slot.index): (slot.name, record) for slot, record in held.items()}
+        self.held = dict(held)
         self.wide = wide
-        self.calls = self.applied = 0
+        self.slots = Slots()
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        self.calls += 1
         name = kinds.name_of(func)
-        if self.wide is not None and name in _CASTS and not kwargs:
-            func = torch.Tensor.clone
-        return self._put(("call", self.calls), name, func, args, kwargs)
+        if self.wide is not None and name in _CASTS:
+            # masks and counts become floating point here, in the wide type
+            wide = self.wide.dtype
+            func = lambda tensor, **_: tensor.to(wide)  # noqa: E731
+        return self._put(name, func, args, kwargs)
 
     def apply(self, cls: type, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        self.applied += 1
-        return self._put(("apply", self.applied), cls.__name__, call, args, kwargs)
+        return self._put(f"{cls.__name__}.apply", call, args, kwargs)
 
-    def _put(self, place: tuple[str, int], name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def _put(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        held = self.held.pop(self.slots.next(name), None)
         if self.wide is not None:
             with torch._C.DisableTorchFunction():
                 args, kwargs = self.wide.arguments(name, args, kwargs)
         out = call(*args, **kwargs)
-        expected, held = self.held.pop(place, (None, None))
         if held is None:
             return out
-        if expected != name:
-            raise ReplayMismatch(f"expected a call of {expected}, got {name}")
         with torch._C.DisableTorchFunction():
             return held.put(list(tensors_in((args, kwargs))), out)
 
@@ -205,7 +222,9 @@ def evaluate(loss_fn: Callable[[], Any], held: Mapping[Slot, Held], wide: Wide |
     with modes.uncompiled(), modes.on_apply(replay.apply), modes.FunctionMode(replay.call), widened:
         loss = frames.boundary(loss_fn)
     if replay.held:
-        raise ReplayMismatch(f"{len(replay.held)} recorded calls were not made again")
+        raise ReplayMismatch(
+            f"{len(replay.held)} recorded calls were not made again, {next(iter(replay.held)).name} first"
+        )
     return loss
 
 

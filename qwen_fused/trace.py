@@ -19,7 +19,7 @@ from qwen_fused import frames, kinds, modes
 from qwen_fused.cuts import CustomOp, Event, Trace
 from qwen_fused.frames import NOWHERE, Site
 from qwen_fused.labels import Key, Labels, tensors_in
-from qwen_fused.replay import Slot, capture
+from qwen_fused.replay import Slot, Slots, capture
 
 OnCustom = Callable[[CustomOp, Callable[..., Any], tuple, dict, Any], None]
 
@@ -57,7 +57,8 @@ class _Tracer:
         self.labels = Labels(parameters)
         self.trace = Trace(self.labels)
         self.on_custom = on_custom
-        self.calls = self.applied = 0
+        self.calls = 0
+        self.slots = Slots()
         self.busy = False
         self.nested = 0  # depth inside custom Functions
         self.touched = 0  # parameters met alive inside them
@@ -91,11 +92,12 @@ class _Tracer:
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """See one call that the user, or a library, made."""
         self.calls += 1
+        name = kinds.name_of(func)
+        slot = self.slots.next(name)
         if self.busy:
             return func(*args, **kwargs)
         self.busy = True
         try:
-            name = kinds.name_of(func)
             if name == "_set_grad_enabled":
                 self.note_switch("no_grad", torch.is_grad_enabled() and not args[0])
                 return func(*args, **kwargs)
@@ -103,17 +105,17 @@ class _Tracer:
             seen = self._look_at(ins)
             self.written.clear()
             out = func(*args, **kwargs)
-            self._after(func, name, Slot("call", self.calls, name), ins, (args, kwargs), out, seen)
+            self._after(func, name, slot, ins, (args, kwargs), out, seen)
             return out
         finally:
             self.busy = False
 
     def apply(self, cls: type, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """See one call of a custom autograd Function, inside and out."""
-        self.applied += 1
+        self.calls += 1
+        slot = self.slots.next(f"{cls.__name__}.apply")
         if self.busy:
             return call(*args, **kwargs)
-        slot = Slot("apply", self.applied, cls.__name__)
         ins = list(tensors_in((args, kwargs)))
         with torch._C.DisableTorchFunction():
             alive, values, cuts = self._look_at(ins)
@@ -175,7 +177,7 @@ class _Tracer:
         alive, values, cuts = seen
         labels = self.labels
         outs = list(tensors_in(out))
-        if name in kinds.RANDOM or (alive and name in kinds.ZERO_GRADIENT):
+        if kinds.is_discrete(name, ins, outs):
             held = capture(ins, out, outs)
             self.trace.fixed.append(Event("fixed", name, NOWHERE, 0, self.calls, slot=slot, record=held))
         if not values or (not outs and not self.written and name not in kinds.DEPARTURES):
@@ -267,7 +269,7 @@ class _Tracer:
         self.sources.setdefault(self.labels.key(ins[0]), []).append(event)
 
     def _custom(self, slot: Slot, inputs: int, call: Callable[..., Any], args: tuple, kwargs: dict, out: Any) -> None:
-        op = CustomOp(slot, slot.name, frames.locate(), inputs)
+        op = CustomOp(slot, slot.name.removesuffix(".apply"), frames.locate(), inputs)
         self.trace.custom.append(op)
         if self.on_custom is not None:
             self.on_custom(op, call, args, kwargs, out)

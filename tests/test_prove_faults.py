@@ -489,3 +489,26 @@ def test_stale_cache_with_its_graph(warm):
 def test_stale_cache_without_its_graph():
     kinds = [f.kind for f in proof(Cached(lambda h: h.detach())).findings]
     assert kinds[-1] == "stale cache"
+
+
+def test_value_overwritten_behind_autograd():
+    def between(h):
+        h = torch.sigmoid(h)
+        h.data.mul_(0.5)  # here
+        return h
+
+    found = only_finding(proof(Pair(between)), "correct", "wrong")
+    assert found.line == marked(between)
+
+
+def test_gradient_of_another_loss():
+    model = Pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(2))
+        optimizer.step()
+
+    found = only_finding(proof(model, optimizer, step=step), "applied", "changed")
+    assert len(found.parameters) == 4

@@ -1,0 +1,170 @@
+"""Take one step as the caller's loop does, look at what it did, and put everything back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_fused import frames, kinds, modes
+from qwen_fused.cuts import Trace
+from qwen_fused.labels import tensors_in
+from qwen_fused.ladder import Finding, name_some
+from qwen_fused.replay import ReplayMismatch
+from qwen_fused.subject import Gradients, Subject, as_float
+
+HALF = (torch.float16, torch.bfloat16)
+# parts of the step at which first order is looked for, and how closely it must hold
+FRACTIONS = (1.0, 1 / 16, 1 / 256)
+CLOSE = (0.5, 2.0)
+
+
+@dataclass
+class Step:
+    """What one step did.
+
+    Args:
+        stepped: whether any optimizer's step was called.
+        missing: names whose gradient was gone, or all zero, when the optimizer came to use it.
+        changed: names whose gradient pointed another way by then than backward had left it.
+        still: names that did not move.
+        moved: share of the elements that moved, among the parameters that have a gradient.
+        predicted: <g, change of the parameters>, the loss's change to first order.
+        actual: the loss's change.
+        fraction: largest part of the step whose change of the loss is near first order; 0 when none is; None when that
+            can't be told (16-bit parameters, changes lost in rounding).
+        ratio: actual over predicted change at the smallest part looked at.
+        rates: name -> learning rate of its group.
+        held_back: names whose learning rate a scheduler keeps at 0 for now.
+        had_state: whether the optimizer had stepped before.
+    """
+
+    stepped: bool = False
+    missing: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    still: tuple[str, ...] = ()
+    moved: float = 0.0
+    predicted: float = 0.0
+    actual: float = 0.0
+    fraction: float | None = None
+    ratio: float = 1.0
+    rates: dict[str, float] = field(default_factory=dict)
+    held_back: tuple[str, ...] = ()
+    had_state: bool = False
+
+
+def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace) -> Step | None:
+    """Step as the caller does, with the gradients in place, look, and put parameters and optimizers back.
+
+    Args:
+        subject: what is proved.
+        gradients: of the loss, still in the parameters' `.grad`.
+        loss: at the parameters as they are.
+        trace: a call with the same parameters.
+    """
+    if not subject.optimizers or not gradients.of:
+        return None
+    step = Step(had_state=any(optimizer.state for optimizer in subject.optimizers))
+    groups = [group for optimizer in subject.optimizers for group in optimizer.param_groups]
+    rates = {id(p): (float(g["lr"]), float(g.get("initial_lr", 0.0))) for g in groups for p in g["params"]}
+    known = {name: rates[id(subject.named[name])] for name in gradients.of if id(subject.named[name]) in rates}
+    step.rates = {name: rate for name, (rate, _) in known.items()}
+    step.held_back = tuple(name for name, (rate, initial) in known.items() if rate == 0 and initial > 0)
+    alive = [name for name, g in gradients.of.items() if g.any()]
+    before = {name: subject.named[name].data.clone() for name in gradients.of}
+
+    def look(*_: Any) -> None:
+        step.stepped = True
+        now = {name: subject.named[name].grad for name in alive}
+        step.missing = tuple(name for name, grad in now.items() if grad is None or not grad.any())
+        left = {name: grad for name, grad in now.items() if name not in step.missing}
+        step.changed = tuple(name for name, grad in left.items() if _cosine(grad, gradients.of[name]) < 0.5)
+
+    hooks = [optimizer.register_step_pre_hook(look) for optimizer in subject.optimizers]
+    try:
+        subject.step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    changes = {name: subject.named[name].data - old for name, old in before.items()}
+    counts = {name: int(change.count_nonzero()) for name, change in changes.items()}
+    step.still = tuple(name for name in alive if not counts[name])
+    step.moved = sum(counts[name] for name in alive) / max(1, sum(changes[name].numel() for name in alive))
+    step.predicted = sum(float((gradients.of[n].double() * changes[n].double()).sum()) for n in alive)
+    step.actual = subject.value() - as_float(loss)
+    _first_order(subject, step, before, changes, as_float(loss), trace)
+    subject.snapshot.reset_values()
+    subject.snapshot.reset_optimizers()
+    return step
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    one, other = one.detach().to_dense().double(), other.double()
+    return float((one * other).sum() / (one.norm() * other.norm()))
+
+
+def _first_order(
+    subject: Subject, step: Step, before: Mapping[str, Tensor], changes: Mapping[str, Tensor], loss: float, trace: Trace
+) -> None:
+    """Find the largest part of the step along which the loss changes as its gradient says."""
+    held = trace.held(carried=subject.own_backward)
+    rounded = any(change.dtype in HALF for change in changes.values()) or trace.half
+    for fraction in FRACTIONS:
+        predicted = fraction * step.predicted
+        if rounded or not step.predicted or abs(predicted) < 100 * torch.finfo(torch.float32).eps * abs(loss):
+            return
+        if fraction == 1.0 and not held:
+            actual = step.actual
+        else:
+            for name, change in changes.items():
+                subject.named[name].data.copy_(before[name] + fraction * change)
+            try:
+                actual = subject.value(held) - loss
+            except ReplayMismatch:
+                return
+        step.ratio = actual / predicted
+        step.fraction = fraction if CLOSE[0] <= step.ratio <= CLOSE[1] else 0.0
+        if step.fraction:
+            return
+
+
+def erased(subject: Subject, names: tuple[str, ...], during_step: bool) -> Finding:
+    """Name the line that erased gradients, by doing backward and step once more with every call watched."""
+    loss = subject.call()
+    found: list[frames.Site] = []
+    watched = subject.named[names[0]]
+
+    def handler(func: Any, args: tuple, kwargs: dict) -> Any:
+        held = watched.grad
+        was = held is not None and bool(held.any())
+        out = func(*args, **kwargs)
+        concerned = kinds.name_of(func) == "grad.__set__" or any(True for _ in tensors_in((args, kwargs)))
+        if was and not found and concerned and (watched.grad is None or not watched.grad.any()):
+            found.append(frames.locate())
+        return out
+
+    subject.snapshot.clear_gradients()
+    with modes.FunctionMode(handler):
+        frames.boundary(subject.backward, loss)
+        if during_step:
+            subject.step()
+    if during_step:
+        subject.snapshot.reset_values()
+        subject.snapshot.reset_optimizers()
+    subject.snapshot.clear_gradients()
+    when = "between backward and the optimizer's step" if during_step else "before backward was done"
+    frame = found[0].user if found else None
+    return Finding("erased", f"the gradient of {name_some(names)} is erased {when}", names, frame)
+
+
+def second_look(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
+    """Move every parameter whose gradient is not zero by a random hundredth of its size; the others stay."""
+    for place, (name, gradient) in enumerate(gradients.items()):
+        if gradient.any():
+            parameter = parameters[name]
+            generator = torch.Generator(device=parameter.device).manual_seed(place)
+            noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+            parameter.data.add_((0.02 * scales[name] * noise).to(parameter.dtype))
