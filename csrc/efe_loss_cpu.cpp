@@ -97,7 +97,8 @@ void check(const Arguments& a) {
       at::isIntegralType(a.target.scalar_type(), false) && a.target.element_size() <= 8 && a.target.is_cpu(),
       "target must be an integer tensor on the CPU, got ", a.target.scalar_type(), " on ", a.target.device());
   TORCH_CHECK_VALUE(a.weights.size() == TERMS, "weights must hold ", int(TERMS), " numbers, got ", a.weights.size());
-  TORCH_CHECK_VALUE(a.hard_mode >= HARD_EPISODE && a.hard_mode <= HARD_NONE, "hard_mode must be 0, 1 or 2, got ", a.hard_mode);
+  TORCH_CHECK_VALUE(
+      a.hard_mode >= HARD_EPISODE && a.hard_mode <= HARD_NONE, "hard_mode must be 0, 1 or 2, got ", a.hard_mode);
   check("plan", a.plan, a.plan.sizes());
   check("back", a.back, a.plan.sizes());
   check("preference", a.preference, {B, C, H, W});
@@ -128,7 +129,9 @@ template <class T>
 struct Smalls {
   Small<T> obs_entropy, step_weight, class_weight, prompt_colors;
   explicit Smalls(const Arguments& a)
-      : obs_entropy(a.obs_entropy), step_weight(a.step_weight), class_weight(a.class_weight),
+      : obs_entropy(a.obs_entropy),
+        step_weight(a.step_weight),
+        class_weight(a.class_weight),
         prompt_colors(a.prompt_colors) {}
 };
 
@@ -139,8 +142,13 @@ Job<T> make_job(const Arguments& a, const Smalls<T>& small) {
   job.cells = a.plan.size(3) * a.plan.size(4);
   job.tiles = (job.cells + TILE - 1) / TILE;
   job.target = a.target;
-  const bool there[TERMS] = {true, a.preference.has_value(), a.obs_entropy.has_value(), a.back.has_value(),
-                             a.preference.has_value() && a.anchor.has_value(), a.prompt_colors.has_value()};
+  const bool there[TERMS] = {
+      true,
+      a.preference.has_value(),
+      a.obs_entropy.has_value(),
+      a.back.has_value(),
+      a.preference.has_value() && a.anchor.has_value(),
+      a.prompt_colors.has_value()};
   for (int k = 0; k < TERMS; ++k) job.weight[k] = a.weights[k], job.on[k] = there[k] && (k == CE || a.weights[k] != 0);
   job.plan = Cells<T>(a.plan, true, true);
   if (job.on[AGREEMENT]) job.back = Cells<T>(*a.back, true, true);
@@ -281,7 +289,8 @@ ForwardResult forward_as(const Arguments& a) {
   return out;
 }
 
-using Eight = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Eight =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Five = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Eight efe_loss(
@@ -289,8 +298,8 @@ Eight efe_loss(
     const OptionalTensor& anchor, const OptionalTensor& obs_entropy, const OptionalTensor& prompt_colors,
     const OptionalTensor& step_weight, const OptionalTensor& class_weight, at::ArrayRef<double> weights,
     double hard_floor, int64_t hard_mode, int64_t ignore_index) {
-  const Arguments a{plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight,
-                    weights, hard_floor, hard_mode, ignore_index};
+  const Arguments a{plan,        target,       back,    preference, anchor,    obs_entropy, prompt_colors,
+                    step_weight, class_weight, weights, hard_floor, hard_mode, ignore_index};
   check(a);
   ForwardResult r = any_double(a) ? forward_as<double>(a) : forward_as<float>(a);
   return {r.loss, r.terms, r.solved, r.predicted, r.coef, r.d_pooled, r.d_obs_entropy, r.d_prompt_colors};
@@ -315,7 +324,8 @@ Five backward_as(const Arguments& a, const Saved& saved, at::ArrayRef<bool> need
   if (d_plan.numel() > 0) job.d_plan = Cells<T>(d_plan, true, true);
   if (d_back.numel() > 0) job.d_back = Cells<T>(d_back, true, true);
   if (d_preference.numel() > 0) job.d_preference = Cells<T>(d_preference, true, false);
-  const at::Tensor grad = saved.grad.to(at::kDouble), coef = saved.coef.contiguous(), pooled = saved.d_pooled.contiguous();
+  const at::Tensor grad = saved.grad.to(at::kDouble), coef = saved.coef.contiguous(),
+                   pooled = saved.d_pooled.contiguous();
   job.coef = coef.const_data_ptr<T>();
   job.upstream = *grad.const_data_ptr<double>() * job.coef[2 * job.B];
   job.d_pooled = job.on[PROMPT] ? pooled.const_data_ptr<T>() : nullptr;
@@ -332,19 +342,20 @@ Five backward_as(const Arguments& a, const Saved& saved, at::ArrayRef<bool> need
   const auto scaled = [&](bool wanted, const at::Tensor& unit, const OptionalTensor& like) {
     return wanted ? unit.to(at::kDouble).mul(job.upstream).to(like->scalar_type()) : nothing;
   };
-  return {d_plan, d_back, d_preference, scaled(needs[3] && job.on[AMBIGUITY], saved.d_obs_entropy, a.obs_entropy),
-          scaled(needs[4] && job.on[PROMPT], saved.d_prompt_colors, a.prompt_colors)};
+  return {
+      d_plan, d_back, d_preference, scaled(needs[3] && job.on[AMBIGUITY], saved.d_obs_entropy, a.obs_entropy),
+      scaled(needs[4] && job.on[PROMPT], saved.d_prompt_colors, a.prompt_colors)};
 }
 
 Five efe_loss_backward(
     const at::Tensor& grad, const at::Tensor& plan, const at::Tensor& target, const OptionalTensor& back,
     const OptionalTensor& preference, const OptionalTensor& anchor, const OptionalTensor& obs_entropy,
     const OptionalTensor& prompt_colors, const OptionalTensor& step_weight, const OptionalTensor& class_weight,
-    const OptionalTensor& predicted, const at::Tensor& coef, const at::Tensor& d_pooled, const at::Tensor& d_obs_entropy,
-    const at::Tensor& d_prompt_colors, at::ArrayRef<double> weights, double hard_floor, int64_t hard_mode,
-    int64_t ignore_index, const std::array<bool, 5>& needs) {
-  const Arguments a{plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight,
-                    weights, hard_floor, hard_mode, ignore_index};
+    const OptionalTensor& predicted, const at::Tensor& coef, const at::Tensor& d_pooled,
+    const at::Tensor& d_obs_entropy, const at::Tensor& d_prompt_colors, at::ArrayRef<double> weights, double hard_floor,
+    int64_t hard_mode, int64_t ignore_index, const std::array<bool, 5>& needs) {
+  const Arguments a{plan,        target,       back,    preference, anchor,    obs_entropy, prompt_colors,
+                    step_weight, class_weight, weights, hard_floor, hard_mode, ignore_index};
   check(a);
   TORCH_CHECK_VALUE(grad.numel() == 1, "grad must have one element, got ", grad.sizes());
   const Saved saved{grad, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors};

@@ -2,9 +2,9 @@
 // has the formulas. What a tile adds to its episode goes into a slot of its own, so that sums do not depend on which
 // thread worked on it.
 //
-// No include guard: efe_loss_cpu.cpp includes this once per instruction set, inside a namespace of its own and under that
-// set's target pragma. A target attribute on the caller would not do: vector types wider than the baseline's are lowered
-// to scalars before anything is inlined.
+// No include guard: efe_loss_cpu.cpp includes this once per instruction set, inside a namespace of its own and under
+// that set's target pragma. A target attribute on the caller would not do: vector types wider than the baseline's are
+// lowered to scalars before anything is inlined.
 
 // logits of one tensor under a vector of cells, and what softmax makes of them
 template <class S>
@@ -14,8 +14,8 @@ struct Distribution {
   typename S::V log_p[MAX_CLASSES], p[MAX_CLASSES];
 };
 
-// fills log_p and p of K distributions side by side, so that their chains of dependent operations overlap; ignored lanes
-// read 0, so that what they hold can do no harm. Returns each lane's lowest best class of the first where asked.
+// fills log_p and p of K distributions side by side, so that their chains of dependent operations overlap; ignored
+// lanes read 0, so that what they hold can do no harm. Returns each lane's lowest best class of the first where asked.
 template <class S, class... D>
 QF_INLINE typename S::I softmax(int64_t classes, typename S::I valid, bool want_argmax, D&... d) {
   using T = typename S::Scalar;
@@ -200,7 +200,8 @@ void backward_tile(const Job<typename S::Scalar>& job, int64_t unit) {
   const int64_t size = std::min(TILE, job.cells - begin);
   const Labels<T> labels(job, b, begin, size);
   const double per_cell = job.upstream * job.coef[2 * b], per_kappa = job.upstream * job.coef[2 * b + 1];
-  const T risk = static_cast<T>(per_cell * job.weight[RISK]), ambiguity = static_cast<T>(per_cell * job.weight[AMBIGUITY]);
+  const T risk = static_cast<T>(per_cell * job.weight[RISK]),
+          ambiguity = static_cast<T>(per_cell * job.weight[AMBIGUITY]);
   const T agreement = static_cast<T>(0.5 * per_cell * job.weight[AGREEMENT]);
   const T anchor = static_cast<T>(per_cell * job.weight[ANCHOR]);
   const int64_t first = b * job.cells + begin;

@@ -14,7 +14,9 @@ from qwen_fused.efe_autograd import COLUMNS, HARD_MODE, register
 from qwen_fused.efe_checks import check_float, check_options, check_plan, check_target_range
 from qwen_fused.kernels.reference import efe_loss_reference
 
-if backends.has_op("efe_loss"):
+# asked once: torch.compile can't ask
+COMPILED = backends.has_kernel("efe_loss", "cpu")
+if COMPILED:
     register("efe_loss")
 if backends.HAS_TRITON:
     # registers the op and its backward
@@ -219,12 +221,11 @@ def _resolve_backend(backend: str, plan: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     device = plan.device.type
-    compiled = backends.has_kernel("efe_loss", "cpu")
     if backend == "auto":
-        fast = {"cpu": "cpp" if compiled else None, "cuda": "triton" if backends.HAS_TRITON else None}
+        fast = {"cpu": "cpp" if COMPILED else None, "cuda": "triton" if backends.HAS_TRITON else None}
         return fast.get(device) or "reference"
-    if backend == "cpp" and not (compiled and device == "cpu"):
-        reason = f"plan_logits on {plan.device}" if compiled else f"none: {backends.EXTENSION_ERROR}"
+    if backend == "cpp" and not (COMPILED and device == "cpu"):
+        reason = f"plan_logits on {plan.device}" if COMPILED else f"none: {backends.EXTENSION_ERROR}"
         raise ValueError(f"backend='cpp' must have the compiled extension and CPU tensors, got {reason}")
     if backend == "triton":
         if not backends.HAS_TRITON:

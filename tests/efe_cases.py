@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qwen_fused import backends
-from qwen_fused.ops import EFEOutput, EFEWeights, efe_loss
+from qwen_fused.ops import COMPILED, EFEOutput, EFEWeights, efe_loss
 
 # every term on, no two weights alike, so that a swapped or dropped term shows
 ALL_TERMS = EFEWeights(ce=1.1, risk=0.9, ambiguity=0.7, agreement=0.5, anchor=0.3, prompt=0.4)
@@ -18,7 +18,7 @@ FUSED = [
     pytest.param(
         ("cpp", "cpu"),
         id="cpp",
-        marks=pytest.mark.skipif(not backends.has_op("efe_loss"), reason=f"no extension: {backends.EXTENSION_ERROR}"),
+        marks=pytest.mark.skipif(not COMPILED, reason=f"no extension: {backends.EXTENSION_ERROR}"),
     ),
     pytest.param(
         ("triton", "cpu"),

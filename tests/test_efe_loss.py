@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_fused import backends
-from qwen_fused.ops import EFEWeights, efe_loss, hard_cell_cross_entropy
+from qwen_fused.ops import COMPILED, EFEWeights, efe_loss, hard_cell_cross_entropy
 
 ZERO = dict(ce=0.0, risk=0.0, ambiguity=0.0, agreement=0.0, anchor=0.0, prompt=0.0)
 TERM_SETS = {name: EFEWeights(**{**ZERO, name: 1.3}) for name in ZERO}
@@ -305,7 +305,7 @@ def test_offsets_beyond_32_bits(fused):
     check({**small, "plan_logits": far}, fused, weights=ALL_TERMS)
 
 
-@pytest.mark.skipif(not backends.has_op("efe_loss"), reason=f"no extension: {backends.EXTENSION_ERROR}")
+@pytest.mark.skipif(not COMPILED, reason=f"no extension: {backends.EXTENSION_ERROR}")
 def test_threads_change_no_bit():
     case = make_case(B=4, T=3, C=10, H=30, W=30, dtype=torch.float32)
     threads = torch.get_num_threads()
@@ -322,7 +322,7 @@ def test_threads_change_no_bit():
             assert torch.equal(grad, results[0][1][name]), name
 
 
-@pytest.mark.skipif(not backends.has_op("efe_loss"), reason=f"no extension: {backends.EXTENSION_ERROR}")
+@pytest.mark.skipif(not COMPILED, reason=f"no extension: {backends.EXTENSION_ERROR}")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.tuples(*(st.integers(low, high) for low, high in ((1, 3), (1, 12), (2, 64), (1, 30), (1, 30)))).filter(
