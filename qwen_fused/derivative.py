@@ -143,7 +143,16 @@ class Directions:
 
     def wrong_among(self, groups: Mapping[str, list[str]]) -> list[str]:
         """Names of the groups of parameters whose own derivative deviates, each group judged alone."""
-        return [group for group, names in groups.items() if self.check(0, only=names).ok is False]
+        return [group for group, names in groups.items() if self._is_wrong(names)]
+
+    def _is_wrong(self, names: Collection[str]) -> bool:
+        weights = self._weights(0, names)
+        shares = self._predict(self.last / 10, 0, weights)[1]
+        scale = math.sqrt(sum(share * share for share in shares.values()))
+        if not scale:
+            return False
+        step = min(max(self.target * abs(self.here()) / scale, self.first), self.last)
+        return abs(self._deviation(step, 0, weights, scale)[0]) > 5 * self.tolerance
 
     def _settled(self, estimates: list[Estimate]) -> bool:
         """Whether different steps agree on the deviation: noise and jumps don't."""

@@ -26,6 +26,7 @@ _PROOF = {"frames.py", "labels.py", "kinds.py", "cuts.py", "modes.py", "trace.py
     "step.py",
     "explain.py",
     "wrong.py",
+    "custom_ops.py",
     "applied.py",
     "prove.py",
 }

@@ -31,16 +31,18 @@ class Snapshot:
         loss_fn: Callable[[], Any],
     ):
         self.modules = {id(m): m for module in modules for m in module.modules()}
-        everything = [*parameters, *(p for m in self.modules.values() for p in m._parameters.values() if p is not None)]
+        everything = [*parameters, *(p for m in self.modules.values() for p in m.parameters(recurse=False))]
         everything += [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         self.parameters = list({id(p): p for p in everything}.values())
         self._flags = [(p, p.requires_grad, p.grad) for p in self.parameters]
-        buffers = [b for m in self.modules.values() for b in m._buffers.values() if b is not None]
+        buffers = [b for m in self.modules.values() for b in m.buffers(recurse=False)]
         copy_of = _copier([*self.parameters, *buffers])
         # detached aliases keep the storage even if somebody gives the parameter another
         self._values = [(p.data, copy_of(p.data)) for p in self.parameters]
         self._buffers = [(b, copy_of(b)) for b in {id(b): b for b in buffers}.values()]
-        self._attributes = [(m, _attributes(m)) for m in self.modules.values()]
+        # scripted modules keep theirs where python can't replace them
+        plain = [m for m in self.modules.values() if not isinstance(m, torch.jit.ScriptModule)]
+        self._attributes = [(m, _attributes(m)) for m in plain]
         self._optimizers = [(o, *_optimizer_state(o, copy_of)) for o in optimizers]
         self._generators = [(g, _generator_state(g)) for g in _generators([*self.modules.values()], loss_fn)]
         self._rng = _rng_state()

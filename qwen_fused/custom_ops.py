@@ -1,0 +1,141 @@
+"""Custom operations, whose backward is somebody's own mathematics: checked alone, or taken at their word."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_fused.cuts import CustomOp
+from qwen_fused.derivative import TOLERANCE
+from qwen_fused.labels import tensors_in
+from qwen_fused.replay import replace_tensors
+from qwen_fused.subject import Subject
+
+
+class Surrogate:
+    """Stands in for a custom operation whose own backward the caller vouches for.
+
+    At each evaluation its result is the recorded one plus what its backward says of the change of its inputs, so that
+    the finite difference tests everything around it and takes the operation itself at its word.
+    """
+
+    def __init__(self, call: Callable[..., Any], args: tuple, kwargs: dict, out: Any):
+        self.call = call
+        self.given = [t.detach().clone() for t in tensors_in((args, kwargs))]
+        self.arguments = args, kwargs
+        self.results = {place: t.detach().clone() for place, t in enumerate(tensors_in(out)) if t.requires_grad}
+        self.upstream: dict[int, Tensor] = {}
+        self.slopes: dict[int, Tensor] = {}
+        for place, tensor in enumerate(tensors_in(out)):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda grad, place=place: self.upstream.__setitem__(place, grad.detach()))
+
+    def finish(self) -> None:
+        """Once the backward pass has been: ask the operation's backward for its slopes."""
+        inputs = {
+            place: tensor.clone().requires_grad_()
+            for place, tensor in enumerate(self.given)
+            if tensor.is_floating_point()
+        }
+        args, kwargs = replace_tensors(self.arguments, dict(enumerate(self.given)) | inputs)
+        with torch.enable_grad():
+            outs = dict(enumerate(tensors_in(self.call(*args, **kwargs))))
+        used = [place for place in self.upstream if outs[place].requires_grad]
+        if used:
+            grads = torch.autograd.grad(
+                [outs[p] for p in used], list(inputs.values()), [self.upstream[p] for p in used], allow_unused=True
+            )
+            self.slopes = {place: g for place, g in zip(inputs, grads, strict=True) if g is not None}
+        self.arguments = ((), {})
+
+    def put(self, ins: list[Tensor], out: Any) -> Any:
+        """The recorded result plus the first-order change, along the direction that the loss is sensitive to."""
+        change = sum(_inner(g, ins[p].detach() - self.given[p]) for p, g in self.slopes.items())
+        size = sum(_inner(u, u) for u in self.upstream.values())
+        moved = {}
+        for place, value in self.results.items():
+            upstream = self.upstream.get(place)
+            share = 0.0 if upstream is None or not size else change / size
+            moved[place] = value if upstream is None else value + (share * upstream).to(value.dtype)
+        return replace_tensors(out, moved)
+
+
+def wrong_ops(subject: Subject) -> list[tuple[CustomOp, str]]:
+    """Custom operations, one call per line of source, whose backward is not the derivative of their forward."""
+    calls: dict[Any, tuple[CustomOp, Callable[..., Any], Any]] = {}
+
+    def keep(op: CustomOp, call: Callable[..., Any], args: tuple, kwargs: dict, out: Any) -> None:
+        if not subject.allow.custom(op.name, op.site.callers):
+            calls.setdefault((op.name, op.site.user), (op, call, _detached((args, kwargs))))
+
+    subject.trace(keep)
+    found = []
+    for op, call, (args, kwargs) in calls.values():
+        ratio = _local_ratio(call, args, kwargs)
+        if ratio is not None and abs(ratio - 1) > 5 * TOLERANCE[torch.float32]:
+            said = (
+                f"{ratio:.4g} times its forward's derivative"
+                if math.isfinite(ratio)
+                else "not zero, its forward is flat"
+            )
+            found.append((op, said))
+    return found
+
+
+def _detached(arguments: Any) -> Any:
+    tensors = list(tensors_in(arguments))
+    return replace_tensors(arguments, {place: t.detach().clone() for place, t in enumerate(tensors)})
+
+
+def _local_ratio(call: Callable[..., Any], args: tuple, kwargs: dict) -> float | None:
+    """Backward's over forward's derivative of one operation alone, along a random direction; None if there is none."""
+    for dtype, step in ((torch.float64, 1e-5), (None, 1e-2)):
+        try:
+            slope, slopes = _local_slopes(call, args, kwargs, dtype, step)
+        except Exception:
+            # the operation insists on its own type, and says so in its own way
+            continue
+        measured = (4 * slopes[1] - slopes[0]) / 3
+        size = max(abs(slope), abs(measured))
+        if size and abs(slopes[0] - slopes[1]) <= 0.1 * size:
+            return slope / measured if abs(measured) > 1e-9 * size else math.inf
+    return None
+
+
+def _local_slopes(
+    call: Callable[..., Any], args: tuple, kwargs: dict, dtype: torch.dtype | None, step: float
+) -> tuple[float, list[float]]:
+    """Autograd's derivative of a random sum of the results along a random direction, and two measured ones."""
+    tensors = list(tensors_in((args, kwargs)))
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
+
+    inputs = {p: t.to(dtype or t.dtype) for p, t in enumerate(tensors) if t.is_floating_point() and t.numel()}
+    directions = {place: noise(t) * t.float().square().mean().sqrt().clamp(min=1e-3) for place, t in inputs.items()}
+    weights: dict[int, Tensor] = {}
+
+    def run(shift: float, with_grad: bool = False) -> tuple[Tensor, list[Tensor]]:
+        moved = {p: (t + shift * directions[p]).requires_grad_(with_grad) for p, t in inputs.items()}
+        given = replace_tensors((args, kwargs), {p: moved.get(p, t.clone()) for p, t in enumerate(tensors)})
+        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(with_grad):
+            torch.manual_seed(0)
+            outs = [t for t in tensors_in(call(*given[0], **given[1])) if t.is_floating_point()]
+        for place, out in enumerate(outs):
+            weights.setdefault(place, noise(out))
+        total = sum(((weights[p] * out).sum(dtype=torch.float64) for p, out in enumerate(outs)), torch.zeros(()))
+        return total, list(moved.values())
+
+    total, leaves = run(0.0, with_grad=True)
+    grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    slope = sum(_inner(g, d) for g, d in zip(grads, directions.values(), strict=True) if g is not None)
+    return slope, [float((run(h)[0] - run(-h)[0]) / (2 * h)) for h in (step, step / 2)]
+
+
+def _inner(one: Tensor, other: Tensor) -> float:
+    return float((one.double() * other.double()).sum())
