@@ -77,12 +77,8 @@ def wrong_ops(subject: Subject) -> list[tuple[CustomOp, str]]:
     for op, call, (args, kwargs) in calls.values():
         ratio = _local_ratio(call, args, kwargs)
         if ratio is not None and abs(ratio - 1) > 5 * TOLERANCE[torch.float32]:
-            said = (
-                f"{ratio:.4g} times its forward's derivative"
-                if math.isfinite(ratio)
-                else "not zero, its forward is flat"
-            )
-            found.append((op, said))
+            factor = f"{ratio:.4g} times its forward's derivative"
+            found.append((op, factor if math.isfinite(ratio) else "not zero though its forward is flat"))
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qwen_fused import frames
 from qwen_fused.cuts import Event, Trace
+from qwen_fused.labels import graph_leaves
 from qwen_fused.replay import Held, Slot, Wide, evaluate
 from qwen_fused.snapshot import Snapshot
 from qwen_fused.trace import OnCustom, trace
@@ -161,6 +162,11 @@ class Subject:
 
             return hook
 
+        # what else the loss depends on must not be left with a gradient either
+        known = {id(p) for p in self.snapshot.parameters}
+        others = [(leaf, leaf.grad) for leaf in graph_leaves(loss) if id(leaf) not in known]
+        for leaf, _ in others:
+            leaf.grad = None
         hooks = [p.register_post_accumulate_grad_hook(keep(name)) for name, p in self.trainable.items()]
         try:
             self.backward(loss)
@@ -169,6 +175,8 @@ class Subject:
         finally:
             for hook in hooks:
                 hook.remove()
+            for leaf, grad in others:
+                leaf.grad = grad
         found.erased = tuple(n for n in self.named if n in found.of and _is_gone(self.named[n].grad, found.of[n]))
         found.of = {n: g.to_dense() if (g := found.of[n]).is_sparse else g for n in self.named if n in found.of}
         return found

@@ -148,10 +148,8 @@ def _guilty(
         return findings
     lines.restore()
     ratios = [verdict.ratio for verdict in verdicts]
-    if all(abs(ratio / ratios[0] - 1) < 0.02 for ratio in ratios) and len(ratios) > 1:
-        detail = (
-            f"every gradient is {1 / ratios[0]:.4g} times the loss's derivative: is the loss scaled before backward?"
-        )
+    if all(abs(ratio / ratios[0] - 1) < 0.1 for ratio in ratios) and len(ratios) > 1:
+        detail = f"every gradient is {1 / ratios[0]:.3g} times the loss's derivative: is it scaled before backward?"
         return [Finding("wrong", detail, tuple(judged))]
     groups = group_by_layer(judged, most=12)
     wrong = lines.wrong_among(groups) or list(groups)
