@@ -192,10 +192,13 @@ class Directions:
         middle = alive[len(alive) // 2] if alive else 1.0
         # in float64 the steps are so small that a parameter may take part a thousandfold
         most = 1e3 if self.wide == torch.float64 else 10.0
-        signs = torch.randint(0, 2, (len(shares),), generator=torch.Generator().manual_seed(self.seed + number))
+        generator = torch.Generator().manual_seed(self.seed + number)
+        # signs, and sizes that differ: equal shares of both signs would cancel
+        signs = torch.randint(0, 2, (len(shares),), generator=generator) * 2 - 1
+        sizes = 0.5 + torch.rand(len(shares), generator=generator)
         return {
-            name: even[name] * (1.0 if sign else -1.0) * min(most, middle / share if share else 1.0)
-            for (name, share), sign in zip(shares.items(), signs.tolist(), strict=True)
+            name: even[name] * factor * min(most, middle / share if share else 1.0)
+            for (name, share), factor in zip(shares.items(), (signs * sizes).tolist(), strict=True)
         }
 
     def _shifted(self, name: str, direction: Tensor, step: float) -> Tensor:
