@@ -56,21 +56,17 @@ def measure(
     scale = torch.full((), inv_scale, dtype=torch.float64, device=device)
     if inv_scale_tensor is not None:
         scale = scale * inv_scale_tensor.reshape(()).to(device)
+    # not made on the device: that would wait for the copy
+    places = torch.tensor(position or range(len(grads))).to(device, non_blocking=True)
+    none = torch.iinfo(torch.int64).max
     columns = []
     for begin, end, base in zip(rows[0::3], rows[1::3], rows[2::3], strict=True):
-        places = torch.tensor([*(position or range(len(grads)))][begin:end], dtype=torch.int64, device=device) - base
-        bad_here = nonfinite[begin:end]
-        first = torch.where(bad_here > 0, places, torch.iinfo(torch.int64).max)
-        first = first.amin() if end > begin else torch.full((), torch.iinfo(torch.int64).max, device=device)
+        bad = nonfinite[begin:end]
+        first = torch.where(bad > 0, places[begin:end] - base, none)
+        first = first.amin() if end > begin else torch.full((), none, device=device)
         largest = max_abs[begin:end].amax() if end > begin else zero
-        columns.append(
-            (
-                _norm(norm[begin:end]) * scale.abs(),
-                largest * scale.abs(),
-                bad_here.sum(),
-                torch.where(first == torch.iinfo(torch.int64).max, -1, first),
-            )
-        )
+        norm_here = _norm(norm[begin:end]) * scale.abs()
+        columns.append((norm_here, largest * scale.abs(), bad.sum(), torch.where(first == none, -1, first)))
     rows_of = [torch.stack(kind) for kind in zip(*columns, strict=True)]
     values = torch.stack([rows_of[0], rows_of[1], scale.expand_as(rows_of[0])]).to(dtype)
     return values, torch.stack([rows_of[2], rows_of[3]])

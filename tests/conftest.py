@@ -52,6 +52,18 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["extension", "reference"])
+def gradient_path(request, monkeypatch) -> str:
+    """The compiled gradient ops, and then plain torch in their place."""
+    from qwen_fused import backends
+
+    if request.param == "reference":
+        monkeypatch.setattr(backends, "has_kernel", lambda name, device: False)
+    elif not backends.HAS_EXTENSION:
+        pytest.skip(f"no extension: {backends.EXTENSION_ERROR}")
+    return request.param
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> torch.device:
     return torch.device(request.param)
