@@ -61,12 +61,12 @@ def measure(
     none = torch.iinfo(torch.int64).max
     columns = []
     for begin, end, base in zip(rows[0::3], rows[1::3], rows[2::3], strict=True):
-        bad = nonfinite[begin:end]
-        first = torch.where(bad > 0, places[begin:end] - base, none)
+        bad_here = nonfinite[begin:end]
+        first = torch.where(bad_here > 0, places[begin:end] - base, none)
         first = first.amin() if end > begin else torch.full((), none, device=device)
         largest = max_abs[begin:end].amax() if end > begin else zero
         norm_here = _norm(norm[begin:end]) * scale.abs()
-        columns.append((norm_here, largest * scale.abs(), bad.sum(), torch.where(first == none, -1, first)))
+        columns.append((norm_here, largest * scale.abs(), bad_here.sum(), torch.where(first == none, -1, first)))
     rows_of = [torch.stack(kind) for kind in zip(*columns, strict=True)]
     values = torch.stack([rows_of[0], rows_of[1], scale.expand_as(rows_of[0])]).to(dtype)
     return values, torch.stack([rows_of[2], rows_of[3]])
