@@ -255,6 +255,9 @@ def extreme(generator: np.random.Generator) -> Case:
                 gradients.append((kind, encode(np.ones(2) * scale, kind), 0, len(gradients)))
                 gradients.append((kind, encode(values, kind), 0, len(gradients)))
     rows.append((0, len(gradients), 0))
+    # each square fits, their sum does not
+    rows.append((len(gradients), len(gradients) + 4, 0))
+    gradients += [("f64", encode(np.full(1, 1.2e154), "f64"), 0, 0)] * 4
     return Case(gradients, rows, scalar=(2, 2.0**-10))
 
 
