@@ -13,6 +13,7 @@ inline constexpr int MAX_CLASSES = 64;
 inline constexpr int64_t TILE = 256;
 // vectors between a load or store and its prefetch: 2 T C rows are read in turn, more than the hardware follows
 inline constexpr int64_t AHEAD = 4;
+inline constexpr double LN_2 = 0.69314718055994530942;
 inline constexpr int IGNORED = -1;
 inline constexpr int OUT_OF_RANGE = -2;
 inline constexpr uint8_t IGNORED_PREDICTION = 255;

@@ -6,58 +6,76 @@
 // that set's target pragma. A target attribute on the caller would not do: vector types wider than the baseline's are
 // lowered to scalars before anything is inlined.
 
+// stands for log 0 where it is multiplied by 0
+inline constexpr float LOG_ZERO = -1e30f;
+
 // logits of one tensor under a vector of cells, and what softmax makes of them
 template <class S>
 struct Distribution {
+  using V = typename S::V;
   const typename S::Scalar* x;
   int64_t stride;
-  typename S::V log_p[MAX_CLASSES], p[MAX_CLASSES];
+  // log p = z - log_sum, where z is held at LOG_ZERO or above; minus_entropy = sum p log p
+  V z[MAX_CLASSES], p[MAX_CLASSES];
+  V log_sum, minus_entropy;
 };
 
-// fills log_p and p of K distributions side by side, so that their chains of dependent operations overlap; ignored
-// lanes read 0, so that what they hold can do no harm. Returns each lane's lowest best class of the first where asked.
-template <class S, class... D>
+// softmax of K distributions side by side, so that their chains of dependent operations overlap; ignored lanes read 0,
+// so that what they hold can do no harm, and a NaN goes through everything. LOGS: log_sum and minus_entropy too.
+// Returns each lane's lowest best class of the first distribution where asked.
+template <class S, bool LOGS, class... D>
 QF_INLINE typename S::I softmax(int64_t classes, typename S::I valid, bool want_argmax, D&... d) {
   using T = typename S::Scalar;
   using V = typename S::V;
   using I = typename S::I;
   constexpr int K = sizeof...(D);
   Distribution<S>* const all[K] = {&d...};
-  V largest[K], sum[K];
+  V largest[K], sum[K], inverse[K], p_z[K];
   for (int k = 0; k < K; ++k) largest[k] = valid ? S::load(all[k]->x) : V{};
   for (int64_t c = 0; c < classes; ++c) {
     for (int k = 0; k < K; ++k) {
       const T* const x = all[k]->x + c * all[k]->stride;
       const V v = valid ? S::load(x) : V{};
       __builtin_prefetch(x + AHEAD * S::LANES);
-      all[k]->log_p[c] = v;
+      all[k]->z[c] = v;
       largest[k] = v > largest[k] ? v : largest[k];
     }
   }
   I best{};
   if (want_argmax) {
     for (int64_t c = classes - 1; c >= 0; --c) {
-      best = all[0]->log_p[c] == largest[0] ? I{} + static_cast<typename S::Int>(c) : best;
+      best = all[0]->z[c] == largest[0] ? I{} + static_cast<typename S::Int>(c) : best;
     }
   }
-  for (int k = 0; k < K; ++k) sum[k] = V{};
+  for (int k = 0; k < K; ++k) sum[k] = V{}, p_z[k] = V{};
   for (int64_t c = 0; c < classes; ++c) {
     for (int k = 0; k < K; ++k) {
-      const V z = all[k]->log_p[c] - largest[k];
+      const V z = S::at_least(T(LOG_ZERO), all[k]->z[c] - largest[k]);
       const V e = S::exp(z);
-      all[k]->log_p[c] = z, all[k]->p[c] = e, sum[k] += e;
+      all[k]->z[c] = z, all[k]->p[c] = e, sum[k] += e;
     }
   }
-  V log_sum[K], inverse[K];
-  for (int k = 0; k < K; ++k) {
-    inverse[k] = T(1) / sum[k];
-    // S::log drops NaN; the added term keeps it
-    log_sum[k] = S::log(sum[k]) + sum[k] * T(0);
-  }
+  for (int k = 0; k < K; ++k) inverse[k] = T(1) / sum[k];
   for (int64_t c = 0; c < classes; ++c) {
-    for (int k = 0; k < K; ++k) all[k]->log_p[c] -= log_sum[k], all[k]->p[c] *= inverse[k];
+    for (int k = 0; k < K; ++k) {
+      const V p = all[k]->p[c] * inverse[k];
+      all[k]->p[c] = p;
+      if constexpr (LOGS) p_z[k] += p * all[k]->z[c];
+    }
+  }
+  for (int k = 0; LOGS && k < K; ++k) {
+    // S::log drops NaN; the added term keeps it
+    all[k]->log_sum = S::log(sum[k]) + sum[k] * T(0);
+    all[k]->minus_entropy = p_z[k] - all[k]->log_sum;
   }
   return best;
+}
+
+// log p of a distribution, -inf and all
+template <class S>
+QF_INLINE typename S::V log_p(const Distribution<S>& d, int64_t c) {
+  const typename S::V z = d.z[c] - d.log_sum;
+  return d.z[c] == typename S::Scalar(LOG_ZERO) ? S::all(-std::numeric_limits<typename S::Scalar>::infinity()) : z;
 }
 
 // p * x with 0 where p is 0, whatever x is; a NaN in p stays
@@ -83,7 +101,7 @@ void forward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S::
 
   alignas(64) T plan_x[MAX_CLASSES * L], back_x[MAX_CLASSES * L], other_x[MAX_CLASSES * L];
   Distribution<S> q, r, p;
-  V mass[MAX_CLASSES];
+  V mass[MAX_CLASSES], log_p_seen[MAX_CLASSES];
   for (int64_t c = 0; c < C; ++c) mass[c] = V{};
   std::fill(scratch, scratch + (job.on[PROMPT] ? job.steps * C * L : 0), T(0));
   V hard_sum{}, kappa_sum{}, ce_sum{}, risk_sum{}, agreement_sum{}, anchor_sum{};
@@ -98,12 +116,13 @@ void forward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S::
 
     if (preference) {
       p.x = job.preference.read(b, 0, begin + i, count, L, other_x, p.stride);
-      softmax<S>(C, valid, false, p);
+      softmax<S, true>(C, valid, false, p);
+      for (int64_t c = 0; c < C; ++c) log_p_seen[c] = log_p(p, c);
     }
     if (job.on[ANCHOR]) {
       const T* const a = job.anchor.read(b, 0, begin + i, count, L, other_x, stride);
       V cell{};
-      for (int64_t c = 0; c < C; ++c) cell += times(p.p[c], p.log_p[c] - S::load(a + c * stride));
+      for (int64_t c = 0; c < C; ++c) cell += times(p.p[c], log_p_seen[c] - S::load(a + c * stride));
       anchor_sum += valid ? cell : V{};
     }
 
@@ -127,27 +146,28 @@ void forward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S::
       I argmax;
       if (job.on[AGREEMENT]) {
         r.x = job.back.read(b, t, begin + i, count, L, back_x, r.stride);
-        argmax = softmax<S>(C, valid, last, q, r);
+        argmax = softmax<S, true>(C, valid, last, q, r);
       } else {
-        argmax = softmax<S>(C, valid, last, q);
+        argmax = softmax<S, true>(C, valid, last, q);
       }
       if (last) best = argmax;
       if (step != 0) {
         V at_label{};
-        for (int64_t c = 0; c < C; ++c) at_label = label == static_cast<typename S::Int>(c) ? q.log_p[c] : at_label;
+        for (int64_t c = 0; c < C; ++c) at_label = label == static_cast<typename S::Int>(c) ? log_p(q, c) : at_label;
         nll -= step * at_label;
       }
       if (job.on[RISK]) {
-        for (int64_t c = 0; c < C; ++c) risk += times(q.p[c], q.log_p[c] - p.log_p[c]);
+        risk += q.minus_entropy;
+        for (int64_t c = 0; c < C; ++c) risk -= times(q.p[c], log_p_seen[c]);
       }
       if (job.on[AMBIGUITY]) {
         for (int64_t c = 0; c < C; ++c) mass[c] += valid ? q.p[c] : V{};
       }
       if (job.on[AGREEMENT]) {
-        for (int64_t c = 0; c < C; ++c) {
-          const V log_m = S::log_mean(q.p[c], r.p[c]);
-          agreement += times(q.p[c], q.log_p[c] - log_m) + times(r.p[c], r.log_p[c] - log_m);
-        }
+        // twice the divergence: with s = q + r, sum q log q + sum r log r - sum s (log s - log 2), and sum s = 2
+        V sum_log{};
+        for (int64_t c = 0; c < C; ++c) sum_log += S::times_log(q.p[c] + r.p[c]);
+        agreement += q.minus_entropy + r.minus_entropy - sum_log + T(2 * LN_2);
       }
     }
 
@@ -204,11 +224,12 @@ void backward_tile(const Job<typename S::Scalar>& job, int64_t unit) {
           ambiguity = static_cast<T>(per_cell * job.weight[AMBIGUITY]);
   const T agreement = static_cast<T>(0.5 * per_cell * job.weight[AGREEMENT]);
   const T anchor = static_cast<T>(per_cell * job.weight[ANCHOR]);
+  const T upstream = static_cast<T>(job.upstream);
   const int64_t first = b * job.cells + begin;
 
   alignas(64) T plan_x[MAX_CLASSES * L], back_x[MAX_CLASSES * L], other_x[MAX_CLASSES * L], out[MAX_CLASSES * L];
   Distribution<S> q, r, p;
-  V mass[MAX_CLASSES], phi[MAX_CLASSES], psi[MAX_CLASSES];
+  V mass[MAX_CLASSES], log_p_seen[MAX_CLASSES], phi[MAX_CLASSES], psi[MAX_CLASSES];
   const bool preference = job.on[RISK] || job.on[ANCHOR];
   const bool d_plan = job.d_plan.there(), d_back = job.d_back.there(), d_preference = job.d_preference.there();
   const bool back = job.on[AGREEMENT] && (d_plan || d_back);
@@ -226,7 +247,8 @@ void backward_tile(const Job<typename S::Scalar>& job, int64_t unit) {
     }
     if (preference) {
       p.x = job.preference.read(b, 0, begin + i, count, L, other_x, p.stride);
-      softmax<S>(C, valid, false, p);
+      softmax<S, true>(C, valid, false, p);
+      for (int64_t c = 0; c < C; ++c) log_p_seen[c] = log_p(p, c);
     }
     V cost = S::load(labels.kappa + i) * static_cast<T>(per_kappa * job.weight[CE]);
     if (job.hard_mode == HARD_CELL) {
@@ -240,23 +262,26 @@ void backward_tile(const Job<typename S::Scalar>& job, int64_t unit) {
       q.x = job.plan.read(b, t, begin + i, count, L, plan_x, q.stride);
       if (back) {
         r.x = job.back.read(b, t, begin + i, count, L, back_x, r.stride);
-        softmax<S>(C, valid, false, q, r);
+        softmax<S, false>(C, valid, false, q, r);
       } else {
-        softmax<S>(C, valid, false, q);
+        softmax<S, false>(C, valid, false, q);
       }
       if (job.on[RISK]) {
         for (int64_t c = 0; c < C; ++c) mass[c] += q.p[c];
       }
-      for (int64_t c = 0; c < C; ++c) phi[c] = job.on[RISK] ? risk * (q.log_p[c] - p.log_p[c]) : V{};
+      // what is the same for every class drops out of a potential: z will do for log q
+      for (int64_t c = 0; c < C; ++c) {
+        phi[c] = job.on[RISK] ? (q.p[c] == V{} ? V{} : risk * (q.z[c] - log_p_seen[c])) : V{};
+      }
       if (job.on[AMBIGUITY]) {
         for (int64_t c = 0; c < C; ++c) phi[c] += ambiguity * job.obs_entropy[c];
       }
       if (back) {
         V mean{};
         for (int64_t c = 0; c < C; ++c) {
-          const V log_m = S::log_mean(q.p[c], r.p[c]);
-          phi[c] += agreement * (q.log_p[c] - log_m);
-          psi[c] = r.p[c] == V{} ? V{} : agreement * (r.log_p[c] - log_m);
+          const V log_sum = S::log_or_zero(q.p[c] + r.p[c]);
+          phi[c] += agreement * (q.z[c] - log_sum);
+          psi[c] = agreement * (r.z[c] - log_sum);
           mean += r.p[c] * psi[c];
         }
         if (d_back) {
@@ -271,10 +296,7 @@ void backward_tile(const Job<typename S::Scalar>& job, int64_t unit) {
       if (!d_plan) continue;
       const V k = cost * static_cast<T>(job.step(t));
       V shift = -k;
-      for (int64_t c = 0; c < C; ++c) {
-        phi[c] = q.p[c] == V{} ? V{} : phi[c];
-        shift += q.p[c] * phi[c];
-      }
+      for (int64_t c = 0; c < C; ++c) shift += q.p[c] * phi[c];
       const T* const pooled = job.on[PROMPT] ? job.d_pooled + (b * job.steps + t) * C : nullptr;
       T* const dx = job.d_plan.write_at(b, t, begin + i, count, L, out, to);
       for (int64_t c = 0; c < C; ++c) {
@@ -282,7 +304,7 @@ void backward_tile(const Job<typename S::Scalar>& job, int64_t unit) {
         d -= label == static_cast<typename S::Int>(c) ? k : V{};
         if (pooled != nullptr) {
           const V v = S::load(q.x + c * q.stride);
-          d += v == -std::numeric_limits<T>::infinity() ? V{} : V{} + pooled[c] * static_cast<T>(job.upstream);
+          d += v == -std::numeric_limits<T>::infinity() ? V{} : V{} + pooled[c] * upstream;
         }
         __builtin_prefetch(dx + c * to + AHEAD * L, 1);
         S::store(dx + c * to, valid ? d : V{});
@@ -296,7 +318,7 @@ void backward_tile(const Job<typename S::Scalar>& job, int64_t unit) {
       if (job.on[ANCHOR]) {
         a = job.anchor.read(b, 0, begin + i, count, L, other_x, stride);
         for (int64_t c = 0; c < C; ++c) {
-          phi[c] = p.p[c] == V{} ? V{} : p.log_p[c] - S::load(a + c * stride);
+          phi[c] = p.p[c] == V{} ? V{} : log_p_seen[c] - S::load(a + c * stride);
           mean += p.p[c] * phi[c];
         }
       }

@@ -7,6 +7,7 @@ Every term is a potential phi with dL/dx_c = q_c (phi_c - sum_k q_k phi_k). With
     agreement  a w_agreement / 2 (log q - log m), and the same of r for back
     anchor     a w_anchor (log p - log anchor) of p, for preference, to which risk adds a w_risk (T p - sum_t q)
 
+What is the same for every class drops out of phi: (x - max) / ln 2 stands for log2 q, and log sum exp is not needed.
 Cross-entropy adds k (q - delta) and the prompt its pooled gradient.
 """
 
@@ -135,17 +136,16 @@ def efe_backward_kernel(
         phi = ()
         shift = tl.zeros([BLOCK_P], ACC)
         for c in tl.static_range(C):
-            log_q = z[c] - x_log2
             potential = tl.zeros([BLOCK_P], ACC)
             if RISK:
-                potential += tl.where(q[c] == 0, 0.0, risk_2 * (log_q - log_p[c]))
+                potential += tl.where(q[c] == 0, 0.0, risk_2 * (z[c] - log_p[c]))
             if AMBIGUITY:
                 h = tl.load(obs_entropy + c).to(ACC)
                 potential += per_cell * tl.full([], w_ambiguity, ACC) * h
             if AGREEMENT:
-                log_m = log2(tl.maximum(q[c] + r[c], TINY), FAST) - 1.0
-                potential += agreement_2 * (log_q - log_m)
-                psi = psi + (agreement_2 * (y_z[c] - y_log2 - log_m),)
+                log_sum = log2(tl.maximum(q[c] + r[c], TINY), FAST)
+                potential += agreement_2 * (z[c] - log_sum)
+                psi = psi + (agreement_2 * (y_z[c] - log_sum),)
                 mean += r[c] * psi[c]
             phi = phi + (potential,)
             shift += q[c] * phi[c]
