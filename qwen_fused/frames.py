@@ -87,6 +87,15 @@ def line_of_call() -> tuple[str, int]:
     return ("", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
 
+def context_manager(start: FrameType | None) -> tuple[str, int]:
+    """The method, and the identity, of torch's context manager that is being entered or left at this frame."""
+    while start is not None and _owner(start.f_code.co_filename) == "torch":
+        if start.f_code.co_name in ("__enter__", "__exit__", "__init__"):
+            return start.f_code.co_name, id(start.f_locals.get("self"))
+        start = start.f_back
+    return "", 0
+
+
 def decorated(start: FrameType | None) -> Site | None:
     """The function whose decorator made a context manager be entered at this frame; None when it was a with block."""
     # torch's own frames lead out to the wrapper, or to the user's with statement

@@ -41,7 +41,7 @@ def trace(loss_fn: Callable[[], Any], parameters: Mapping[str, Tensor], on_custo
     with (
         modes.uncompiled(),
         modes.on_apply(tracer.apply),
-        modes.on_inference_mode(lambda: tracer.note_switch("inference_mode", torch.is_grad_enabled())),
+        modes.on_inference_mode(lambda: tracer.note_switch("inference_mode", False)),
         modes.FunctionMode(tracer.call),
         modes.DispatchMode(tracer.aten),
     ):
@@ -66,6 +66,7 @@ class _Tracer:
         self.aliases: dict[Key, list[Event]] = {}
         self.sources: dict[Key, list[Event]] = {}
         self.switch, self.switched_off = "no_grad", None
+        self.blocks: dict[int, tuple[str, Site | None]] = {}
         self._lost_memo: dict[int, int] = {}
 
     def aten(self, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -99,7 +100,7 @@ class _Tracer:
         self.busy = True
         try:
             if name == "_set_grad_enabled":
-                self.note_switch("no_grad", torch.is_grad_enabled() and not args[0])
+                self.note_switch("no_grad", args[0])
                 return func(*args, **kwargs)
             ins = list(tensors_in((args, kwargs)))
             seen = self._look_at(ins)
@@ -284,10 +285,15 @@ class _Tracer:
                 self._lost_memo[cuts] |= event.lost
         return self._lost_memo[cuts]
 
-    def note_switch(self, kind: str, off: bool) -> None:
-        """Note who switched gradients off."""
-        if off:
-            caller = sys._getframe(2)
+    def note_switch(self, kind: str, enabled: bool) -> None:
+        """Note who switches gradients off; leaving a block brings back whoever had before."""
+        caller = sys._getframe(2)
+        name, block = frames.context_manager(caller)
+        if name == "__exit__":
+            self.switch, self.switched_off = self.blocks.pop(block, (self.switch, self.switched_off))
+            return
+        self.blocks[block] = self.switch, self.switched_off
+        if torch.is_grad_enabled() and not enabled:
             by_decorator = frames.decorated(caller)
             self.switch = f"decorated {kind}" if by_decorator and kind == "no_grad" else kind
             self.switched_off = by_decorator or frames.locate(caller)
