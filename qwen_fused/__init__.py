@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from qwen_fused.gradients import GradStats, GroupGradNorm
 from qwen_fused.ops import EFEOutput, EFEWeights, efe_loss, hard_cell_cross_entropy
+from qwen_fused.prove import ProofReport, prove
+from qwen_fused.window import PromptWindow
 
 __version__ = "0.1.0"
 
@@ -17,6 +19,9 @@ __all__ = [
     "EFEWeights",
     "GradStats",
     "GroupGradNorm",
+    "PromptWindow",
+    "ProofReport",
     "efe_loss",
     "hard_cell_cross_entropy",
+    "prove",
 ]

@@ -110,6 +110,9 @@ def _first_order(
     subject: Subject, step: Step, before: Mapping[str, Tensor], changes: Mapping[str, Tensor], loss: float, trace: Trace
 ) -> None:
     """Find the largest part of the step along which the loss changes as its gradient says."""
+    if any(subject.allow.custom(op.name, op.site.callers) for op in trace.custom):
+        # what an operation taken at its word does inside, a hard mask say, may jump along the step and can't be held
+        return
     held = trace.held(carried=subject.own_backward)
     rounded = any(change.dtype in HALF for change in changes.values()) or trace.half
     for fraction in FRACTIONS:

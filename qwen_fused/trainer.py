@@ -21,7 +21,7 @@ from qwen_fused.prove import ProofReport, prove
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # where a value loses its gradient on purpose
 INTENDED_CUTS = (
-    "efe_loss_*",  # the hard mask, accuracy and predictions: argmaxed
+    "efe_loss*",  # the hard mask, accuracy and predictions are argmaxed; the fused ops are taken at their word
     "QwenPlanner.baseline",  # the plan under the unrefined prompt: argmaxed for the reward
     "PromptPolicy.forward",  # the sampled u is held fixed in its own log-probability
     "PromptPolicy.loss",  # reward, advantage and the states that curiosity observes
