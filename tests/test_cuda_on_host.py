@@ -257,7 +257,7 @@ def extreme(generator: np.random.Generator) -> Case:
     rows.append((0, len(gradients), 0))
     # each square fits, their sum does not
     rows.append((len(gradients), len(gradients) + 4, 0))
-    gradients += [("f64", encode(np.full(1, 1.2e154), "f64"), 0, 0)] * 4
+    gradients += [("f64", encode(np.full(1, 1.1e154), "f64"), 0, 0)] * 4
     return Case(gradients, rows, scalar=(2, 2.0**-10))
 
 

@@ -119,9 +119,9 @@ def test_finite_values_whose_squares_overflow_are_finite(gradient_path: str) -> 
     assert stats.nonfinite.tolist() == [0]
     # each square fits, their sum does not
     stats = GroupGradNorm(
-        {"p": [parameter(torch.full((1,), 1.2e154, dtype=torch.float64)) for _ in range(4)]}
+        {"p": [parameter(torch.full((1,), 1.1e154, dtype=torch.float64)) for _ in range(4)]}
     ).measure()
-    torch.testing.assert_close(stats.norm, torch.tensor([2.4e154], dtype=torch.float64))
+    torch.testing.assert_close(stats.norm, torch.tensor([2.2e154], dtype=torch.float64))
     # the norm itself may leave float32: it is Inf then, and still no element is bad
     stats = GroupGradNorm({"p": [parameter(grad) for grad in grads]}).measure()
     assert stats.norm.tolist() == [math.inf] and stats.nonfinite.tolist() == [0]
