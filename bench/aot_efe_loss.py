@@ -1,6 +1,6 @@
 """Compile the Triton loss ahead of time for GPUs that need not be there, and print what each kernel takes of one.
 
-    python bench/aot_efe_loss.py [--arch 80 90 100] [--dtype float32 bfloat16 float16] [--quick]
+    python bench/aot_efe_loss.py [--arch 80 90 100] [--dtype float32 bfloat16 float16] [--full]
 
 Every kernel is specialised by its real launcher, on the shapes the trainer uses; a kernel that spills is an error.
 """
@@ -26,12 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qwen_fused.kernels import efe_loss
 
-TRAINER = (1.0, 1.0, 0.0, 0.5, 0.2, 0.3)
-FLAG_SETS = {
-    "trainer": TRAINER,
-    "trainer, every term": (1.0, 1.0, 0.1, 0.5, 0.2, 0.3),
-    "without back": (1.0, 1.0, 0.0, 0.0, 0.2, 0.3),
-    "cross-entropy": (1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+# weights of ce, risk, ambiguity, agreement, anchor and prompt; whether there are step weights; the hard mode
+TRAINER = {
+    "trainer": ((1.0, 1.0, 0.0, 0.5, 0.2, 0.3), True, 0),
+    "cross-entropy": ((1.0, 0.0, 0.0, 0.0, 0.0, 0.0), False, 2),
+}
+OTHERS = {
+    "every term, cell mask": ((1.0, 1.0, 0.1, 0.5, 0.2, 0.3), True, 1),
+    "without back": ((1.0, 1.0, 0.0, 0.0, 0.2, 0.3), True, 0),
 }
 REGISTERS_PER_SM, WARPS_PER_SM, BLOCKS_PER_SM = 65536, 64, 32
 
@@ -46,7 +48,8 @@ class Device:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps what it compiled by device: one for each architecture
+        return self.target.arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -62,15 +65,24 @@ class Recorder:
         return lambda *args, **options: self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
 
 
-def compile_all(weights: tuple[float, ...], dtype: torch.dtype, hard_mode: int, shape=(32, 5, 10, 30, 30)) -> list:
+def compile_all(
+    weights: tuple[float, ...], steps: bool, hard_mode: int, dtype: torch.dtype, shape=(32, 5, 10, 30, 30)
+) -> list:
     """The compiled kernels of one forward and one backward call."""
     B, T, C, H, W = shape
+    _, risk, ambiguity, agreement, anchor, prompt = weights
     plan = torch.zeros(shape, dtype=dtype)
-    preference, anchor = torch.zeros(B, C, H, W), torch.zeros(C, H, W)
     inputs = (
-        plan, torch.zeros(B, H, W, dtype=torch.long), plan.clone() if weights[3] else None, preference, anchor,
-        torch.zeros(C) if weights[2] else None, torch.zeros(B, C, dtype=dtype), None, None,
-    )  # fmt: skip
+        plan,
+        torch.zeros(B, H, W, dtype=torch.long),
+        plan.clone() if agreement else None,
+        torch.zeros(B, C, H, W) if risk or anchor else None,
+        torch.zeros(C, H, W) if anchor else None,
+        torch.zeros(C) if ambiguity else None,
+        torch.zeros(B, C, dtype=dtype) if prompt else None,
+        torch.zeros(T) if steps else None,
+        None,
+    )
     options = (weights, 0.5, hard_mode, -100)
     compiled: list = []
     kernels = ("efe_forward_kernel", "efe_finish_kernel", "efe_backward_kernel")
@@ -92,7 +104,9 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
@@ -100,16 +114,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16", "float16"])
-    parser.add_argument("--quick", action="store_true", help="the trainer's own set of terms only")
+    parser.add_argument("--full", action="store_true", help="sets of terms that the trainer does not use, too")
     arguments = parser.parse_args()
-    sets = {"trainer": TRAINER} if arguments.quick else FLAG_SETS
+    sets = TRAINER | OTHERS if arguments.full else TRAINER
     spilled = 0
     print(f"{'arch':6}{'dtype':10}{'terms':22}{'kernel':22}{'regs':>6}{'spill B':>9}{'shared B':>10}{'warps/SM':>10}")
     for arch in arguments.arch:
         triton.runtime.driver.set_active(Device(arch))
         for dtype in arguments.dtype:
-            for name, weights in sets.items():
-                for kernel in compile_all(weights, getattr(torch, dtype), efe_loss.HARD_EPISODE):
+            for name, options in sets.items():
+                for kernel in compile_all(*options, getattr(torch, dtype)):
                     use = resources(kernel.asm["cubin"])
                     spill = use["STACK"] + use["LOCAL"]
                     warps = kernel.metadata.num_warps
