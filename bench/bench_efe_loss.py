@@ -156,7 +156,7 @@ def directions(loss: Loss, case: dict[str, Tensor]) -> dict[str, tuple[Callable,
 
 
 def byte_count(size: str, dtype: torch.dtype, direction: str) -> int:
-    """What has to move: plan, back, preference are read once forward; read again and their gradients written backward."""
+    """What has to move: plan, back, preference are read forward; read again and their gradients written backward."""
     B, T, C, H, W = SIZES[size]
     once = B * C * H * W * (2 * T + 1) * dtype.itemsize
     return once * {"forward": 1, "backward": 2, "both": 3}[direction]
