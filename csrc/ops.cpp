@@ -11,11 +11,12 @@ TORCH_LIBRARY(qwen_fused, m) {
       "group_grad_norm(Tensor[] grads, int[] rows, int[] position, float inv_scale, Tensor? inv_scale_tensor) "
       "-> (Tensor values, Tensor counts)");
 
-  // the loss of kernels/reference.py: [B] = episodes, names and shapes as there; optional arguments that are left out, and
-  // weights (ce, risk, ambiguity, agreement, anchor, prompt) of exactly 0, drop their term. hard_mode: 0 episode, 1 cell,
-  // 2 none. terms [B, 8]: the six terms, hard ratio, accuracy. For backward: coef [B + 1, 2], where row b is sigma_b over
-  // its cells and over its class weights and the last row begins with 1 / number of episodes that count, and gradients
-  // d_* of what is small, finished but for that share and the upstream factor; those of terms that are off are empty.
+  // the loss of kernels/reference.py: [B] = episodes, names and shapes as there; optional arguments that are left out,
+  // and weights (ce, risk, ambiguity, agreement, anchor, prompt) of exactly 0, drop their term. hard_mode: 0 episode, 1
+  // cell, 2 none. terms [B, 8]: the six terms, hard ratio, accuracy. For backward: coef [B + 1, 2], where row b is
+  // sigma_b over its cells and over its class weights and the last row begins with 1 / number of episodes that count,
+  // and gradients d_* of what is small, finished but for that share and the upstream factor; those of terms that are
+  // off are empty.
   m.def(
       "efe_loss(Tensor plan, Tensor target, Tensor? back, Tensor? preference, Tensor? anchor, Tensor? obs_entropy, "
       "Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, float[] weights, float hard_floor, "

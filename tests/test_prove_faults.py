@@ -43,7 +43,7 @@ def marked(function, mark="# here"):
 
 
 def only_finding(report, rung, kind):
-    """The single finding of a rung, after checking that the rung is broken, by this kind, and that the report says so."""
+    """The single finding of a rung, after checking that the rung is broken, by this kind, and says so."""
     assert report.rungs[rung].ok is False, report
     assert [f.kind for f in report.rungs[rung].findings] == [kind], report
     assert not report.ok and report.verdict == "broken" and kind in str(report)
