@@ -49,7 +49,7 @@ def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Tr
 def _astray(step: Step, gradients: Gradients) -> list[Finding]:
     """A step that is not down the gradient of this loss."""
     names = tuple(gradients.of)
-    if not step.had_state and step.predicted > 0 and step.actual > 0:
+    if not step.had_state and step.predicted > 0 and step.actual > 20 * step.wobble:
         detail = f"the step goes uphill: the loss rises by {step.actual:.2g}, as its gradient predicts"
         return [Finding("uphill", detail, names)]
     if step.fraction == 0.0:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qwen_fused import frames, kinds, modes
 from qwen_fused.cuts import Trace
+from qwen_fused.derivative import scales_of
 from qwen_fused.labels import tensors_in
 from qwen_fused.ladder import Finding, name_some
 from qwen_fused.replay import ReplayMismatch
@@ -30,7 +31,7 @@ class Step:
         stepped: whether any optimizer's step was called.
         missing: names whose gradient was gone, or all zero, when the optimizer came to use it.
         changed: names whose gradient pointed another way by then than backward had left it.
-        still: names that did not move.
+        still: names that did not move, though their gradient is more than the rounding of the others.
         moved: share of the elements that moved, among the parameters that have a gradient.
         predicted: <g, change of the parameters>, the loss's change to first order.
         actual: the loss's change.
@@ -40,6 +41,7 @@ class Step:
         rates: name -> learning rate of its group.
         held_back: names whose learning rate a scheduler keeps at 0 for now.
         had_state: whether the optimizer had stepped before.
+        wobble: by how much the loss differs between two calls that should be the same.
     """
 
     stepped: bool = False
@@ -54,6 +56,7 @@ class Step:
     rates: dict[str, float] = field(default_factory=dict)
     held_back: tuple[str, ...] = ()
     had_state: bool = False
+    wobble: float = 0.0
 
 
 def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace) -> Step | None:
@@ -91,10 +94,15 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace) -
             hook.remove()
     changes = {name: subject.named[name].data - old for name, old in before.items()}
     counts = {name: int(change.count_nonzero()) for name, change in changes.items()}
-    step.still = tuple(name for name in alive if not counts[name])
+    # a bias before a normalisation has a gradient of rounding noise, which need not move it
+    weight = scales_of({name: before[name] for name in alive})
+    shares = {name: weight[name] * float(gradients.of[name].float().norm()) for name in alive}
+    floor = {True: 1e-3, False: 1e-6}[trace.half] * max(shares.values(), default=0.0)
+    step.still = tuple(name for name in alive if not counts[name] and shares[name] > floor)
     step.moved = sum(counts[name] for name in alive) / max(1, sum(changes[name].numel() for name in alive))
     step.predicted = sum(float((gradients.of[n].double() * changes[n].double()).sum()) for n in alive)
     step.actual = subject.value() - as_float(loss)
+    step.wobble = abs(as_float(trace.loss) - as_float(loss))
     _first_order(subject, step, before, changes, as_float(loss), trace)
     subject.snapshot.reset_values()
     subject.snapshot.reset_optimizers()
@@ -117,7 +125,8 @@ def _first_order(
     rounded = any(change.dtype in HALF for change in changes.values()) or trace.half
     for fraction in FRACTIONS:
         predicted = fraction * step.predicted
-        if rounded or not step.predicted or abs(predicted) < 100 * torch.finfo(torch.float32).eps * abs(loss):
+        told_apart = 100 * torch.finfo(torch.float32).eps * abs(loss) + 20 * step.wobble
+        if rounded or not abs(predicted) > told_apart:
             return
         if fraction == 1.0 and not held:
             actual = step.actual
