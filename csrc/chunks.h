@@ -12,7 +12,8 @@ namespace qwen_fused {
 
 // 128 KiB of float32: two passes over it stay in the second-level cache
 inline constexpr int64_t CHUNK = 1 << 15;
-// under this many elements (0.1 ms for one thread) waking the others costs more than it saves, above all on a busy machine
+// under this many elements (0.1 ms for one thread) waking the others costs more than it saves, above all on a busy
+// machine
 inline constexpr int64_t SERIAL = 1 << 19;
 
 struct Chunk {
@@ -43,8 +44,8 @@ void for_each_chunk(const std::vector<Chunk>& chunks, const F& f) {
     return;
   }
   std::atomic<int64_t> next{0};
-  // a batch holds about one full chunk of small tensors
-  const int64_t batch = std::clamp<int64_t>(count * CHUNK / (4 * std::max<int64_t>(elements, 1)), 1, 64);
+  // neighbours together, up to 8 MiB: memory is read a quarter faster in long runs than in turns with the other threads
+  const int64_t batch = std::clamp<int64_t>(count / (8 * threads), 1, 64);
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t begin = next.fetch_add(batch); begin < count; begin = next.fetch_add(batch)) {
       for (int64_t i = begin; i < std::min(begin + batch, count); ++i) f(i);

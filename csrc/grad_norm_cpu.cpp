@@ -35,6 +35,10 @@ QF_INLINE void scan(const T* x, int64_t n, float* sumsq, uint32_t* max_bits) {
   u32x8 m0{}, m1{}, m2{}, m3{};
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
+    // a page ahead, where the hardware's own prefetch stops
+    for (size_t line = 0; line < 32 * sizeof(T); line += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(x + i) + 4096 + line);
+    }
     const f32x8 a = load8(x + i), b = load8(x + i + 8), c = load8(x + i + 16), d = load8(x + i + 24);
     s0 += a * a, s1 += b * b, s2 += c * c, s3 += d * d;
     m0 = max_of(abs_bits(a), m0), m1 = max_of(abs_bits(b), m1);
