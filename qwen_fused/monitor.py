@@ -21,7 +21,7 @@ REMEDIES = {
     "exploding": "lower --qwen-lr from 5e-5 to 1e-5",
     "flat": "check the weighted mask (mask ratio {mask_ratio}), the clipping and the learning rate (qwen {lr_qwen})",
     "no reward": "the policy changes nothing: look at its delta and its gate",
-    "out of memory": "take a smaller --batch-size with accumulation, --lora-rank 8, or --gradient-checkpointing",
+    "out of memory": "take a smaller --batch-size, --lora-rank 8, or --gradient-checkpointing",
 }
 
 

@@ -26,7 +26,7 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ValueError: the configuration or the data cannot be used.
-        TrainingStopped: a gradient is NaN or Inf and the configuration says stop.
+        TrainingStopped: a gradient is NaN or Inf and the configuration says stop, the proof failed, or memory ran out.
         KeyboardInterrupt: SIGINT, after a checkpoint was written.
     """
     checkpoint = find_checkpoint(config.resume) if config.resume else None
@@ -42,6 +42,11 @@ def train(config: TrainConfig) -> Path:
         prove_first(trainer, log)
         run_batches(trainer, log)
         finish(trainer, log)
+    except (RuntimeError, MemoryError) as error:
+        hint = trainer.monitor.explain(error)
+        if hint is None:
+            raise
+        raise TrainingStopped(str(hint)) from error
     finally:
         log.close()
     return folder
@@ -111,6 +116,8 @@ def log_batch(trainer: Trainer, log: RunLog, pending: PendingBatch | None, clock
         raise
     metrics["episodes_per_second"] = pending.episodes / clock.lap()
     log.row(metrics)
+    for hint in trainer.hints:
+        log.say(str(hint))
     if pending.step == 1 or pending.step % trainer.config.log_every == 0:
         log.say(log_line(metrics))
 

@@ -16,6 +16,7 @@ from qwen_fused.config import TrainConfig
 from qwen_fused.data import Batch, Episode, EpisodeSampler, collate, load_tasks, split_tasks
 from qwen_fused.gradients import GradStats, GroupGradNorm, PendingStats, nonfinite_message
 from qwen_fused.model import QwenPlanner, StepOutput
+from qwen_fused.monitor import GradientMonitor, Hint
 from qwen_fused.prove import ProofReport, prove
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,6 +81,8 @@ class Trainer:
         self.norms = GroupGradNorm({**self.groups, "qwen": by_layer(self.groups["qwen"])})
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.progress = Progress()
+        self.monitor = GradientMonitor()
+        self.hints: list[Hint] = []
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """AdamW with a rate per group; vectors and scalars are not decayed."""
@@ -146,7 +149,7 @@ class Trainer:
             self.optimizer.step()
 
     def read(self, pending: PendingBatch) -> dict[str, Any]:
-        """The metrics of a batch, in the order in which the batches ran.
+        """The metrics of a batch, in the order in which the batches ran; `hints` are then what they made show.
 
         Raises:
             TrainingStopped: its gradient was NaN or Inf and the configuration says stop.
@@ -158,7 +161,7 @@ class Trainer:
             self.progress.overflows = 0
         else:
             self._on_nonfinite(pending.step, bad, metrics["loss"])
-        return {
+        metrics = {
             "step": pending.step,
             "epoch": pending.epoch,
             **metrics,
@@ -167,6 +170,8 @@ class Trainer:
             "lr_qwen": pending.rates["qwen"],
             "lr_agent": pending.rates["agent"],
         }
+        self.hints = self.monitor.observe(pending.step, metrics, gradients)
+        return metrics
 
     def forward(self, batch: Batch, *, epoch: int) -> StepOutput:
         """The model's forward under the run's precision."""
@@ -212,6 +217,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": dataclasses.asdict(self.progress),
+            "monitor": self.monitor.state_dict(),
             "rng": rng_state(self.device),
         }
 
@@ -221,6 +227,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        self.monitor.load_state_dict(state["monitor"])
         set_rng_state(state["rng"], self.device)
 
     def save(self) -> Path:

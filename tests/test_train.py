@@ -13,6 +13,7 @@ import torch
 
 from qwen_fused.checkpoint import list_checkpoints, read_state
 from qwen_fused.data import test_episodes
+from qwen_fused.monitor import GradientMonitor
 from qwen_fused.prompt import QwenPrompt
 from qwen_fused.runlog import METRICS, RunLog
 from qwen_fused.train import new_run_folder, train, validate
@@ -266,6 +267,29 @@ def test_cut_prompt_stops_the_run_before_its_first_batch(small_config, monkeypat
     assert proof["cut"]["kind"] == "detach" and proof["cut"]["file"].endswith("test_train.py")
     assert any("layers.0" in name for name in proof["rungs"]["connected"]["parameters"])
     assert (folder / "metrics.jsonl").read_text() == ""
+
+
+def test_symptom_is_told_in_the_log(small_config, monkeypatch):
+    init = Trainer.__init__
+
+    def impatient(self, *args):
+        init(self, *args)
+        self.monitor = GradientMonitor(patience=5)
+        for _, parameter in self.groups["qwen"]:
+            parameter.register_hook(torch.zeros_like)
+
+    monkeypatch.setattr(Trainer, "__init__", impatient)
+    folder = train(small_config(max_batches=8))
+    assert "hint: batch 5: the gradient of qwen has been 0 for 5 batches" in (folder / "train.log").read_text()
+
+
+def test_out_of_memory_names_the_flags(small_config, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    with pytest.raises(TrainingStopped, match="2.00 GiB.*--batch-size"):
+        train(small_config())
 
 
 def test_layers_are_told_apart():
