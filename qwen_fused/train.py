@@ -80,13 +80,14 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
         while progress.step < last:
             epoch, index = divmod(progress.step, per_epoch)
             running = trainer.train_step(trainer.sampler.batch(epoch, index), epoch)
-            log_batch(trainer, log, pending, clock)
+            running.seconds = clock.lap()
+            log_batch(trainer, log, pending)
             pending = running
             advance(progress.step)
             epoch_ends = config.eval_every and progress.step % (per_epoch * config.eval_every) == 0
             saves = progress.step % config.checkpoint_every == 0
             if epoch_ends or saves or interrupted() or clock.is_over():
-                pending = log_batch(trainer, log, pending, clock)
+                pending = log_batch(trainer, log, pending)
             if epoch_ends and progress.step < last:
                 validate(trainer, log)
                 clock.pause()
@@ -99,11 +100,11 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
             if clock.is_over():
                 log.say(f"Stopping after {config.max_minutes:g} minutes, at batch {progress.step} of {last}.")
                 break
-        log_batch(trainer, log, pending, clock)
+        log_batch(trainer, log, pending)
     trainer.save()
 
 
-def log_batch(trainer: Trainer, log: RunLog, pending: PendingBatch | None, clock: Clock) -> None:
+def log_batch(trainer: Trainer, log: RunLog, pending: PendingBatch | None) -> None:
     """Write the metrics of a batch that is done.
 
     Raises:
@@ -116,7 +117,7 @@ def log_batch(trainer: Trainer, log: RunLog, pending: PendingBatch | None, clock
     except TrainingStopped:
         log.say(f"Checkpoint: {trainer.save()}")
         raise
-    metrics["episodes_per_second"] = pending.episodes / clock.lap()
+    metrics["episodes_per_second"] = pending.episodes / pending.seconds
     log.row(metrics)
     for hint in trainer.hints:
         log.say(str(hint))

@@ -50,7 +50,7 @@ class Progress:
     overflows: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class PendingBatch:
     """What is known of a batch before the device has finished it; `Trainer.read` waits for the rest."""
 
@@ -60,6 +60,7 @@ class PendingBatch:
     rates: dict[str, float]
     values: Tensor  # [len(SCALARS)] on the host, whole once `stats` is
     stats: PendingStats
+    seconds: float = 1.0  # that the batch took, for the loop to set
 
 
 class Trainer:

@@ -46,6 +46,8 @@ def test_run_leaves_everything_it_promises(small_config):
     metrics = rows(folder)
     assert [row["step"] for row in metrics] == list(range(1, 13))
     assert all(tuple(row) == METRICS for row in metrics)
+    # the last batch is read right after the one before it, and took its time all the same
+    assert metrics[-1]["episodes_per_second"] < 20 * metrics[-2]["episodes_per_second"]
     assert all(row["qwen_grad"] > 0 and row["prompt_grad"] > 0 and row["policy_grad"] > 0 for row in metrics)
     log = (folder / "train.log").read_text()
     for name in ("Reward", "Loss", "Qwen_grad", "Mask_ratio", "Accuracy"):
