@@ -1,4 +1,4 @@
-"""Every way to lose a gradient, planted between an encoder and a head, and named apart from the others with its line."""
+"""Every way to lose a gradient, planted between an encoder and a head, and named apart from the others with line."""
 
 from __future__ import annotations
 
