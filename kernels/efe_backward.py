@@ -112,7 +112,6 @@ def efe_backward_kernel(
         log_p = ()
         for c in tl.static_range(C):
             log_p = log_p + ((y[c] - y_max) * LOG2_E - y_log2,)
-    pooled_scale = tl.where(valid, scale, 0.0)
     # logarithms are in base 2
     risk = per_cell * tl.full([], w_risk, ACC)
     risk_2 = LN_2 * risk
@@ -164,8 +163,8 @@ def efe_backward_kernel(
             for c in tl.static_range(C):
                 d = q[c] * (phi[c] - shift + k) - tl.where(label == c, k, 0.0)
                 if PROMPT:
-                    pooled = tl.load(d_pooled + (b * T + t) * C + c)
-                    d += tl.where(x[c] == -float("inf"), 0.0, pooled_scale * pooled)
+                    pooled = scale * tl.load(d_pooled + (b * T + t) * C + c)
+                    d += tl.where(valid & (x[c] != -float("inf")), pooled, 0.0)
                 tl.store(to, d, mask=cell_in)
                 to += d_plan_stride[2]
             d_plan += d_plan_stride[1]

@@ -102,6 +102,16 @@ def test_large_logits(fused):
     check(case, fused, weights=ALL_TERMS)
 
 
+def test_norms_under_eps(fused):
+    """A pooled plan, then a prompt, too short for the cosine: as in F.cosine_similarity the norm is held at 1e-8."""
+    case = make_case()
+    case["plan_logits"] = 1e-11 * case["plan_logits"]
+    check(case, fused, weights=TERM_SETS["prompt"])
+    case = make_case()
+    case["prompt_colors"] = 1e-11 * case["prompt_colors"]
+    check(case, fused, weights=TERM_SETS["prompt"])
+
+
 LAYOUTS = {
     "class last": lambda x: x.movedim(-3, -1).contiguous().movedim(-1, -3),
     "sliced canvas": lambda x: F.pad(x, (1, 2, 0, 1), value=9.0)[..., :-1, 1:-2],

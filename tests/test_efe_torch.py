@@ -182,10 +182,13 @@ def test_target_out_of_range(fused, monkeypatch):
 def test_a_bad_episode_leaves_the_others_gradients(fused):
     if fused["backend"] == "cpp":
         return
-    case = make_case(ignored=0.0)
-    case["target"][1, 0, 0] = 5
-    _, grads = run(with_grad(case, fused["device"]), backend="triton")
-    assert grads["plan_logits"][0].isfinite().all() and grads["plan_logits"][1].isnan().any()
+    case = make_case()
+    case["target"][1, 0, 0], case["target"][1, 0, 1] = 5, -100
+    _, grads = run(with_grad(case, fused["device"]), backend="triton", weights=ALL_TERMS)
+    grad = grads["plan_logits"]
+    assert grad[0].isfinite().all() and grad[1].isnan().any()
+    # a cell that does not count is out of even this
+    assert (grad[1, :, :, 0, 1] == 0).all() and (grads["preference_logits"][1, :, 0, 1] == 0).all()
 
 
 BAD_OP_INPUT = [
