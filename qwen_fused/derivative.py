@@ -146,13 +146,13 @@ class Directions:
         return [group for group, names in groups.items() if self._is_wrong(names)]
 
     def _is_wrong(self, names: Collection[str]) -> bool:
-        weights = self._weights(0, names)
-        shares = self._predict(self.last / 10, 0, weights)[1]
+        weights = self._weights(1, names)
+        shares = self._predict(self.last / 10, 1, weights)[1]
         scale = math.sqrt(sum(share * share for share in shares.values()))
         if not scale:
             return False
         step = min(max(self.target * abs(self.here()) / scale, self.first), self.last)
-        return abs(self._deviation(step, 0, weights, scale)[0]) > 5 * self.tolerance
+        return abs(self._deviation(step, 1, weights, scale)[0]) > 2 * self.tolerance
 
     def _settled(self, estimates: list[Estimate]) -> bool:
         """Whether different steps agree on the deviation: noise and jumps don't."""

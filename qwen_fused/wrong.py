@@ -19,6 +19,8 @@ from qwen_fused.subject import Gradients, Subject, as_float
 
 # what float64 shows, slight and unexplained, must show in the model's own precision too
 DOUBT, SLIGHT = "in float64", 0.05
+# parameters that are moved one by one to find the wrong ones
+SEARCHED = 12
 # parameters beyond which a second copy in float64 is too much to ask
 MOST_IN_FLOAT64 = 500_000_000
 
@@ -153,10 +155,12 @@ def _guilty(
     groups = group_by_layer(judged, most=12)
     wrong = list(groups) if uniform else lines.wrong_among(groups) or list(groups)
     names = tuple(name for group in wrong for name in groups[group])
+    if not uniform and 1 < len(names) <= SEARCHED:
+        names = tuple(lines.wrong_among({name: [name] for name in names})) or names
     for name in names:
         for hook in _hooks_of(subject.named[name]):
             return [Finding("wrong", f"a hook on {name} changes its gradient", names, of_function(hook))]
-    detail = f"the loss's own derivative disagrees for {name_some(wrong)}"
+    detail = f"the loss's own derivative disagrees for {name_some(names)}"
     if trace.hooks:
         site = trace.hooks[0]
         return [Finding("wrong", f"{detail}; a hook registered here changes a gradient", names, site.user, site.inside)]
