@@ -10,6 +10,7 @@ from pathlib import Path
 # before torch loads OpenMP: threads that spin at barriers starve each other on a busy machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,11 @@ if not torch.cuda.is_available():
 
 # nothing here may reach for a model hub
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# the same examples at every run of CI; elsewhere new ones each time
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 # against a float64 reference: one rounding of the output, plus what float32 accumulation loses
 TOLERANCES = {

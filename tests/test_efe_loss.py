@@ -36,7 +36,9 @@ def check(case: dict, fused: dict, upstream: float = 1.0, **options) -> None:
     assert_agrees(out.loss.detach(), expected.loss.detach(), value, "loss")
     assert out.terms.keys() == expected.terms.keys()
     for name, term in out.terms.items():
-        assert_agrees(term, expected.terms[name], value, name)
+        # a divergence is what is left of logarithms of order 1: it can be no nearer than their rounding
+        absolute = torch.finfo(value).eps if name in ("risk", "agreement", "anchor") else 1e-12
+        assert_agrees(term, expected.terms[name], value, name, absolute)
         assert not term.requires_grad
     assert_agrees(out.hard_ratio, expected.hard_ratio, value, "hard_ratio")
     assert_agrees(out.accuracy, expected.accuracy, value, "accuracy")
