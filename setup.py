@@ -108,4 +108,8 @@ def extension() -> tuple[list, type]:
 
 
 modules, command = extension()
-setup(packages=["qwen_fused", "qwen_fused.kernels"], ext_modules=modules, cmdclass={"build_ext": command})
+setup(
+    packages=["qwen_fused", "qwen_fused.kernels", "qwen_fused.proof"],
+    ext_modules=modules,
+    cmdclass={"build_ext": command},
+)

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_fused import applied, explain, rungs
-from qwen_fused.custom_ops import Surrogate
-from qwen_fused.cuts import CustomOp, Trace
-from qwen_fused.derivative import scales_of
-from qwen_fused.frames import Frame
-from qwen_fused.ladder import RUNGS, ProofReport, name_some
-from qwen_fused.replay import Slot
-from qwen_fused.step import second_look, take_step
-from qwen_fused.subject import Gradients, Optimizers, Subject, as_float, check_scalar
-from qwen_fused.wrong import correct
+from qwen_fused.proof import applied, explain, rungs
+from qwen_fused.proof.custom_ops import Surrogate
+from qwen_fused.proof.cuts import CustomOp, Trace
+from qwen_fused.proof.derivative import scales_of
+from qwen_fused.proof.frames import Frame
+from qwen_fused.proof.ladder import RUNGS, ProofReport, name_some
+from qwen_fused.proof.replay import Slot
+from qwen_fused.proof.step import second_look, take_step
+from qwen_fused.proof.subject import Gradients, Optimizers, Subject, as_float, check_scalar
+from qwen_fused.proof.wrong import correct
 
 # steps away from the given weights at which a zero gradient may come alive: what is zero still is zero for good
 LOOKS = 3

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from rich.console import Console
 
-from qwen_fused.derivative import Directions
+from qwen_fused.proof.derivative import Directions
 from qwen_fused.prove import prove
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))

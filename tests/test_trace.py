@@ -13,8 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qwen_fused.frames import boundary, locate
-from qwen_fused.trace import trace
+from qwen_fused.proof.frames import boundary, locate
+from qwen_fused.proof.trace import trace
 
 A, B = nn.Parameter(torch.ones(4)), nn.Parameter(torch.full((4,), 2.0))
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_fused import frames, kinds, modes
-from qwen_fused.frames import NOWHERE, Site
-from qwen_fused.labels import graph_nodes, tensors_in
+from qwen_fused.proof import frames, kinds, modes
+from qwen_fused.proof.frames import NOWHERE, Site
+from qwen_fused.proof.labels import graph_nodes, tensors_in
 
 FINE, NONE, ZERO, NONFINITE = "fine", "none", "zero", "non-finite"
 

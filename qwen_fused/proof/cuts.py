@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qwen_fused.frames import Frame, Site
-from qwen_fused.labels import Key, Labels
-from qwen_fused.replay import Record, Slot
+from qwen_fused.proof.frames import Frame, Site
+from qwen_fused.proof.labels import Key, Labels
+from qwen_fused.proof.replay import Record, Slot
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_fused import frames
-from qwen_fused.cuts import Event, Trace
-from qwen_fused.labels import graph_leaves
-from qwen_fused.replay import Held, Slot, Wide, evaluate
-from qwen_fused.snapshot import Snapshot
-from qwen_fused.trace import OnCustom, trace
+from qwen_fused.proof import frames
+from qwen_fused.proof.cuts import Event, Trace
+from qwen_fused.proof.labels import graph_leaves
+from qwen_fused.proof.replay import Held, Slot, Wide, evaluate
+from qwen_fused.proof.snapshot import Snapshot
+from qwen_fused.proof.trace import OnCustom, trace
 
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None
 

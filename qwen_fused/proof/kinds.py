@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_fused.labels import tensors_in
+from qwen_fused.proof.labels import tensors_in
 
 # calls whose result is no tensor: the trail of a value ends there
 DEPARTURES = {

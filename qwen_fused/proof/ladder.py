@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from qwen_fused.cuts import Cut
-from qwen_fused.frames import NOWHERE, Frame
+from qwen_fused.proof.cuts import Cut
+from qwen_fused.proof.frames import NOWHERE, Frame
 
 RUNGS = ("declared", "connected", "nonzero", "correct", "applied")
 

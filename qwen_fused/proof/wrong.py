@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_fused.custom_ops import Surrogate, wrong_ops
-from qwen_fused.cuts import Trace
-from qwen_fused.derivative import Directions, Verdict
-from qwen_fused.frames import of_function
-from qwen_fused.ladder import Finding, Rung, group_by_layer, name_some
-from qwen_fused.replay import Held, ReplayMismatch, Slot, Wide
-from qwen_fused.subject import Gradients, Subject, as_float
+from qwen_fused.proof.custom_ops import Surrogate, wrong_ops
+from qwen_fused.proof.cuts import Trace
+from qwen_fused.proof.derivative import Directions, Verdict
+from qwen_fused.proof.frames import of_function
+from qwen_fused.proof.ladder import Finding, Rung, group_by_layer, name_some
+from qwen_fused.proof.replay import Held, ReplayMismatch, Slot, Wide
+from qwen_fused.proof.subject import Gradients, Subject, as_float
 
 # what float64 shows, slight and unexplained, must show in the model's own precision too
 DOUBT, SLIGHT = "in float64", 0.05

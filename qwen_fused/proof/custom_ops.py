@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_fused.cuts import CustomOp
-from qwen_fused.derivative import TOLERANCE
-from qwen_fused.labels import tensors_in
-from qwen_fused.replay import replace_tensors
-from qwen_fused.subject import Subject
+from qwen_fused.proof.cuts import CustomOp
+from qwen_fused.proof.derivative import TOLERANCE
+from qwen_fused.proof.labels import tensors_in
+from qwen_fused.proof.replay import replace_tensors
+from qwen_fused.proof.subject import Subject
 
 
 class Surrogate:

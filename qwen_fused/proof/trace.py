@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_fused import frames, kinds, modes
-from qwen_fused.cuts import CustomOp, Event, Trace
-from qwen_fused.frames import NOWHERE, Site
-from qwen_fused.labels import Key, Labels, tensors_in
-from qwen_fused.replay import Slot, Slots, capture
+from qwen_fused.proof import frames, kinds, modes
+from qwen_fused.proof.cuts import CustomOp, Event, Trace
+from qwen_fused.proof.frames import NOWHERE, Site
+from qwen_fused.proof.labels import Key, Labels, tensors_in
+from qwen_fused.proof.replay import Slot, Slots, capture
 
 OnCustom = Callable[[CustomOp, Callable[..., Any], tuple, dict, Any], None]
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_fused import explain
-from qwen_fused.cuts import Cut, Trace
-from qwen_fused.ladder import Finding, Rung, group_by_layer, name_some
-from qwen_fused.subject import Gradients, Subject, frozen_by_peft
+from qwen_fused.proof import explain
+from qwen_fused.proof.cuts import Cut, Trace
+from qwen_fused.proof.ladder import Finding, Rung, group_by_layer, name_some
+from qwen_fused.proof.subject import Gradients, Subject, frozen_by_peft
 
 
 def declared(subject: Subject) -> Rung:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from qwen_fused import frames, kinds, modes
-from qwen_fused.labels import tensors_in
+from qwen_fused.proof import frames, kinds, modes
+from qwen_fused.proof.labels import tensors_in
 
 
 class Slot(NamedTuple):

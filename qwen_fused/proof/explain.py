@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from qwen_fused import backtrace
-from qwen_fused.cuts import Cut, Event, Trace
-from qwen_fused.frames import NOWHERE, Frame
-from qwen_fused.ladder import Finding, name_some
-from qwen_fused.replay import Nudge, ReplayMismatch
-from qwen_fused.subject import Subject, as_float
+from qwen_fused.proof import backtrace
+from qwen_fused.proof.cuts import Cut, Event, Trace
+from qwen_fused.proof.frames import NOWHERE, Frame
+from qwen_fused.proof.ladder import Finding, name_some
+from qwen_fused.proof.replay import Nudge, ReplayMismatch
+from qwen_fused.proof.subject import Subject, as_float
 
 # departures whose value is a number that can be moved a little
 NUMBERS = ("item", "tolist", "numpy")

@@ -14,22 +14,10 @@ from typing import Any
 
 import torch
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
+_PROOF = os.path.dirname(os.path.abspath(__file__))
+_PACKAGE = os.path.dirname(_PROOF)
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 _STDLIB = os.path.abspath(sysconfig.get_paths()["stdlib"])
-# the proof's own frames are no part of anybody's model
-_PROOF = {"frames.py", "labels.py", "kinds.py", "cuts.py", "modes.py", "trace.py", "replay.py", "backtrace.py"} | {
-    "derivative.py",
-    "snapshot.py",
-    "subject.py",
-    "rungs.py",
-    "step.py",
-    "explain.py",
-    "wrong.py",
-    "custom_ops.py",
-    "applied.py",
-    "prove.py",
-}
 # installed libraries that people also run from a checkout
 _LIBRARIES = ("transformers", "peft", "accelerate", "numpy")
 
@@ -164,8 +152,9 @@ def _owner(file: str) -> str:
     path = os.path.abspath(file)
     if path.startswith(_TORCH + os.sep) or file.startswith("<frozen"):
         return "torch"
-    if path.startswith(_HERE + os.sep):
-        return "torch" if os.path.relpath(path, _HERE) in _PROOF else "user"
+    if path.startswith(_PACKAGE + os.sep):
+        # the proof's own frames are no part of anybody's model; the rest of the package is one
+        return "torch" if path.startswith(_PROOF + os.sep) or path == os.path.join(_PACKAGE, "prove.py") else "user"
     roots = [getattr(sys.modules.get(name), "__file__", None) for name in _LIBRARIES]
     folders = [os.path.dirname(os.path.abspath(root)) for root in roots if root] + [_STDLIB]
     if any(path.startswith(folder + os.sep) for folder in folders):

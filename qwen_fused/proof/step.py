@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_fused import frames, kinds, modes
-from qwen_fused.cuts import Trace
-from qwen_fused.derivative import scales_of
-from qwen_fused.labels import tensors_in
-from qwen_fused.ladder import Finding, name_some
-from qwen_fused.replay import ReplayMismatch
-from qwen_fused.subject import Gradients, Subject, as_float
+from qwen_fused.proof import frames, kinds, modes
+from qwen_fused.proof.cuts import Trace
+from qwen_fused.proof.derivative import scales_of
+from qwen_fused.proof.labels import tensors_in
+from qwen_fused.proof.ladder import Finding, name_some
+from qwen_fused.proof.replay import ReplayMismatch
+from qwen_fused.proof.subject import Gradients, Subject, as_float
 
 HALF = (torch.float16, torch.bfloat16)
 # parts of the step at which first order is looked for, and how closely it must hold

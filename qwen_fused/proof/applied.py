@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qwen_fused.cuts import Trace
-from qwen_fused.frames import Frame
-from qwen_fused.ladder import Finding, Rung, name_some
-from qwen_fused.step import HALF, Step, erased
-from qwen_fused.subject import Gradients, Subject
+from qwen_fused.proof.cuts import Trace
+from qwen_fused.proof.frames import Frame
+from qwen_fused.proof.ladder import Finding, Rung, name_some
+from qwen_fused.proof.step import HALF, Step, erased
+from qwen_fused.proof.subject import Gradients, Subject
 
 
 def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Trace, later: Trace | None) -> Rung:
