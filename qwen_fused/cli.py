@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from qwen_fused.config import TrainConfig, require
+from qwen_fused.presets import preset
 
 TRAIN_OPTIONS = (tyro.conf.FlagCreatePairsOff,)
 
@@ -35,7 +36,24 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProveConfig(TrainConfig):
+class Source:
+    """Where a configuration starts, before the other flags change it."""
+
+    preset: str | None = None
+    """Start from tiny, qwen2.5-0.5b, qwen2.5-1.5b-lora or seed (the original recipe's numbers)."""
+    config: Path | None = None
+    """YAML file of settings, over the preset; the other flags are over both."""
+    print_config: bool = False
+    """Print the configuration as YAML, and do nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(TrainConfig, Source):
+    """Train on ARC tasks, evaluate on held-out ones, and write a report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProveCommand(TrainConfig, Source):
     """Prove that the gradient of the trainer's own step reaches Qwen and is right; exit code 0 or 1."""
 
     json: Path | None = None
@@ -51,13 +69,12 @@ class ReportConfig:
 
 
 def run_train(arguments: Sequence[str]) -> int:
-    """`qwen-fused train`: with --resume, the run's own configuration is the default of every flag."""
-    config = parse(TrainConfig, "train", arguments)
-    if config.resume is not None:
-        saved = run_folder(config.resume) / "config.yaml"
-        require(saved.is_file(), "resume", "a run folder or checkpoint with a config.yaml", str(config.resume))
-        default = dataclasses.replace(TrainConfig.load(saved), resume=config.resume)
-        config = parse(TrainConfig, "train", arguments, default)
+    """`qwen-fused train`."""
+    command = parse_over_source(TrainCommand, "train", arguments)
+    config = train_config(command)
+    if command.print_config:
+        print(config.to_yaml(), end="")
+        return 0
     from qwen_fused.train import train
     from qwen_fused.trainer import TrainingStopped
 
@@ -103,13 +120,17 @@ def run_eval(arguments: Sequence[str]) -> int:
 
 def run_prove(arguments: Sequence[str]) -> int:
     """`qwen-fused prove`: the ladder of the trainer's own step, under any of the flags of train."""
-    config = parse(ProveConfig, "prove", arguments)
+    command = parse_over_source(ProveCommand, "prove", arguments)
+    config = train_config(command)
+    if command.print_config:
+        print(config.to_yaml(), end="")
+        return 0
     from qwen_fused.trainer import Trainer
 
     report = Trainer(config, config.out).prove()
     print(report)
-    if config.json is not None:
-        config.json.write_text(json.dumps(report.to_dict(), indent=2))
+    if command.json is not None:
+        command.json.write_text(json.dumps(report.to_dict(), indent=2))
     return 0 if report.ok else 1
 
 
@@ -145,6 +166,39 @@ def parse(config_class: type, command: str, arguments: Sequence[str], default: o
     """Parse one command's flags into its configuration."""
     options = {"default": default} if default is not None else {}
     return tyro.cli(config_class, prog=f"qwen-fused {command}", args=list(arguments), config=TRAIN_OPTIONS, **options)
+
+
+def parse_over_source(command_class: type, command: str, arguments: Sequence[str]):
+    """Parse flags over --preset and --config; or, with --resume, over the run's own configuration."""
+    # a first look at the flags that say what the others are over
+    source, rest = tyro.cli(
+        Source, args=list(arguments), return_unknown_args=True, add_help=False, config=TRAIN_OPTIONS
+    )
+    base = preset(source.preset) if source.preset is not None else TrainConfig()
+    if source.config is not None:
+        base = TrainConfig.load(source.config, base)
+    default = command_class(**{**fields_of(base, TrainConfig), **fields_of(source, Source)})
+    parsed = parse(command_class, command, rest, default)
+    if parsed.resume is None or parsed.resume == base.resume:
+        return parsed
+    require(
+        source.preset is None and source.config is None, "resume",
+        "alone, without --preset and --config: the run has its own configuration", str(parsed.resume),
+    )  # fmt: skip
+    saved = run_folder(parsed.resume) / "config.yaml"
+    require(saved.is_file(), "resume", "a run folder or checkpoint with a config.yaml", str(parsed.resume))
+    own = {**fields_of(TrainConfig.load(saved), TrainConfig), "resume": parsed.resume}
+    return parse(command_class, command, rest, command_class(**{**own, **fields_of(source, Source)}))
+
+
+def train_config(command: TrainConfig) -> TrainConfig:
+    """The training configuration alone, of a command that has flags besides."""
+    return TrainConfig(**fields_of(command, TrainConfig))
+
+
+def fields_of(value: object, of: type) -> dict[str, Any]:
+    """The fields of `of` by name, as `value` has them."""
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(of)}
 
 
 def run_folder(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from qwen_fused.ops import EFEWeights
+from qwen_fused.typed_yaml import check_types, from_plain, read_mapping, to_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,7 @@ class TrainConfig:
     """Epochs between evaluations on the held-out tasks; 0 evaluates at the end only."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         positive = (
             "batch_size epochs max_prompt_tokens prompt_dim agent_channels plan_steps policy_hidden "
             "qwen_lr agent_lr policy_lr clip delta_scale log_every checkpoint_every keep_checkpoints"
@@ -139,35 +140,37 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to config.yaml."""
-        plain = dataclasses.asdict(self)
-        return {k: str(v) if isinstance(v, Path) else v for k, v in plain.items()}
+        return to_plain(self)
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML, which `load` reads back."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        path.write_text(self.to_yaml())
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> TrainConfig:
-        """Inverse of `to_dict`.
+        """Inverse of `to_dict`; keys that are left out have their defaults.
 
         Raises:
-            ValueError: an unknown key, named.
+            ValueError: an unknown key or a value of another type, named.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        for name in plain:
-            require(name in known, "config", f"keys of TrainConfig ({', '.join(sorted(known))})", name)
-        values = dict(plain)
-        if "weights" in values:
-            values["weights"] = EFEWeights(**values["weights"])
-        for name in ("out", "resume"):
-            if values.get(name) is not None:
-                values[name] = Path(values[name])
-        return cls(**values)
+        return from_plain(cls, plain)
 
     @classmethod
-    def load(cls, path: Path) -> TrainConfig:
-        """Read what `save` wrote."""
-        return cls.from_dict(yaml.safe_load(path.read_text()))
+    def load(cls, path: Path, base: TrainConfig | None = None) -> TrainConfig:
+        """Read what `save` wrote, or any part of it over `base`.
+
+        Raises:
+            ValueError: the file cannot be read, or says what no configuration can say; file and key are named.
+        """
+        plain = read_mapping(path)
+        try:
+            return from_plain(cls, plain, base)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def require(condition: bool, name: str, expected: str, got: object) -> None:

@@ -33,7 +33,13 @@ def train(config: TrainConfig) -> Path:
     """
     checkpoint = find_checkpoint(config.resume) if config.resume else None
     folder = checkpoint.parent.parent if checkpoint else new_run_folder(config.out)
-    trainer = Trainer(config, folder)
+    try:
+        trainer = Trainer(config, folder)
+    except ValueError:
+        if not checkpoint:
+            # a run that could not begin leaves nothing behind
+            folder.rmdir()
+        raise
     if checkpoint:
         trainer.load_state_dict(read_state(checkpoint))
     else:

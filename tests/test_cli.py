@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from qwen_fused.cli import main
 from qwen_fused.config import TrainConfig
@@ -32,6 +34,60 @@ def test_the_line_people_type_parses(small, tmp_path):
     assert main([*line.split(), *small]) == 0
     config = TrainConfig.load(only_run(tmp_path) / "config.yaml")
     assert (config.epochs, config.agent_lr, config.qwen_lr) == (10, 1e-5, 5e-5)
+
+
+def printed(arguments: list[str], capsys) -> TrainConfig:
+    """What --print-config says, read back."""
+    assert main([*arguments, "--print-config"]) == 0
+    return TrainConfig.from_dict(yaml.safe_load(capsys.readouterr().out))
+
+
+def test_the_line_people_type_without_a_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = f"train --epochs 10 --agent_lr 1e-5 --qwen_lr 5e-5 --device cuda --out {tmp_path}"
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("qwen-fused: device cuda needs") and len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_are_over_the_file_and_the_file_is_over_the_preset(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("epochs: 7\nagent_lr: 3e-5\nweights: {risk: 0.25}\n")
+    config = printed(
+        f"train --agent_lr 4e-5 --config {tmp_path / 'c.yaml'} --preset seed --weights.ce 2".split(), capsys
+    )
+    # the flag, the file, the preset, the default
+    assert (config.agent_lr, config.epochs, config.qwen_lr, config.seed) == (4e-5, 7, 5e-5, 0)
+    assert (config.weights.ce, config.weights.risk, config.weights.agreement) == (2.0, 0.25, 0.5)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_printed_configuration_is_a_configuration(tmp_path, capsys):
+    first = printed(["train", "--preset", "qwen2.5-0.5b", "--max-minutes", "3", "--no-prove"], capsys)
+    first.save(tmp_path / "c.yaml")
+    for command in ("train", "prove"):
+        assert printed([command, "--config", str(tmp_path / "c.yaml")], capsys) == first
+
+
+def test_config_file_trains(small, tmp_path):
+    (tmp_path / "c.yaml").write_text("batch_size: 4\nmax_batches: 2\nplan_steps: 3\n")
+    small = [flag for flag in small if flag not in ("--max-batches", "3")]
+    assert main(["train", "--config", str(tmp_path / "c.yaml"), *small]) == 0
+    config = TrainConfig.load(only_run(tmp_path) / "config.yaml")
+    # 2 plan steps by flag, 3 by the file
+    assert (config.max_batches, config.plan_steps) == (2, 2)
+
+
+def test_resume_takes_no_other_configuration(tmp_path, capsys):
+    TrainConfig().save(tmp_path / "config.yaml")
+    assert main(["train", "--resume", str(tmp_path), "--preset", "tiny"]) == 2
+    assert "resume must be alone" in capsys.readouterr().err
+
+
+def test_resume_starts_from_the_runs_configuration(tmp_path, capsys):
+    TrainConfig(epochs=3, seed=5).save(tmp_path / "config.yaml")
+    config = printed(["train", "--resume", str(tmp_path), "--epochs", "4"], capsys)
+    assert (config.epochs, config.seed, config.resume) == (4, 5, tmp_path)
 
 
 def test_train_eval_report_resume(small, tmp_path, capsys):
@@ -86,6 +142,9 @@ def test_info_tells_what_is_used(capsys):
         ("eval /nowhere", "run"),
         ("report /nowhere", "run"),
         ("fly", "command"),
+        ("train --preset sede", "did you mean seed?"),
+        ("train --config /nowhere.yaml", "/nowhere.yaml cannot be read"),
+        ("prove --preset sede", "did you mean seed?"),
     ],
 )
 def test_bad_input_gets_one_sentence(line, named, tmp_path, capsys):

@@ -19,9 +19,37 @@ def test_round_trip(tmp_path):
     assert TrainConfig.load(tmp_path / "config.yaml") == config
 
 
-def test_unknown_key_is_named():
-    with pytest.raises(ValueError, match="bach_size"):
+def test_yaml_again_is_the_same_text(tmp_path):
+    text = TrainConfig(qwen_lr=5e-5, max_batches=7).to_yaml()
+    (tmp_path / "c.yaml").write_text(text)
+    assert TrainConfig.load(tmp_path / "c.yaml").to_yaml() == text
+
+
+def test_a_file_may_leave_keys_out(tmp_path):
+    (tmp_path / "c.yaml").write_text("epochs: 3\nweights: {risk: 0.5}\n")
+    base = TrainConfig(epochs=9, seed=4, weights=EFEWeights(ce=2.0))
+    loaded = TrainConfig.load(tmp_path / "c.yaml", base)
+    assert (loaded.epochs, loaded.seed) == (3, 4)
+    # a nested key changes itself and leaves its neighbours
+    assert loaded.weights == EFEWeights(ce=2.0, risk=0.5)
+    assert TrainConfig.load(tmp_path / "c.yaml").seed == TrainConfig().seed
+
+
+def test_unknown_key_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="^bach_size is not a key of the configuration; did you mean batch_size.$"):
         TrainConfig.from_dict({"bach_size": 3})
+
+
+def test_file_and_key_are_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("epochs: three\n")
+    with pytest.raises(ValueError, match="c.yaml: epochs must be a whole number, got 'three'$"):
+        TrainConfig.load(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("name, value", [("epochs", "3"), ("qwen_lr", True), ("out", "runs"), ("pooling", "max")])
+def test_types_are_checked_on_construction(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        TrainConfig(**{name: value})
 
 
 def test_is_frozen():
