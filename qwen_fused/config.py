@@ -46,7 +46,9 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute Qwen's activations in the backward pass, for memory."""
     qwen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage type of Qwen's weights."""
+    """Storage type of Qwen's weights. Bytes per trained element, weight + gradient + optimizer: float32 4 + 4 + 8,
+    bfloat16 2 + 2 + 12 (the optimizer keeps a float32 master, or small steps would be rounded away); bfloat16 halves
+    activations and, under LoRA, the frozen weights."""
 
     prompt_dim: int = 256
     """Width D of the prompt embedding."""

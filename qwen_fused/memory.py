@@ -77,7 +77,6 @@ def estimate_memory(
     lora_rank: int = 0,
     gradient_checkpointing: bool = False,
     dtype: torch.dtype = torch.float32,
-    optimizer_bytes: int | None = None,
     retained_batches: int = 1,
 ) -> MemoryEstimate:
     """Estimate what Qwen's side of one training step needs, at the longest prompts.
@@ -88,9 +87,8 @@ def estimate_memory(
         max_prompt_tokens: tokens per prompt, padding included.
         lora_rank: above 0, only adapters have gradients and optimizer state, in float32.
         gradient_checkpointing: one hidden state per layer is kept, and one layer's activations at a time.
-        dtype: of the weights.
-        optimizer_bytes: per trained element; None is AdamW's two moments in the type of the parameter (8 for
-            float32, 4 for bfloat16). With a float32 master copy and moments beside half-precision weights: 12.
+        dtype: of the weights. The optimizer, `MasterAdamW`, has 8 bytes per trained element in float32 and 12 in
+            half precision, where it keeps float32 masters.
         retained_batches: batches whose graphs are kept at once: the size of a `PromptWindow` in retain mode.
 
     Returns:
@@ -120,7 +118,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights=weights,
         gradients=trained * width,
-        optimizer=trained * (2 * width if optimizer_bytes is None else optimizer_bytes),
+        optimizer=trained * (8 if width == 4 else 12),
         activations=activations,
     )
 

@@ -15,6 +15,7 @@ from qwen_fused.checkpoint import rng_state, save_checkpoint, set_rng_state
 from qwen_fused.config import TrainConfig
 from qwen_fused.data import Batch, Episode, EpisodeSampler, collate, load_tasks, split_tasks
 from qwen_fused.gradients import GradStats, GroupGradNorm, PendingStats, nonfinite_message
+from qwen_fused.masters import MasterAdamW
 from qwen_fused.model import QwenPlanner, StepOutput
 from qwen_fused.monitor import GradientMonitor, Hint
 from qwen_fused.prove import ProofReport, prove
@@ -86,7 +87,7 @@ class Trainer:
         self.hints: list[Hint] = []
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        """AdamW with a rate per group; vectors and scalars are not decayed."""
+        """AdamW with a rate per group, float32 masters for bfloat16 weights; vectors and scalars are not decayed."""
         peak = {
             "qwen": self.config.qwen_lr,
             "agent": self.config.agent_lr,
@@ -100,7 +101,7 @@ class Trainer:
                 weight_decay = self.config.weight_decay if decay else 0.0
                 if chosen:
                     groups.append({"params": chosen, "name": name, "peak": peak[name], "weight_decay": weight_decay})
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
+        return MasterAdamW(groups, lr=0.0, betas=(0.9, 0.98))
 
     @property
     def total_batches(self) -> int:

@@ -40,6 +40,8 @@ def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Tr
         detail = f"a scheduler holds the learning rate of {name_some(step.held_back)} at 0; prove after its first step"
         return Rung("applied", None, detail)
     detail = f"{len(gradients.of)} parameters moved ({step.moved:.0%} of their elements)"
+    if step.kept:
+        detail += f", {len(step.kept)} of them so far in the optimizer's float32 masters only"
     detail += f"; the loss changes by {step.actual:+.2e}, first order says {step.predicted:+.2e}"
     if step.fraction is not None and step.fraction < 1:
         detail += f" and holds for 1/{1 / step.fraction:.0f} of the step"

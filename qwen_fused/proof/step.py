@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ class Step:
         missing: names whose gradient was gone, or all zero, when the optimizer came to use it.
         changed: names whose gradient pointed another way by then than backward had left it.
         still: names that did not move, though their gradient is more than the rounding of the others.
+        kept: names that rounded back to what they were, while the float32 master in the optimizer's state moved.
         moved: share of the elements that moved, among the parameters that have a gradient.
         predicted: <g, change of the parameters>, the loss's change to first order.
         actual: the loss's change.
@@ -48,6 +49,7 @@ class Step:
     missing: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     still: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     moved: float = 0.0
     predicted: float = 0.0
     actual: float = 0.0
@@ -78,6 +80,7 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace) -
     step.held_back = tuple(name for name, (rate, initial) in known.items() if rate == 0 and initial > 0)
     alive = [name for name, g in gradients.of.items() if g.any()]
     before = {name: subject.named[name].data.clone() for name in gradients.of}
+    masters = {name: master.clone() for name, master in _masters(subject).items()}
 
     def look(*_: Any) -> None:
         step.stepped = True
@@ -98,7 +101,14 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace) -
     weight = scales_of({name: before[name] for name in alive})
     shares = {name: weight[name] * float(gradients.of[name].float().norm()) for name in alive}
     floor = {True: 1e-3, False: 1e-6}[trace.half] * max(shares.values(), default=0.0)
-    step.still = tuple(name for name in alive if not counts[name] and shares[name] > floor)
+    left = tuple(name for name in alive if not counts[name] and shares[name] > floor)
+    # an optimizer may make its masters in its first step
+    step.kept = tuple(
+        name
+        for name, master in _masters(subject, left).items()
+        if not torch.equal(master, masters.get(name, before[name]).to(master.dtype))
+    )
+    step.still = tuple(name for name in left if name not in step.kept)
     step.moved = sum(counts[name] for name in alive) / max(1, sum(changes[name].numel() for name in alive))
     step.predicted = sum(float((gradients.of[n].double() * changes[n].double()).sum()) for n in alive)
     step.actual = subject.value() - as_float(loss)
@@ -107,6 +117,23 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace) -
     subject.snapshot.reset_values()
     subject.snapshot.reset_optimizers()
     return step
+
+
+def _masters(subject: Subject, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Wider copies of half-precision parameters in the optimizers' state, told by their rounding: the parameter."""
+    found = {}
+    for name in subject.named if names is None else names:
+        parameter = subject.named[name]
+        states = (optimizer.state[parameter] for optimizer in subject.optimizers if parameter in optimizer.state)
+        for value in (value for state in states for value in state.values()):
+            if parameter.dtype in HALF and _is_wider(value, parameter) and torch.equal(value.to(parameter), parameter):
+                found[name] = value
+    return found
+
+
+def _is_wider(value: Any, parameter: Tensor) -> bool:
+    same = isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape
+    return same and value.dtype.itemsize > parameter.dtype.itemsize
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:
