@@ -124,7 +124,8 @@ class QwenPlanner(nn.Module):
     def size_logits(self, prompt: Tensor, query_size: Tensor, features: Tensor) -> Tensor:
         """Logits [B, 2, S] over the answer's rows and columns."""
         # the prompt's features hold sides per thirty cells
-        sides = MAX_SIDE * features[:, [FEATURES.index(name) for name in SIZE_FEATURES]]
+        # one column at a time: a list as an index would be copied to the device, and the step would wait for it
+        sides = MAX_SIDE * torch.stack([features[:, FEATURES.index(name)] for name in SIZE_FEATURES], 1)
         return self.agent.size_head(prompt, query_size, sides)
 
     @torch.no_grad()
