@@ -41,6 +41,12 @@ class TrainConfig:
     """Whole demonstration pairs are dropped from the end of a longer prompt."""
     pooling: Literal["mean", "last"] = "mean"
     """How Qwen's hidden states become one vector."""
+    prompt_window: int = 10
+    """Batches that share one pass through Qwen, which steps at their end; 1 passes through it at every batch."""
+    prompt_visits: int = 4
+    """How often a prompt is used within its window: a window's prompts come from a pool of window / visits batches."""
+    window_mode: Literal["recompute", "retain"] = "recompute"
+    """Run Qwen's forward again when the window ends, or keep its graphs: faster, with the memory of all of them."""
     lora_rank: int = 0
     """Rank of LoRA adapters on Qwen; 0 trains Qwen itself."""
     gradient_checkpointing: bool = False
@@ -124,8 +130,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         positive = (
-            "batch_size epochs max_prompt_tokens prompt_dim agent_channels plan_steps policy_hidden "
-            "qwen_lr agent_lr policy_lr clip delta_scale log_every checkpoint_every keep_checkpoints"
+            "batch_size epochs max_prompt_tokens prompt_window prompt_visits prompt_dim agent_channels plan_steps "
+            "policy_hidden qwen_lr agent_lr policy_lr clip delta_scale log_every checkpoint_every keep_checkpoints"
         )
         for name in positive.split():
             require(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))

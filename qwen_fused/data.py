@@ -1,7 +1,4 @@
-"""Episodes and batches: leave one pair out, turn and recolour, group by size, pad to a common canvas.
-
-Everything random is drawn from (seed, epoch, place in the epoch) and from nothing else, so a run that stops
-after any batch goes on with the next one without having saved a generator. No grid is ever resized.
+"""Episodes and batches: leave pairs out, turn and recolour, pad to a common canvas. No grid is ever resized.
 
 Axes: B episodes, H W canvas.
 """
@@ -27,13 +24,13 @@ __all__ = [
     "SPLITS",
     "Batch",
     "Episode",
-    "EpisodeSampler",
     "Pair",
     "Task",
     "TaskCollection",
     "augment",
     "collate",
     "leave_one_out",
+    "leave_out",
     "load_tasks",
     "shared_tasks",
     "split_tasks",
@@ -128,14 +125,17 @@ test_episodes.__test__ = False  # type: ignore[attr-defined]
 
 def leave_one_out(task: Task) -> list[Episode]:
     """One episode per train pair: that pair asks, the other ones demonstrate, test pairs stay unseen."""
-    return [
-        Episode(task.id, task.train[:index] + task.train[index + 1 :], pair.input, pair.output, index)
-        for index, pair in enumerate(task.train)
-    ]
+    return [leave_out(task, (index,))[0] for index in range(len(task.train))]
 
 
-def augment(episode: Episode, rng: np.random.Generator) -> Episode:
-    """Turn, mirror and recolour every grid of an episode in the same way.
+def leave_out(task: Task, asked: Sequence[int]) -> tuple[Episode, ...]:
+    """One episode per train pair in `asked`, all with the same demonstrations: the train pairs that nobody asks."""
+    shown = tuple(pair for index, pair in enumerate(task.train) if index not in asked)
+    return tuple(Episode(task.id, shown, task.train[k].input, task.train[k].output, k) for k in asked)
+
+
+def augment(episodes: Sequence[Episode], rng: np.random.Generator) -> tuple[Episode, ...]:
+    """Turn, mirror and recolour every grid of episodes with the same demonstrations, all in the same way.
 
     One of the 8 symmetries of the square, and a permutation of colours 1 to 9. Colour 0 stays: it is the
     background of nearly every task, and a rule told in terms of background should stay true.
@@ -143,87 +143,9 @@ def augment(episode: Episode, rng: np.random.Generator) -> Episode:
     symmetry = int(rng.integers(SYMMETRIES))
     recolor = np.arange(COLORS, dtype=np.uint8)
     recolor[1:] = 1 + rng.permutation(COLORS - 1)
-    return map_grids(episode, lambda grid: turn(recolor[grid], symmetry))
-
-
-class EpisodeSampler:
-    """Batches of leave-one-out episodes: each pair of each task is the query once per epoch.
-
-    Episodes of one size share a batch, since a batch is as large as its largest grid. Batches hold
-    `batch_size` episodes except the last of an epoch, which takes what is left over.
-
-    Args:
-        tasks: tasks to train on.
-        batch_size: episodes in a batch.
-        seed: with the epoch and the place in it, decides everything.
-        augment: share of the episodes, in [0, 1], that are turned and recoloured.
-
-    Raises:
-        ValueError: there is no task, or a number is out of range.
-    """
-
-    def __init__(self, tasks: Iterable[Task], *, batch_size: int, seed: int, augment: float = 1.0):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if seed < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}")
-        if not 0 <= augment <= 1:
-            raise ValueError(f"augment must be in [0, 1], got {augment}")
-        # sorted, so that the order of loading does not change the batches
-        ordered = sorted(tasks, key=lambda task: task.id)
-        self.episodes = [episode for task in ordered for episode in leave_one_out(task)]
-        if not self.episodes:
-            raise ValueError("the sampler needs at least one task with train pairs, got none")
-        self.batch_size, self.seed, self.augment = batch_size, seed, augment
-        self._planned: tuple[int, list[np.ndarray]] | None = None
-
-    def batches_per_epoch(self) -> int:
-        """How many batches one epoch has, the smaller last one included."""
-        return -(-len(self.episodes) // self.batch_size)
-
-    def batch(self, epoch: int, index: int) -> list[Episode]:
-        """The episodes of one batch, the same whenever it is asked for.
-
-        Raises:
-            ValueError: the epoch is negative or has no such batch.
-        """
-        if epoch < 0 or not 0 <= index < self.batches_per_epoch():
-            raise ValueError(
-                f"epoch {epoch} has no batch {index}; epochs count from 0 and have {self.batches_per_epoch()}"
-            )
-        if self._planned is None or self._planned[0] != epoch:
-            self._planned = (epoch, self._plan(epoch))
-        chosen = [self.episodes[number] for number in self._planned[1][index]]
-        first = index * self.batch_size
-        # 0 is the plan's stream (see _plan), so places count from 1
-        places = range(1 + first, 1 + first + len(chosen))
-        rngs = (np.random.default_rng([self.seed, epoch, place]) for place in places)
-        return [
-            augment(episode, rng) if rng.random() < self.augment else episode
-            for episode, rng in zip(chosen, rngs, strict=True)
-        ]
-
-    def _plan(self, epoch: int) -> list[np.ndarray]:
-        """Episode numbers of every batch of an epoch."""
-        rng = np.random.default_rng([self.seed, epoch, 0])
-        # within one size, a task's episodes are spread evenly from a random start: neighbours differ in task
-        per_group = Counter((episode.side, episode.task_id) for episode in self.episodes)
-        start = {group: rng.random() for group in per_group}
-        seen: Counter[tuple[int, str]] = Counter()
-        keys = np.empty(len(self.episodes))
-        for number in rng.permutation(len(self.episodes)):
-            episode = self.episodes[number]
-            group = (episode.side, episode.task_id)
-            keys[number] = episode.side + (seen[group] + start[group]) / per_group[group]
-            seen[group] += 1
-        order = np.argsort(keys, kind="stable")
-
-        # the short batch is cut at a random size, or the largest grids would always be the ones in it
-        full, rest = divmod(len(order), self.batch_size)
-        cut = int(rng.integers(full + 1)) * self.batch_size
-        short, long = order[cut : cut + rest], np.concatenate([order[:cut], order[cut + rest :]])
-        batches = list(long.reshape(full, self.batch_size)[rng.permutation(full)])
-        return batches + [short] if rest else batches
+    changed = [map_grids(episode, lambda grid: turn(recolor[grid], symmetry)) for episode in episodes]
+    # one object for one set of demonstrations: a prompt window knows them by it
+    return tuple(replace(episode, demonstrations=changed[0].demonstrations) for episode in changed)
 
 
 @dataclass

@@ -88,9 +88,11 @@ class RunLog:
 
 def log_line(metrics: dict[str, Any]) -> str:
     """The line of the log: `[Batch   50] Reward:  0.1234 | Loss:  4.2345 | Qwen_grad: 2.34e-05 | ...`."""
+    # there is none before the first flush of the prompt window
+    qwen_grad = f"{metrics['qwen_grad']:.2e}" if metrics["qwen_grad"] is not None else "--"
     return (
         f"[Batch {metrics['step']:4d}] Reward: {metrics['reward']:7.4f} | Loss: {metrics['loss']:7.4f} | "
-        f"Qwen_grad: {metrics['qwen_grad']:.2e} | Mask_ratio: {metrics['mask_ratio']:.4f} | "
+        f"Qwen_grad: {qwen_grad} | Mask_ratio: {metrics['mask_ratio']:.4f} | "
         f"Accuracy: {metrics['accuracy']:.4f}"
     )
 

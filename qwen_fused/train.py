@@ -85,7 +85,8 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
     with catch_sigint() as interrupted, log.progress(last, progress.step, "training") as advance:
         while progress.step < last:
             epoch, index = divmod(progress.step, per_epoch)
-            running = trainer.train_step(trainer.sampler.batch(epoch, index), epoch)
+            episodes = trainer.sampler.batch(epoch, index)
+            running = trainer.train_step(episodes, epoch, flush=trainer.sampler.ends_window(index))
             running.seconds = clock.lap()
             log_batch(trainer, log, pending)
             pending = running

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from qwen_fused.checkpoint import rng_state, save_checkpoint, set_rng_state
 from qwen_fused.config import TrainConfig
-from qwen_fused.data import Batch, Episode, EpisodeSampler, collate, load_tasks, split_tasks
+from qwen_fused.data import Batch, Episode, collate, load_tasks, split_tasks
 from qwen_fused.gradients import GradStats, GroupGradNorm, PendingStats, nonfinite_message
 from qwen_fused.masters import MasterAdamW
 from qwen_fused.model import QwenPlanner, StepOutput
 from qwen_fused.monitor import GradientMonitor, Hint
 from qwen_fused.prove import ProofReport, prove
+from qwen_fused.sampler import EpisodeSampler
+from qwen_fused.window import PromptWindow
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # where a value loses its gradient on purpose
@@ -49,6 +51,8 @@ class Progress:
     best_accuracy: float = -1.0
     nonfinite: int = 0
     overflows: int = 0
+    # Qwen's rows of the gradient norms, as of the last flush of the prompt window
+    qwen: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -58,6 +62,7 @@ class PendingBatch:
     step: int
     epoch: int
     episodes: int
+    flushed: bool  # whether Qwen had its gradient
     rates: dict[str, float]
     values: Tensor  # [len(SCALARS)] on the host, whole once `stats` is
     stats: PendingStats
@@ -74,10 +79,16 @@ class Trainer:
         self.skipped = collection.skipped
         self.training, self.held_out = split_tasks(collection.tasks, config.val_fraction, config.split_seed)
         self.sampler = EpisodeSampler(
-            self.training, batch_size=config.batch_size, seed=config.seed, augment=config.augment
+            self.training,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            augment=config.augment,
+            window=config.prompt_window,
+            visits=config.prompt_visits,
         )
         torch.manual_seed(config.seed)
         self.model = QwenPlanner(config).to(self.device).train()
+        self.window = PromptWindow(self.model.prompt.pooled, config.prompt_window, mode=config.window_mode)
         self.groups = self.model.groups()
         self.optimizer = self._optimizer()
         self.norms = GroupGradNorm({**self.groups, "qwen": by_layer(self.groups["qwen"])})
@@ -116,8 +127,14 @@ class Trainer:
             group["lr"] = group["peak"] * warm * left
         return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
-    def train_step(self, episodes: Sequence[Episode], epoch: int) -> PendingBatch:
+    def train_step(self, episodes: Sequence[Episode], epoch: int, *, flush: bool = True) -> PendingBatch:
         """One batch: forward, backward, unscale, norms, clip, step. Nothing here waits for the device.
+
+        Args:
+            episodes: the batch.
+            epoch: for the curriculum.
+            flush: whether the batch is the last of its prompt window: Qwen gets the window's gradient and steps.
+                Its parameters have no gradient at the other batches, and the optimizer leaves them alone.
 
         Returns:
             What `read` turns into the batch's metrics, best asked for when the next batch is under way.
@@ -125,12 +142,15 @@ class Trainer:
         rates = self.set_learning_rates(self.progress.step)
         batch = collate(episodes).to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        out = self.forward(batch, epoch=epoch)
+        out, pooled = self.forward(batch, epoch=epoch)
         out.prompt.retain_grad()
-        loss = self.scaler.scale(out.loss)
-        loss.backward()
-        # the prompt is no parameter: its gradient still has this batch's loss scale
-        prompt_grad = out.prompt.grad.float().norm() * (out.loss / loss).detach()
+        self.scaler.scale(out.loss).backward()
+        # the prompt and Qwen's states are no parameters: their gradients still have this batch's loss scale
+        loss_scale = self.scaler.scale(torch.ones((), device=self.device))
+        prompt_grad = out.prompt.grad.float().norm() / loss_scale
+        keep_finite(pooled, loss_scale)
+        if flush:
+            self.flush(loss_scale)
         self.scaler.unscale_(self.optimizer)
         stats = self.norms.measure()
         self.norms.clip_(stats, self.config.clip)
@@ -138,7 +158,11 @@ class Trainer:
         self.model.objective.update_anchor(batch.target, out.score.efe.solved)
         self.progress.step += 1
         values = to_host(_scalars(out, prompt_grad))
-        return PendingBatch(self.progress.step, epoch, len(episodes), rates, values, stats.read_later())
+        return PendingBatch(self.progress.step, epoch, len(episodes), flush, rates, values, stats.read_later())
+
+    def flush(self, loss_scale: float | Tensor = 1.0) -> None:
+        """Send the mean gradient of the window's batches through Qwen, at the loss scale of the batch that ends it."""
+        self.window.flush(loss_scale / self.window.batches)
 
     def _step(self, stats: GradStats) -> None:
         """Step, unless a gradient is NaN or Inf: then weights and optimizer stay as they are, without a host sync."""
@@ -163,11 +187,16 @@ class Trainer:
             self.progress.overflows = 0
         else:
             self._on_nonfinite(pending.step, bad, metrics["loss"])
+        # between flushes Qwen has no gradient to measure: the last one stands
+        if pending.flushed:
+            self.progress.qwen = {name: row for name, row in gradients.items() if name.split("/")[0] == "qwen"}
+        gradients = {name: row for name, row in gradients.items() if name.split("/")[0] != "qwen"} | self.progress.qwen
         metrics = {
             "step": pending.step,
             "epoch": pending.epoch,
             **metrics,
-            **{f"{name}_grad": gradients[name]["norm"] for name in ("qwen", "agent", "policy")},
+            "qwen_grad": self.progress.qwen["qwen"]["norm"] if self.progress.qwen else None,
+            **{f"{name}_grad": gradients[name]["norm"] for name in ("agent", "policy")},
             "nonfinite": self.progress.nonfinite,
             "lr_qwen": pending.rates["qwen"],
             "lr_agent": pending.rates["agent"],
@@ -175,11 +204,12 @@ class Trainer:
         self.hints = self.monitor.observe(pending.step, metrics, gradients)
         return metrics
 
-    def forward(self, batch: Batch, *, epoch: int) -> StepOutput:
-        """The model's forward under the run's precision."""
+    def forward(self, batch: Batch, *, epoch: int) -> tuple[StepOutput, Tensor]:
+        """The model's forward under the run's precision, and the window's leaf [B, hidden] that it starts from."""
         dtype = AUTOCAST[self.config.precision]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            return self.model(batch, epoch=epoch)
+            pooled = self.window.prompts([episode.demonstrations for episode in batch.episodes])
+            return self.model(batch, epoch=epoch, pooled=pooled), pooled
 
     def _on_nonfinite(self, step: int, bad: str, loss: float) -> None:
         """Count a batch whose gradient is not finite, and stop where the configuration or a stuck scaler says so."""
@@ -199,16 +229,24 @@ class Trainer:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.set_learning_rates(self.config.warmup_batches)
 
+        def loss() -> Tensor:
+            # every call is a window of its own, as weights differ from call to call
+            self.window.discard()
+            return self.forward(batch, epoch=1)[0].loss
+
+        def backward(loss: Tensor) -> None:
+            loss.backward()
+            self.flush()
+
         def step() -> None:
             stats = self.norms.measure()
             self.norms.clip_(stats, self.config.clip)
             self._step(stats)
 
         try:
-            return prove(
-                lambda: self.forward(batch, epoch=1).loss, self.model, self.optimizer, allow=INTENDED_CUTS, step=step
-            )
+            return prove(loss, self.model, self.optimizer, allow=INTENDED_CUTS, backward=backward, step=step)
         finally:
+            self.window.discard()
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
 
@@ -219,6 +257,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": dataclasses.asdict(self.progress),
+            "window": self.window.state_dict(),
             "monitor": self.monitor.state_dict(),
             "rng": rng_state(self.device),
         }
@@ -230,6 +269,10 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.monitor.load_state_dict(state["monitor"])
+        epoch, index = divmod(self.progress.step, self.sampler.batches_per_epoch())
+        shown = [self.sampler.batch(epoch, k) for k in range(self.sampler.window_start(index), index)]
+        keys = [episode.demonstrations for batch in shown for episode in batch]
+        self.window.load_state_dict(state["window"], keys, self.device)
         set_rng_state(state["rng"], self.device)
 
     def save(self) -> Path:
@@ -255,6 +298,12 @@ def _scalars(out: StepOutput, prompt_grad: Tensor) -> Tensor:
         "size_accuracy": out.score.size_accuracy,
     }
     return torch.stack([values[name].detach().float() for name in SCALARS])
+
+
+def keep_finite(pooled: Tensor, loss_scale: Tensor) -> None:
+    """Take a batch's loss scale off its leaf's gradient; a batch that overflowed leaves the window without a trace."""
+    gradient = pooled.grad / loss_scale
+    pooled.grad = torch.where(gradient.isfinite().all(), gradient, torch.zeros_like(gradient))
 
 
 def to_host(values: Tensor) -> Tensor:

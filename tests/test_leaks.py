@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from qwen_fused import data
-from qwen_fused.data import Episode, EpisodeSampler, Pair, Task, leave_one_out
+from qwen_fused.data import Episode, Pair, Task, leave_one_out
+from qwen_fused.sampler import EpisodeSampler
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,8 @@ def test_augmentation_does_not_read_the_answer(tasks):
     """The generator is used alike with and without an answer, or the answer would show in the colours of the query."""
     for number, task in enumerate(tasks[:50]):
         episode = leave_one_out(task)[0]
-        seen, blind = (data.augment(e, np.random.default_rng(number)) for e in (episode, episode.without_answer()))
+        both = (episode, episode.without_answer())
+        seen, blind = (data.augment((e,), np.random.default_rng(number))[0] for e in both)
         assert np.array_equal(seen.query, blind.query)
         for left, right in zip(seen.demonstrations, blind.demonstrations, strict=True):
             assert np.array_equal(left.input, right.input) and np.array_equal(left.output, right.output)
@@ -110,7 +112,7 @@ def test_held_out_tasks_never_enter_a_training_batch(tasks, seed):
 def test_shape_of_sees_through_augmentation(tasks):
     """The check above rests on this: what augmentation changes, shape_of does not see, and no more than that."""
     episodes = [episode for task in tasks[:40] for episode in leave_one_out(task)[:1]]
-    changed = [data.augment(episode, np.random.default_rng(i)) for i, episode in enumerate(episodes)]
+    changed = [data.augment((episode,), np.random.default_rng(i))[0] for i, episode in enumerate(episodes)]
     assert any(not np.array_equal(a.query, b.query) for a, b in zip(episodes, changed, strict=True))
     assert all(shape_of(a.query) == shape_of(b.query) for a, b in zip(episodes, changed, strict=True))
     assert len({shape_of(episode.query) for episode in episodes}) > 35

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from qwen_fused.data import EpisodeSampler, collate, load_tasks, test_episodes
+from qwen_fused.data import collate, load_tasks, test_episodes
 from qwen_fused.model import QwenPlanner, further_attempts
 from qwen_fused.ops import EFEWeights
+from qwen_fused.sampler import EpisodeSampler
 
 
 @pytest.fixture

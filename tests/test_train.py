@@ -56,10 +56,12 @@ def test_run_leaves_everything_it_promises(small_config):
     assert (folder / "checkpoints" / "best.safetensors").exists()
 
 
-def test_resume_is_bitwise(small_config):
-    config = small_config()
+# an epoch has 10 batches: with windows of 4, batch 18 is in the middle of one
+@pytest.mark.parametrize(("window", "mode", "at"), [(1, "recompute", 20), (4, "recompute", 18), (4, "retain", 17)])
+def test_resume_is_bitwise(small_config, window, mode, at):
+    config = small_config(prompt_window=window, window_mode=mode)
     straight = train(replace(config, max_batches=40))
-    broken = train(replace(config, max_batches=20))
+    broken = train(replace(config, max_batches=at))
     again = train(replace(config, max_batches=40, resume=broken))
     assert again == broken
     a, b = rows(straight), rows(broken)
@@ -74,6 +76,72 @@ def test_resume_drops_rows_after_the_checkpoint(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     RunLog(tmp_path, resume_step=2).close()
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("mode", ["recompute", "retain"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_window_gives_qwen_the_mean_gradient_of_its_batches(small_config, tmp_path, mode, precision):
+    config = small_config(prompt_window=4, prompt_visits=2, window_mode=mode, precision=precision)
+    cached, direct = Trainer(config, tmp_path / "a"), Trainer(config, tmp_path / "b")
+    means = [torch.zeros_like(p) for _, p in direct.groups["qwen"]]
+    clip = direct.norms.clip_
+
+    def collect(stats, limit):
+        # as a loop without a window would: each batch's own gradient, and no step of Qwen until the fourth
+        for mean, (_, p) in zip(means, direct.groups["qwen"], strict=True):
+            mean += p.grad / 4
+            p.grad = None
+        clip(stats, limit)
+
+    def forward(batch, *, epoch):
+        with torch.autocast("cpu", torch.float16, enabled=precision == "fp16"):
+            out = direct.model(batch, epoch=epoch)
+        return out, out.prompt
+
+    direct.norms.clip_, direct.forward, direct.flush = collect, forward, lambda scale: None
+    clip_cached, got = cached.norms.clip_, []
+
+    def look(stats, limit):
+        got[:] = [None if p.grad is None else p.grad.clone() for _, p in cached.groups["qwen"]]
+        clip_cached(stats, limit)
+
+    cached.norms.clip_ = look
+    for index in range(4):
+        episodes = cached.sampler.batch(0, index)
+        for trainer, flush in ((cached, index == 3), (direct, True)):
+            torch.manual_seed(index)
+            row = trainer.read(trainer.train_step(episodes, 0, flush=flush))
+        assert all((g is None) == (index < 3) for g in got)
+    assert row["nonfinite"] == 0
+    near = 1e-5 if precision == "fp32" else 2e-2
+    for mean, gradient, (name, _) in zip(means, got, cached.groups["qwen"], strict=True):
+        assert (mean - gradient).norm() <= near * mean.norm(), name
+
+
+def test_qwen_stands_still_within_a_window_and_moves_at_its_end(small_config, tmp_path):
+    trainer = Trainer(small_config(prompt_window=4), tmp_path)
+    before = {n: p.detach().clone() for n, p in trainer.groups["qwen"]}
+    for index in range(3):
+        row = trainer.read(trainer.train_step(trainer.sampler.batch(0, index), 0, flush=False))
+        assert row["qwen_grad"] is None and row["agent_grad"] > 0
+    assert all(torch.equal(p, before[n]) for n, p in trainer.groups["qwen"])
+    row = trainer.read(trainer.train_step(trainer.sampler.batch(0, 3), 0, flush=True))
+    assert row["qwen_grad"] > 0
+    assert not any(torch.equal(p, before[n]) for n, p in trainer.groups["qwen"])
+    # until the next flush the last gradient stands in the log
+    again = trainer.read(trainer.train_step(trainer.sampler.batch(0, 4), 0, flush=False))
+    assert again["qwen_grad"] == row["qwen_grad"]
+
+
+def test_a_batch_that_overflows_leaves_its_window_without_a_trace(small_config, tmp_path):
+    trainer = Trainer(small_config(prompt_window=2), tmp_path)
+    handle = trainer.model.prompt.projection.register_full_backward_hook(
+        lambda module, given, got: tuple(g * float("nan") for g in given)
+    )
+    trainer.read(trainer.train_step(trainer.sampler.batch(0, 0), 0, flush=False))
+    handle.remove()
+    row = trainer.read(trainer.train_step(trainer.sampler.batch(0, 1), 0, flush=True))
+    assert row["nonfinite"] == 0 and 0 < row["qwen_grad"] < float("inf")
 
 
 def test_loss_falls_on_one_batch(small_config, tmp_path):
@@ -141,10 +209,10 @@ def test_nan_gradient_stops_and_names_the_tensor(trainer):
 def test_nan_gradient_leaves_a_checkpoint_from_before_it(small_config, monkeypatch):
     train_step = Trainer.train_step
 
-    def planting(self, *args):
+    def planting(self, *args, **options):
         if self.progress.step == 3:
             plant_nan(self)
-        return train_step(self, *args)
+        return train_step(self, *args, **options)
 
     monkeypatch.setattr(Trainer, "train_step", planting)
     config = small_config(max_batches=8)
@@ -197,10 +265,10 @@ def test_sigint_leaves_a_checkpoint_to_continue_from(small_config, monkeypatch):
     config = small_config(max_batches=8)
     train_step = Trainer.train_step
 
-    def interrupting(self, *args):
+    def interrupting(self, *args, **options):
         if self.progress.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return train_step(self, *args)
+        return train_step(self, *args, **options)
 
     monkeypatch.setattr(Trainer, "train_step", interrupting)
     with pytest.raises(KeyboardInterrupt):
@@ -246,7 +314,8 @@ def test_healthy_step_is_proved_with_exactly_the_intended_cuts(trainer):
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     report = trainer.prove()
     assert report.ok, str(report)
-    assert report.notes == []
+    (note,) = report.notes
+    assert note.startswith("the gradient is carried past Tensor.detach at qwen_fused/window.py")
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in trainer.model.named_parameters())
     assert rates == [group["lr"] for group in trainer.optimizer.param_groups]
     assert not trainer.optimizer.state
@@ -286,7 +355,7 @@ def test_symptom_is_told_in_the_log(small_config, monkeypatch):
 
 
 def test_out_of_memory_names_the_flags(small_config, monkeypatch):
-    def full(*args):
+    def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(Trainer, "train_step", full)
