@@ -123,6 +123,11 @@ class PromptWindow:
         """Whether the window has had its batches and waits for `flush`."""
         return self.batches >= self.size
 
+    @property
+    def reached(self) -> bool:
+        """Whether a backward has reached any of the window's prompts, so that `flush` has something to send."""
+        return self.restored is not None or any(leaf.grad is not None for leaf, _ in self.leaves)
+
     def prompts(self, keys: Sequence[Hashable]) -> Tensor:
         """The prompts of one batch, each computed at its first use in this window.
 
@@ -170,7 +175,7 @@ class PromptWindow:
         """
         if self.batches == 0:
             raise RuntimeError("nothing to flush: no prompts were handed out since the last flush")
-        if self.restored is None and all(leaf.grad is None for leaf, _ in self.leaves):
+        if not self.reached:
             raise RuntimeError(
                 "no gradient has reached the window's prompts: call backward() on a loss that uses them before flush()"
             )

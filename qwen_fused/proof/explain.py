@@ -45,7 +45,12 @@ def disconnected(subject: Subject, trace: Trace, missing: list[str]) -> tuple[li
         else:
             (dropped if trace.used & bit[name] else unused).append(name)
     findings, cuts = _in_backward(subject, graph) if graph else ([], [])
-    for event, names in sorted(by_line.values(), key=lambda pair: pair[0].order):
+
+    def order(pair: tuple[Event, list[str]]) -> tuple[bool, int]:
+        # what the given backward can carry on from is no cut by itself: another one then stands behind it
+        return pair[0].carried and subject.own_backward, pair[0].order
+
+    for event, names in sorted(by_line.values(), key=order):
         cut = event.cut(labels, sum(bit[n] for n in names))
         cuts.append(cut)
         where = f", first lost at {cut.at}" if cut.at else ""
