@@ -159,8 +159,9 @@ def test_widens_no_more_than_a_chunk_at_a_time(monkeypatch):
     assert list(chunks([])) == []
 
 
-def test_a_step_inside_a_window_is_refused():
-    weight = nn.Parameter(torch.ones(3, 2, dtype=torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_inside_a_window_is_refused(dtype):
+    weight = nn.Parameter(torch.ones(3, 2, dtype=dtype))
     optimizer = MasterAdamW([weight], lr=1e-6)
     window = PromptWindow(lambda keys: weight[keys].float(), 2)
     window.prompts([0]).sum().backward()

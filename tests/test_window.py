@@ -1,6 +1,7 @@
 """The window's gradient is the uncached one, whatever encode does at random, and resuming inside it is bitwise."""
 
 import io
+from functools import partial
 
 import numpy as np
 import pytest
@@ -56,8 +57,9 @@ def make(folders, kind: str, dtype: torch.dtype = torch.float32) -> QwenPrompt:
 class Run:
     """A small training loop: Qwen steps once per window, a head at every batch, gradients of each window kept."""
 
-    def __init__(self, prompt: QwenPrompt):
+    def __init__(self, prompt: QwenPrompt, autocast: bool = False):
         self.prompt = prompt
+        self.forward = partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=autocast)
         # gradients here have norms of hundreds; a larger step would amplify rounding from window to window
         self.qwen = torch.optim.SGD(prompt.qwen_parameters(), lr=1e-4)
         dtype = prompt.projection[0].weight.dtype
@@ -69,10 +71,11 @@ class Run:
 
     def backward(self, pooled: Tensor, batch: list[int], scale: float = 1.0) -> None:
         """A loss that is not linear in the prompts, differs from batch to batch and steps its own weights."""
-        out = self.prompt([TASKS[k] for k in batch], pooled).text
-        # one number of the stream, so that the random state moves between batches as an agent's would
-        noise = torch.rand((), dtype=out.dtype)
-        loss = (torch.tanh(pooled @ self.head.T).square().sum() + (out * noise).cos().sum()) * scale
+        with self.forward():
+            out = self.prompt([TASKS[k] for k in batch], pooled).text
+            # one number of the stream, so that the random state moves between batches as an agent's would
+            noise = torch.rand((), dtype=out.dtype)
+            loss = (torch.tanh(pooled @ self.head.T).square().sum() + (out * noise).cos().sum()) * scale
         loss.backward()
         self.losses.append(loss.detach() / scale)
         with torch.no_grad():
@@ -85,20 +88,22 @@ class Run:
         self.qwen.zero_grad()
 
 
-def run_window(prompt: QwenPrompt, size: int, mode: str, batches=BATCHES) -> Run:
-    run = Run(prompt)
+def run_window(prompt: QwenPrompt, size: int, mode: str, batches=BATCHES, autocast: bool = False) -> Run:
+    run = Run(prompt, autocast)
     window = PromptWindow(lambda keys: prompt.pooled([TASKS[k] for k in keys]), size, mode=mode)
     for number, batch in enumerate(batches, start=1):
-        run.backward(window.prompts(batch), batch)
+        with run.forward():
+            prompts = window.prompts(batch)
+        run.backward(prompts, batch)
         if window.full or number == len(batches):
             window.flush()
             run.step()
     return run
 
 
-def run_uncached(prompt: QwenPrompt, size: int, batches=BATCHES) -> Run:
+def run_uncached(prompt: QwenPrompt, size: int, batches=BATCHES, autocast: bool = False) -> Run:
     """Every batch through Qwen with its own graph; dropout falls for a key as at its first use in the window."""
-    run = Run(prompt)
+    run = Run(prompt, autocast)
     calls: list[tuple[list[int], Tensor]] = []
     for number, batch in enumerate(batches, start=1):
         new = list(dict.fromkeys(k for k in batch if not any(k in keys for keys, _ in calls)))
@@ -109,7 +114,8 @@ def run_uncached(prompt: QwenPrompt, size: int, batches=BATCHES) -> Run:
         table = {}
         for keys, state in calls:
             torch.set_rng_state(state)
-            table.update(zip(keys, prompt.pooled([TASKS[k] for k in keys]), strict=True))
+            with run.forward():
+                table.update(zip(keys, prompt.pooled([TASKS[k] for k in keys]), strict=True))
         torch.set_rng_state(after)
         run.backward(torch.stack([table[k] for k in batch]), batch)
         if number % size == 0 or number == len(batches):
@@ -119,8 +125,8 @@ def run_uncached(prompt: QwenPrompt, size: int, batches=BATCHES) -> Run:
 
 
 def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
-    difference = sum(float((g - w).double().square().sum()) for g, w in zip(got, want, strict=True))
-    return (difference / sum(float(w.double().square().sum()) for w in want)) ** 0.5
+    difference = sum(float((g - w).detach().double().square().sum()) for g, w in zip(got, want, strict=True))
+    return (difference / sum(float(w.detach().double().square().sum()) for w in want)) ** 0.5
 
 
 @pytest.mark.parametrize("mode", ["recompute", "retain"])
@@ -137,6 +143,37 @@ def test_gradient_equals_the_uncached_one(dtype, kind, mode, folders, exact_norm
         assert max(relative_error([a], [b]) for a, b in zip(g, w, strict=True)) < single
     assert relative_error(got.losses, want.losses) < whole
     assert relative_error(list(got.prompt.parameters()), list(want.prompt.parameters())) < whole
+
+
+@pytest.mark.parametrize("kind", ["dropout", "lora, checkpointing"])
+def test_gradient_under_autocast(kind, folders):
+    """bfloat16 rounds each backward pass, of a batch or of a window: equal to its rounding, 2^-8, and between modes."""
+    exact = run_uncached(make(folders, kind), 3)
+    want = run_uncached(make(folders, kind), 3, autocast=True)
+    got, retained = (run_window(make(folders, kind), 3, mode, autocast=True) for mode in ("recompute", "retain"))
+    assert relative_error(want.gradients[0], exact.gradients[0]) > 1e-3, "bfloat16 is at work"
+    assert relative_error(got.gradients[0], want.gradients[0]) < 2**-8
+    for g, r, w in zip(got.gradients, retained.gradients, want.gradients, strict=True):
+        # from the second window on the weights are no longer the same either
+        assert relative_error(g, w) < 0.03
+        assert all(map(torch.equal, g, r))
+
+
+def test_a_window_inside_one_autocast_block(folders):
+    """What the first pass, without a graph, leaves in autocast's cache of weights must not reach the second."""
+    gradients = []
+    for mode in ("recompute", "retain"):
+        prompt = make(folders, "qwen2")
+        window = PromptWindow(lambda keys, prompt=prompt: prompt.pooled([TASKS[k] for k in keys]), 3, mode=mode)
+        # the first window of all keeps its graph in both modes
+        for _ in range(2):
+            prompt.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                for batch in BATCHES[:3]:
+                    window.prompts(batch).tanh().square().sum().backward()
+                window.flush()
+        gradients.append([p.grad for p in prompt.qwen_parameters()])
+    assert all(map(torch.equal, *gradients))
 
 
 def test_gradient_equals_plain_batches_without_a_window(folders, exact_norms):  # noqa: F811
