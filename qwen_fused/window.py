@@ -17,10 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from qwen_fused.proof.labels import graph_leaves
 
 MODES = ("recompute", "retain")
 
@@ -61,19 +65,16 @@ class Chunk:
     autocast: tuple[bool, torch.dtype]
 
 
-def graph_leaves(output: Tensor) -> list[Tensor]:
-    """The leaf tensors, parameters as a rule, that gradient from `output` would reach."""
-    leaves: dict[int, Tensor] = {}
-    nodes, seen = [output.grad_fn], {output.grad_fn}
-    while nodes:
-        node = nodes.pop()
-        if hasattr(node, "variable"):
-            leaves[id(node.variable)] = node.variable
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                nodes.append(parent)
-    return list(leaves.values())
+@cache
+def watch_fused_steps() -> None:
+    """From now on, count a fused optimizer's step as the write to its parameters that it is: torch does not."""
+
+    def count(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
+
+    register_optimizer_step_post_hook(count)
 
 
 class PromptWindow:
@@ -106,6 +107,7 @@ class PromptWindow:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self.encode, self.size, self.mode = encode, size, mode
         self.parameters: list[Tensor] | None = None
+        watch_fused_steps()
         self._begin()
 
     def _begin(self) -> None:

@@ -171,12 +171,14 @@ class TestMisuse:
 
     @pytest.mark.parametrize("mode", ["recompute", "retain"])
     @pytest.mark.parametrize("then", ["prompts", "flush"])
-    def test_stepping_without_a_flush(self, mode, then):
+    # torch's fused step writes without counting it as a write
+    @pytest.mark.parametrize("how", [dict(fused=True), dict(foreach=True), dict(foreach=False)])
+    def test_stepping_without_a_flush(self, mode, then, how):
         encode = Table()
         window = PromptWindow(encode, 3, mode=mode)
         window.prompts([0]).sum().backward()
         encode.weight.grad = torch.ones_like(encode.weight)
-        torch.optim.AdamW([encode.weight], lr=1e-6).step()
+        torch.optim.AdamW([encode.weight], lr=1e-6, **how).step()
         with pytest.raises(RuntimeError, match="changed inside the window: call flush"):
             window.prompts([0]) if then == "prompts" else window.flush()
 
@@ -188,14 +190,19 @@ class TestMisuse:
         with pytest.raises(RuntimeError, match="changed inside the window"):
             window.prompts([0])
 
-    def test_stepping_after_a_flush_is_right(self):
-        encode = Table()
-        window = PromptWindow(encode, 1)
-        optimizer = torch.optim.SGD([encode.weight], lr=0.1)
-        for _ in range(3):
-            window.prompts([0]).sum().backward()
-            window.flush()
+    def test_stepping_others_inside_and_encode_after_a_flush_is_right(self):
+        encode, head = Table(), nn.Linear(4, 1)
+        window = PromptWindow(encode, 2)
+        # one optimizer for all, as a trainer may have it: what has no gradient stands still
+        optimizer = torch.optim.AdamW([encode.weight, *head.parameters()], lr=0.1, fused=True)
+        before = encode.weight.detach().clone()
+        for _ in range(6):
+            head(window.prompts([0])).sum().backward()
+            if window.full:
+                window.flush()
             optimizer.step()
+            optimizer.zero_grad()
+        assert not torch.equal(encode.weight, before)
 
     @pytest.mark.parametrize("leave", [PromptWindow.flush, PromptWindow.discard])
     def test_a_prompt_after_its_window(self, leave):
