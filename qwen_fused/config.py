@@ -118,6 +118,9 @@ class TrainConfig:
     """Folder in which the run gets a folder of its own."""
     resume: Path | None = None
     """Run folder or checkpoint to continue, bitwise, in the same folder."""
+    trackers: str = "auto"
+    """Where numbers and pictures go besides metrics.jsonl: auto (TensorBoard where it is installed), none, or names of
+    tensorboard, trackio and wandb with commas between."""
     log_every: int = 50
     """Batches between log lines."""
     checkpoint_every: int = 50

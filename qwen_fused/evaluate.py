@@ -51,6 +51,7 @@ class Record:
     index: int
     attempts: tuple[np.ndarray, ...]  # [h, w] uint8 each, best first
     score: Score | None
+    answer_size: tuple[int, int] | None = None  # rows and columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +129,7 @@ class Evaluation:
                 "index": record.index,
                 "attempts": [grid.tolist() for grid in record.attempts],
                 "score": asdict(record.score) if record.score else None,
+                "answer_size": record.answer_size,
             }
             for record in self.records
         ]
@@ -183,7 +185,10 @@ def evaluate(
                 progress(len(attempts), len(order))
     return Evaluation(
         tuple(
-            Record(episode.task_id, episode.index, attempts[number], _score(attempts[number], episode))
+            Record(
+                episode.task_id, episode.index, attempts[number], _score(attempts[number], episode),
+                None if episode.answer is None else episode.answer.shape,
+            )
             for number, episode in enumerate(episodes)
         )
     )

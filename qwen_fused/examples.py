@@ -1,8 +1,9 @@
 """Examples of a run: one episode with its plan, prediction and target, written by the trainer, drawn by the report.
 
 examples.json is a list of {"task_id": str, "index": int, "input": grid, "target": grid or null, "predicted": grid,
-"plan": [grid of each planning step, first to last], "demonstrations": [[input, output], ...]}; plan and demonstrations
-may be left out. A grid is a list of rows of colours.
+"plan": [grid of each planning step, first to last], "backward": [the input as the backward plan makes it of the target,
+then its grid beside each planning step, first to last], "demonstrations": [[input, output], ...], "why": str};
+everything after "predicted" may be left out. A grid is a list of rows of colours.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from qwen_fused.evaluate import cell_accuracy
-from qwen_fused.figures import ARC_COLORS, ERROR_COLORS, error_grid
+from qwen_fused.grids import ARC_COLORS, ERROR_COLORS, error_grid
 from qwen_fused.tasks import parse_grid
 
 KEYS = ("task_id", "index", "input", "target", "predicted")
@@ -33,7 +34,9 @@ class Example:
     target: np.ndarray | None
     predicted: np.ndarray
     plan: tuple[np.ndarray, ...]  # what each planning step would answer, first to last
+    backward: tuple[np.ndarray, ...]  # the input as made of the target, then the grid beside each planning step
     demonstrations: tuple[tuple[np.ndarray, np.ndarray], ...]
+    why: str  # what it is an example of
 
     @property
     def solved(self) -> bool:
@@ -59,6 +62,14 @@ class Example:
         return row
 
     @property
+    def backward_row(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
+        """The backward plan, each grid where `row` has its forward counterpart."""
+        return [
+            (f"back {number}" if number else "input, made back", grid, ARC_COLORS)
+            for number, grid in enumerate(self.backward)
+        ]
+
+    @property
     def cell(self) -> int:
         """Pixels of a cell: one size for all grids, so that they compare, and nine of them fit in a row."""
         side = max(side for _, grid, _ in self.row for side in grid.shape)
@@ -71,19 +82,23 @@ def write_examples(path: str | Path, examples: Iterable[Mapping[str, Any]]) -> N
     Raises:
         ValueError: an example lacks a key, or one of its grids is not a grid; the message says which.
     """
-    written = []
-    for number, example in enumerate(examples):
-        plain = {key: example[key] for key in KEYS if key in example}
-        plain |= {key: _plain(plain[key]) for key in ("input", "target", "predicted") if key in plain}
-        plain["plan"] = [_plain(grid) for grid in example.get("plan", ())]
-        plain["demonstrations"] = [[_plain(grid) for grid in pair] for pair in example.get("demonstrations", ())]
-        read_example(plain, f"examples[{number}]")
-        written.append(plain)
+    written = [plain_example(example, f"examples[{number}]") for number, example in enumerate(examples)]
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     # the index may come as one of numpy's integers
     partial.write_text(json.dumps(written, default=int))
     os.replace(partial, path)
+
+
+def plain_example(example: Mapping[str, Any], where: str = "example") -> dict[str, Any]:
+    """An example as examples.json holds it, from arrays or lists; ValueError names `where` and what is wrong."""
+    plain = {key: example[key] for key in KEYS if key in example}
+    plain |= {key: _plain(plain[key]) for key in ("input", "target", "predicted") if key in plain}
+    plain |= {key: [_plain(grid) for grid in example.get(key, ())] for key in ("plan", "backward")}
+    plain["why"] = str(example.get("why", ""))
+    plain["demonstrations"] = [[_plain(grid) for grid in pair] for pair in example.get("demonstrations", ())]
+    read_example(plain, where)
+    return plain
 
 
 def read_examples(content: Sequence[Any], source: str) -> list[Example]:
@@ -107,7 +122,7 @@ def read_example(content: Any, where: str) -> Example:
         except ValueError as error:
             raise ValueError(f"{where}, {key}: the grid {error}") from error
 
-    for key in ("plan", "demonstrations"):
+    for key in ("plan", "backward", "demonstrations"):
         if not isinstance(content.get(key, []), list):
             raise ValueError(f"{where}, {key} must be a list, got {type(content[key]).__name__}")
     pairs = content.get("demonstrations", [])
@@ -120,7 +135,9 @@ def read_example(content: Any, where: str) -> Example:
         target=None if content["target"] is None else grid("target", content["target"]),
         predicted=grid("predicted", content["predicted"]),
         plan=tuple(grid("plan", step) for step in content.get("plan", [])),
+        backward=tuple(grid("backward", step) for step in content.get("backward", [])),
         demonstrations=tuple((grid("demonstrations", a), grid("demonstrations", b)) for a, b in pairs),
+        why=str(content.get("why", "")),
     )
 
 

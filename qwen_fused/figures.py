@@ -1,4 +1,4 @@
-"""Pictures of a run: curves as matplotlib figures, grids as one-pixel-per-cell PNGs in the ARC colours.
+"""Curves of a run as matplotlib figures, and how a figure goes on a page and into a PNG.
 
 A curve is drawn once and saved twice. In the PNG its colours are as written here; in the SVG each becomes a CSS
 variable, so that one picture is right on a light and on a dark page.
@@ -6,32 +6,16 @@ variable, so that one picture is right on a light and on a dark page.
 
 from __future__ import annotations
 
-import base64
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.image import imsave
-
-# the palette of arcprize.org, by colour number
-ARC_COLORS = np.array(
-    [
-        (0x00, 0x00, 0x00), (0x1E, 0x93, 0xFF), (0xF9, 0x3C, 0x31), (0x4F, 0xCC, 0x30), (0xFF, 0xDC, 0x00),
-        (0x99, 0x99, 0x99), (0xE5, 0x3A, 0xA3), (0xFF, 0x85, 0x1B), (0x87, 0xD8, 0xF1), (0x92, 0x12, 0x31),
-    ],
-    dtype=np.uint8,
-)  # fmt: skip
-
-# error mask: what became of each cell; the alpha lets a quiet cell take the page's colour, light or dark
-RIGHT, WRONG, MISSING, EXTRA = range(4)
-ERROR_COLORS = np.array(
-    [(0x89, 0x87, 0x81, 0x40), (0xE3, 0x49, 0x48, 0xFF), (0xED, 0xA1, 0x00, 0xFF), (0x90, 0x85, 0xE9, 0xFF)], np.uint8
-)
+from matplotlib.image import imread
 
 # css variable -> its light value; the dark ones are in report.html
 INK = {
@@ -44,7 +28,7 @@ INK = {
     "series-3": "#eb6834",
 }
 
-_RC: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qwen-fused",
     "font.family": "sans-serif",
@@ -133,7 +117,7 @@ def draw_chart(chart: Chart, metrics: Mapping[str, np.ndarray]) -> Figure | None
         return None
     steps = metrics["step"]
     window = mean_window(len(steps))
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 2.7))
         # room for the legend where there is one
         axes = figure.add_axes((0.09, 0.16, 0.895, 0.74 if len(shown) > 1 else 0.81))
@@ -192,15 +176,20 @@ def epoch_starts(metrics: Mapping[str, np.ndarray]) -> np.ndarray:
 def to_png(figure: Figure, dpi: int = 150) -> bytes:
     """The figure as a PNG in the light colours."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
+
+
+def to_pixels(figure: Figure, dpi: int = 100) -> np.ndarray:
+    """The figure as an image [h, w, 3] uint8 in the light colours."""
+    return (imread(io.BytesIO(to_png(figure, dpi)))[..., :3] * 255).round().astype(np.uint8)
 
 
 def to_svg(figure: Figure, name: str) -> str:
     """The figure as an <svg> element for a page: colours as CSS variables, ids that begin with `name`."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -211,44 +200,3 @@ def to_svg(figure: Figure, name: str) -> str:
     for variable, color in INK.items():
         svg = svg.replace(color, f"var(--{variable})")
     return svg
-
-
-def error_grid(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """What became of each cell: RIGHT, WRONG, MISSING (not reached by the prediction) or EXTRA (outside the target)."""
-    height, width = np.maximum(predicted.shape, target.shape)
-    h, w = np.minimum(predicted.shape, target.shape)
-    # where neither grid reaches, in an L-shaped corner, there is nothing to be right or wrong about
-    codes = np.full((height, width), RIGHT, np.uint8)
-    codes[: predicted.shape[0], : predicted.shape[1]] = EXTRA
-    codes[: target.shape[0], : target.shape[1]] = MISSING
-    codes[:h, :w] = np.where(predicted[:h, :w] == target[:h, :w], RIGHT, WRONG)
-    return codes
-
-
-def grid_uri(grid: np.ndarray, colors: np.ndarray = ARC_COLORS) -> str:
-    """A grid as a data URI of a PNG with one pixel per cell, to be enlarged by the page."""
-    buffer = io.BytesIO()
-    imsave(buffer, colors[grid], format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def draw_grids(title: str, grids: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> Figure:
-    """Captioned grids side by side, each given with its colour table, with cells of one size."""
-    gap = 0.12 * max(max(grid.shape) for _, grid, _ in grids)
-    tallest = max(grid.shape[0] for _, grid, _ in grids)
-    slots = [max(grid.shape[1], 4 * gap) + gap for _, grid, _ in grids]
-    with matplotlib.rc_context(_RC):
-        # one inch to eight gaps; a slot is never narrower than its caption
-        figure = Figure(figsize=(sum(slots) / (8 * gap), (tallest + 5 * gap) / (8 * gap)))
-        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, sum(slots)), ylim=(tallest + 2 * gap, -3 * gap))
-        axes.set_axis_off()
-        axes.text(gap / 2, -2 * gap, title, fontsize=9, va="center", parse_math=False)
-        left = gap / 2
-        for (caption, grid, colors), slot in zip(grids, slots, strict=True):
-            h, w = grid.shape
-            # from the bottom line up, as on the page
-            axes.imshow(colors[grid], interpolation="nearest", extent=(left, left + w, tallest, tallest - h), zorder=1)
-            axes.text(left, tallest + gap, f"{caption} {h}x{w}", fontsize=6.5, va="center", color=INK["muted"])
-            left += slot
-        axes.set(xlim=(0, sum(slots)), ylim=(tallest + 2 * gap, -3 * gap))
-    return figure

@@ -214,6 +214,21 @@ class QwenPlanner(nn.Module):
             (h, w), logits = sizes[0], self.plan_at(upright, encoded[0], sizes)
         return list(logits[0].argmax(1)[:, :h, :w].cpu().numpy().astype(np.uint8))
 
+    @torch.no_grad()
+    def backward_steps(self, episode: Episode) -> list[np.ndarray]:
+        """What the backward plan makes of a known answer: the query, then its grid beside each planning step.
+
+        The prompt is from the demonstrations alone, as ever; nothing here is a prediction.
+        """
+        with evaluating(self):
+            batch = collate([episode]).to(self.agent.copy_scale.device)
+            prompt, _ = self.refined_prompt([episode.without_answer()])
+            plan = self.agent(prompt, batch.query, batch.query_size, batch.target_size, target=batch.target)
+        (rows, columns), (h, w) = episode.query.shape, batch.target_size[0].tolist()
+        query = plan.back_input[0, :, :rows, :columns]
+        steps = plan.back_logits[0, :, :, :h, :w]
+        return [grid.cpu().numpy().astype(np.uint8) for grid in (query.argmax(0), *steps.argmax(1))]
+
 
 def further_attempts(probabilities: np.ndarray, other: np.ndarray, count: int) -> list[np.ndarray]:
     """Attempts after the first: another grid where there is one, then the first with a least certain cell changed."""

@@ -20,7 +20,7 @@ import jinja2
 import numpy as np
 import yaml
 
-from qwen_fused import figures
+from qwen_fused import figures, grids
 from qwen_fused.examples import read_examples, write_examples
 
 __all__ = ["read_metrics", "write_examples", "write_report"]
@@ -69,13 +69,13 @@ def write_report(run_dir: str | Path) -> Path:
     for outdated in pictures.glob("example-*.png"):
         outdated.unlink()
     for number, example in enumerate(examples):
-        figure = figures.draw_grids(f"{example.task_id}  ·  {example.verdict}", example.row)
+        figure = grids.draw_grids(f"{example.task_id}  ·  {example.verdict}", example.row)
         _replace(pictures / f"example-{number + 1:02d}.png", figures.to_png(figure))
 
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"share": _share, "short": _short, "uri": figures.grid_uri}
+    environment.filters |= {"share": _share, "short": _short, "uri": grids.grid_uri}
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     template = environment.from_string(resources.files("qwen_fused").joinpath("report.html").read_text("utf-8"))
     page = template.render(
@@ -90,9 +90,9 @@ def write_report(run_dir: str | Path) -> Path:
         examples=examples,
         proof=proof,
         light=figures.INK,
-        arc=figures.ARC_COLORS,
-        arc_colors=["#" + bytes(color).hex() for color in figures.ARC_COLORS],
-        error_colors=["#" + bytes(color).hex() for color in figures.ERROR_COLORS],
+        arc=grids.ARC_COLORS,
+        arc_colors=["#" + bytes(color).hex() for color in grids.ARC_COLORS],
+        error_colors=["#" + bytes(color).hex() for color in grids.ERROR_COLORS],
     )
     _replace(run_dir / "report.html", page.encode())
     return run_dir / "report.html"

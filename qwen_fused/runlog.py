@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from qwen_fused.examples import plain_example, read_examples
+from qwen_fused.figures import to_pixels
+from qwen_fused.grids import draw_rows
+from qwen_fused.trackers import Trackers
 
 METRICS = (
     "step",
@@ -43,6 +48,25 @@ METRICS = (
 )
 
 
+class Rows:
+    """A file of JSON lines, each with its step; a run that goes on from `resume_step` writes the later ones again."""
+
+    def __init__(self, path: Path, resume_step: int | None):
+        if resume_step is not None and path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line) <= resume_step]
+            path.write_text("".join(kept))
+        # line-buffered: a killed run keeps every finished row
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row."""
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 class RunLog:
     """Writes a run's log files, and shows it on the terminal: a bar where there is one, plain lines otherwise.
 
@@ -50,18 +74,25 @@ class RunLog:
         folder: the run folder.
         resume_step: batches the checkpoint to continue from had done; rows after it are cut off, so that every
             batch is in metrics.jsonl once.
+        trackers: names of the trackers that get the same numbers.
+        config: the run's configuration, plain, for the trackers.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        resume_step: int | None = None,
+        trackers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+    ):
         self.folder = folder
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        metrics = folder / "metrics.jsonl"
-        if resume_step is not None and metrics.exists():
-            kept = [line for line in metrics.read_text().splitlines(keepends=True) if _step(line) <= resume_step]
-            metrics.write_text("".join(kept))
-        # line-buffered: a killed run keeps every finished row
-        self._metrics = open(metrics, "a", buffering=1)  # noqa: SIM115
+        self._metrics = Rows(folder / "metrics.jsonl", resume_step)
+        self._gradients = Rows(folder / "gradients.jsonl", resume_step)
+        self._predictions = Rows(folder / "predictions.jsonl", resume_step)
         self._log = open(folder / "train.log", "a", buffering=1)  # noqa: SIM115
+        self._trackers = Trackers(trackers, folder, config or {}, resume_step, self.say)
 
     def say(self, text: str) -> None:
         """One line to the terminal and to train.log."""
@@ -69,13 +100,29 @@ class RunLog:
         self._log.write(text + "\n")
 
     def row(self, metrics: dict[str, Any]) -> None:
-        """One batch to metrics.jsonl."""
-        self._metrics.write(json.dumps({name: metrics[name] for name in METRICS}) + "\n")
+        """One batch to metrics.jsonl and to the trackers."""
+        values = {name: metrics[name] for name in METRICS}
+        self._metrics.write(values)
+        self._trackers.numbers(metrics["step"], {name: value for name, value in values.items() if name != "step"})
+
+    def gradients(self, step: int, norms: Mapping[str, float]) -> None:
+        """The gradient norm of each of Qwen's layers in one batch, to gradients.jsonl and to the trackers."""
+        self._gradients.write({"step": step, "norms": dict(norms)})
+        self._trackers.numbers(step, {f"qwen_grad/{name}": norm for name, norm in norms.items()})
+
+    def predictions(self, step: int, examples: Sequence[Mapping[str, Any]]) -> None:
+        """What the watched episodes are answered after `step` batches, to predictions.jsonl and as a picture."""
+        plain = [plain_example(example) for example in examples]
+        self._predictions.write({"step": step, "examples": plain})
+        if self._trackers:
+            rows = [(f"{e.task_id}  ·  {e.verdict}", e.row) for e in read_examples(plain, "predictions")]
+            self._trackers.picture(step, "predictions", to_pixels(draw_rows(rows, width=6)))
 
     def close(self) -> None:
-        """Close both files."""
-        self._metrics.close()
-        self._log.close()
+        """Close every file and tracker."""
+        self._trackers.close()
+        for file in (self._metrics, self._gradients, self._predictions, self._log):
+            file.close()
 
     @contextmanager
     def progress(self, total: int, done: int, title: str) -> Iterator[Any]:

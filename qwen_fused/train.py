@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qwen_fused.checkpoint import find_checkpoint, read_state, write_state
 from qwen_fused.config import TrainConfig
-from qwen_fused.data import Task, test_episodes
+from qwen_fused.data import test_episodes
 from qwen_fused.evaluate import Evaluation, evaluate, write_submission
 from qwen_fused.examples import write_examples
-from qwen_fused.model import QwenPlanner
 from qwen_fused.report import write_report
 from qwen_fused.runlog import RunLog, log_line
+from qwen_fused.trackers import tracker_names
 from qwen_fused.trainer import PendingBatch, Trainer, TrainingStopped
+from qwen_fused.watched import chosen_examples, watched_episodes, watched_examples
 
 TRAINING_TASKS_SHOWN = 100
 
@@ -31,6 +32,7 @@ def train(config: TrainConfig) -> Path:
         TrainingStopped: a gradient is NaN or Inf and the configuration says stop, the proof failed, or memory ran out.
         KeyboardInterrupt: SIGINT, after a checkpoint was written.
     """
+    trackers = tracker_names(config.trackers)
     checkpoint = find_checkpoint(config.resume) if config.resume else None
     folder = checkpoint.parent.parent if checkpoint else new_run_folder(config.out)
     try:
@@ -44,7 +46,8 @@ def train(config: TrainConfig) -> Path:
         trainer.load_state_dict(read_state(checkpoint))
     else:
         config.save(folder / "config.yaml")
-    log = RunLog(folder, resume_step=trainer.progress.step if checkpoint else None)
+    resume_step = trainer.progress.step if checkpoint else None
+    log = RunLog(folder, resume_step=resume_step, trackers=trackers, config=config.to_dict())
     try:
         describe_run(trainer, log, checkpoint)
         prove_first(trainer, log)
@@ -82,6 +85,9 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
     last = min(trainer.total_batches, config.max_batches or trainer.total_batches)
     clock = Clock(config.max_minutes)
     pending: PendingBatch | None = None
+    if progress.step == 0:
+        watched = watched_episodes(trainer.held_out)
+        log.predictions(0, watched_examples(watched, evaluate(trainer.model, watched, batch_size=config.batch_size)))
     with catch_sigint() as interrupted, log.progress(last, progress.step, "training") as advance:
         while progress.step < last:
             epoch, index = divmod(progress.step, per_epoch)
@@ -126,6 +132,7 @@ def log_batch(trainer: Trainer, log: RunLog, pending: PendingBatch | None) -> No
         raise
     metrics["episodes_per_second"] = pending.episodes / pending.seconds
     log.row(metrics)
+    log.gradients(pending.step, trainer.layer_norms)
     for hint in trainer.hints:
         log.say(str(hint))
     if pending.step == 1 or pending.step % trainer.config.log_every == 0:
@@ -158,6 +165,7 @@ def validate(trainer: Trainer, log: RunLog) -> Evaluation:
     """Evaluate on the held-out tasks, and keep the weights when cell accuracy is the best so far."""
     result = evaluate(trainer.model, test_episodes(trainer.held_out), batch_size=trainer.config.batch_size)
     log.say(f"Validation after batch {trainer.progress.step}: {describe_evaluation(result)}")
+    log.predictions(trainer.progress.step, watched_examples(watched_episodes(trainer.held_out), result))
     if result.cell_accuracy > trainer.progress.best_accuracy:
         trainer.progress.best_accuracy = result.cell_accuracy
         (trainer.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -176,27 +184,8 @@ def finish(trainer: Trainer, log: RunLog) -> None:
     evaluation = {"validation": validation.to_dict(), "training": training.to_dict()}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     write_submission(folder / "submission.json", trainer.held_out, validation.predictions)
-    write_examples(folder / "examples.json", examples(model, trainer.held_out, validation))
+    write_examples(folder / "examples.json", chosen_examples(model, trainer.held_out, validation))
     log.say(f"Report: {write_report(folder)}")
-
-
-def examples(model: QwenPlanner, tasks: Sequence[Task], evaluation: Evaluation, count: int = 12) -> list[dict]:
-    """Held-out episodes for the report: the best ones first, with the grid of every planning step."""
-    episodes = test_episodes(tasks)
-    order = sorted(range(len(episodes)), key=lambda k: -evaluation.records[k].score.cells)
-    chosen = order[: count // 2] + order[len(order) // 2 :][: count - count // 2]
-    return [
-        {
-            "task_id": episodes[k].task_id,
-            "index": episodes[k].index,
-            "demonstrations": [(p.input, p.output) for p in episodes[k].demonstrations],
-            "input": episodes[k].query,
-            "target": episodes[k].answer,
-            "plan": model.plan_steps(episodes[k]),
-            "predicted": evaluation.records[k].attempts[0],
-        }
-        for k in chosen
-    ]
 
 
 def describe_run(trainer: Trainer, log: RunLog, checkpoint: Path | None) -> None:

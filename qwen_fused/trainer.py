@@ -96,6 +96,7 @@ class Trainer:
         self.progress = Progress()
         self.monitor = GradientMonitor()
         self.hints: list[Hint] = []
+        self.layer_norms: dict[str, float] = {}
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """AdamW with a rate per group, float32 masters for bfloat16 weights; vectors and scalars are not decayed."""
@@ -175,7 +176,9 @@ class Trainer:
             self.optimizer.step()
 
     def read(self, pending: PendingBatch) -> dict[str, Any]:
-        """The metrics of a batch, in the order in which the batches ran; `hints` are then what they made show.
+        """The metrics of a batch, in the order in which the batches ran.
+
+        `hints` are then what they made show, and `layer_norms` the gradient norm of each of Qwen's layers.
 
         Raises:
             TrainingStopped: its gradient was NaN or Inf and the configuration says stop.
@@ -200,6 +203,9 @@ class Trainer:
             "nonfinite": self.progress.nonfinite,
             "lr_qwen": pending.rates["qwen"],
             "lr_agent": pending.rates["agent"],
+        }
+        self.layer_norms = {
+            name.removeprefix("qwen/"): row["norm"] for name, row in gradients.items() if name.startswith("qwen/")
         }
         self.hints = self.monitor.observe(pending.step, metrics, gradients)
         return metrics

@@ -101,6 +101,7 @@ def small_config(small_arc, tmp_path):
             dataset=str(small_arc), val_fraction=0.25, batch_size=4, agent_channels=16, prompt_dim=32,
             policy_hidden=32, plan_steps=3, device="cpu", out=tmp_path / "runs", epochs=8, log_every=5,
             checkpoint_every=1000, eval_every=0, prove=False, prompt_window=1,
+            trackers="none",
         )  # fmt: skip
         return TrainConfig(**{**small, **changes})
 

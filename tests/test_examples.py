@@ -18,7 +18,9 @@ def make(**changes) -> dict:
         "target": np.array([[3], [4]]),
         "predicted": np.array([[3], [5]]),
         "plan": [np.zeros((2, 2), np.int64)],
+        "backward": [np.full((1, 2), 6, np.uint8), [[7], [8]]],
         "demonstrations": [(np.ones((1, 1), np.uint8), [[2]])],
+        "why": "hardest",
     }
     example.update(changes)
     return {key: value for key, value in example.items() if value is not ...}
@@ -26,12 +28,16 @@ def make(**changes) -> dict:
 
 def test_round_trip(tmp_path):
     path = tmp_path / "examples.json"
-    write_examples(path, [make(), make(target=None, plan=..., demonstrations=...)])
+    write_examples(path, [make(), make(target=None, plan=..., backward=..., demonstrations=..., why=...)])
     first, second = read_examples(json.loads(path.read_text()), "examples.json")
     assert (first.task_id, first.index) == ("t", 1)
     assert first.input.tolist() == [[1, 2]] and first.target.tolist() == [[3], [4]]
     assert first.predicted.tolist() == [[3], [5]] and first.plan[0].tolist() == [[0, 0], [0, 0]]
     assert [[grid.tolist() for grid in pair] for pair in first.demonstrations] == [[[[1]], [[2]]]]
+    assert [(caption, grid.tolist()) for caption, grid, _ in first.backward_row] == [
+        ("input, made back", [[6, 6]]), ("back 1", [[7], [8]])
+    ]  # fmt: skip
+    assert first.why == "hardest" and second.why == "" and second.backward_row == []
     assert second.target is None and second.plan == () and second.demonstrations == ()
     assert [file.name for file in tmp_path.iterdir()] == ["examples.json"]
 

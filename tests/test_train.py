@@ -8,6 +8,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,28 @@ def test_run_leaves_everything_it_promises(small_config):
     assert (folder / "checkpoints" / "best.safetensors").exists()
 
 
+def test_layers_and_predictions_are_kept(small_config):
+    config = small_config(max_batches=10, eval_every=1, batch_size=8)
+    folder = train(config)
+    norms = [json.loads(line) for line in (folder / "gradients.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in norms] == list(range(1, 11))
+    for row, metrics in zip(norms, rows(folder), strict=True):
+        assert {"layer 0", "other"} <= set(row["norms"])
+        # the layers are all of Qwen
+        assert sum(n * n for n in row["norms"].values()) ** 0.5 == pytest.approx(metrics["qwen_grad"], rel=1e-4)
+    shown = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    ids = [[(e["task_id"], e["index"]) for e in row["examples"]] for row in shown]
+    assert shown[0]["step"] == 0 and shown[-1]["step"] == 10 and len(shown) >= 3
+    assert all(row == ids[0] for row in ids) and ids[0]
+    assert any(a["predicted"] != b["predicted"] for a, b in zip(*[shown[k]["examples"] for k in (0, -1)], strict=True))
+    # the last validation is the evaluation of the run
+    evaluation = json.loads((folder / "evaluation.json").read_text())["validation"]["records"]
+    attempts = {(r["task_id"], r["index"]): r["attempts"][0] for r in evaluation}
+    assert all(e["predicted"] == attempts[e["task_id"], e["index"]] for e in shown[-1]["examples"])
+    sizes = {(r["task_id"], r["index"]): tuple(r["answer_size"]) for r in evaluation}
+    assert all(np.shape(e["target"]) == sizes[e["task_id"], e["index"]] for e in shown[-1]["examples"])
+
+
 # an epoch has 10 batches: with windows of 4, batch 18 is in the middle of one
 @pytest.mark.parametrize(("window", "mode", "at"), [(1, "recompute", 20), (4, "recompute", 18), (4, "retain", 17)])
 def test_resume_is_bitwise(small_config, window, mode, at):
@@ -66,6 +89,7 @@ def test_resume_is_bitwise(small_config, window, mode, at):
     assert again == broken
     a, b = rows(straight), rows(broken)
     assert len(a) == len(b) == 40 and untimed(a) == untimed(b)
+    assert (straight / "gradients.jsonl").read_text() == (broken / "gradients.jsonl").read_text()
     states = [read_state(list_checkpoints(f / "checkpoints")[-1]) for f in (straight, broken)]
     torch.testing.assert_close(*[s["model"] for s in states], rtol=0, atol=0)
     torch.testing.assert_close(*[s["optimizer"]["state"] for s in states], rtol=0, atol=0)
