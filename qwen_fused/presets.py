@@ -36,6 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dataset": "arc2",
         "qwen": "Qwen/Qwen2.5-1.5B",
         "pooling": "mean",
+        "prompt_window": 10,
         "prompt_dim": 256,
         "batch_size": 1,
         "augment": 0.0,

@@ -103,10 +103,12 @@ class RunLog:
         """One batch to metrics.jsonl and to the trackers."""
         values = {name: metrics[name] for name in METRICS}
         self._metrics.write(values)
-        self._trackers.numbers(metrics["step"], {name: value for name, value in values.items() if name != "step"})
+        # Qwen's norm is not known before the first window ends
+        known = {name: value for name, value in values.items() if name != "step" and value is not None}
+        self._trackers.numbers(metrics["step"], known)
 
     def gradients(self, step: int, norms: Mapping[str, float]) -> None:
-        """The gradient norm of each of Qwen's layers in one batch, to gradients.jsonl and to the trackers."""
+        """The gradient norm of each of Qwen's layers where Qwen steps, to gradients.jsonl and to the trackers."""
         self._gradients.write({"step": step, "norms": dict(norms)})
         self._trackers.numbers(step, {f"qwen_grad/{name}": norm for name, norm in norms.items()})
 

@@ -88,6 +88,7 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
     if progress.step == 0:
         watched = watched_episodes(trainer.held_out)
         log.predictions(0, watched_examples(watched, evaluate(trainer.model, watched, batch_size=config.batch_size)))
+        clock.pause()
     with catch_sigint() as interrupted, log.progress(last, progress.step, "training") as advance:
         while progress.step < last:
             epoch, index = divmod(progress.step, per_epoch)
@@ -132,7 +133,8 @@ def log_batch(trainer: Trainer, log: RunLog, pending: PendingBatch | None) -> No
         raise
     metrics["episodes_per_second"] = pending.episodes / pending.seconds
     log.row(metrics)
-    log.gradients(pending.step, trainer.layer_norms)
+    if pending.flushed:
+        log.gradients(pending.step, trainer.layer_norms)
     for hint in trainer.hints:
         log.say(str(hint))
     if pending.step == 1 or pending.step % trainer.config.log_every == 0:

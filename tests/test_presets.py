@@ -34,6 +34,7 @@ def test_seed_has_the_original_numbers():
     assert (config.qwen_lr, config.agent_lr, config.policy_lr, config.weight_decay) == (5e-5, 1e-5, 5e-5, 1e-6)
     assert (config.policy_hidden, config.delta_scale, config.prompt_dim, config.clip) == (512, 0.2, 256, 1)
     assert (config.checkpoint_every, config.keep_checkpoints, config.log_every, config.epochs) == (50, 5, 50, 10)
+    assert config.prompt_window == 10
     assert (config.dataset, config.qwen, config.pooling) == ("arc2", "Qwen/Qwen2.5-1.5B", "mean")
 
 

@@ -28,9 +28,11 @@ def read_events(folder):
 
 def test_a_run_in_tensorboard(small_config, capsys):
     pytest.importorskip("tensorboard")
-    folder = train(small_config(max_batches=4, trackers="tensorboard"))
+    folder = train(small_config(max_batches=4, trackers="tensorboard", prompt_window=2))
     scalars, pictures = read_events(folder / "tensorboard")
     assert [step for step, _ in scalars["loss"]] == [1, 2, 3, 4]
+    # Qwen steps at the end of each window
+    assert [step for step, _ in scalars["qwen_grad/layer 0"]] == [2, 4]
     assert {"qwen_grad", "mask_ratio", "reward", "qwen_grad/layer 0", "qwen_grad/other"} <= set(scalars)
     assert pictures["predictions"] == [0, 4]
     assert "failed" not in capsys.readouterr().out

@@ -79,6 +79,13 @@ def test_layers_and_predictions_are_kept(small_config):
     assert all(np.shape(e["target"]) == sizes[e["task_id"], e["index"]] for e in shown[-1]["examples"])
 
 
+def test_layers_are_kept_where_qwen_steps(small_config):
+    # an epoch has 10 batches: windows of 4 end after 4, 8 and, with the epoch, 10
+    folder = train(small_config(max_batches=12, prompt_window=4))
+    norms = [json.loads(line) for line in (folder / "gradients.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in norms] == [4, 8, 10]
+
+
 # an epoch has 10 batches: with windows of 4, batch 18 is in the middle of one
 @pytest.mark.parametrize(("window", "mode", "at"), [(1, "recompute", 20), (4, "recompute", 18), (4, "retain", 17)])
 def test_resume_is_bitwise(small_config, window, mode, at):
