@@ -31,7 +31,7 @@ lint: $(STAMP)
 	$(BIN)/clang-format --dry-run -Werror csrc/*
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest bench/bench_*.py -o python_files='bench_*.py' $(ARGS)
+	$(BIN)/qwen-fused bench $(ARGS)
 
 # CUDA kernels for each GPU generation: warnings are errors, registers and spills are told; no torch, no GPU needed
 CUDA_HOME ?= /usr/local/cuda

@@ -1,42 +1,37 @@
-"""Per-group gradient norms and clipping against what a user would otherwise call, taken in turns in one process.
+"""Per-group gradient norms and clipping against what a user would otherwise call.
 
 Nothing is timed before ours gave the norms and the clipped gradients that float64 gives; the others' errors are told.
 `read` is a plain sum over the same gradients: what reading them once costs, and so the ceiling of `measure`.
-
-    python bench/bench_grad_norm.py                             # 2000 small tensors; the shapes of Qwen2.5-0.5B
-    python bench/bench_grad_norm.py --case qwen2.5-1.5b --dtype bfloat16 --device cuda
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable
-from pathlib import Path
+import functools
+from collections.abc import Callable, Iterator
 
+import pytest
 import torch
+from harness import Call, Comparison, WrongResult, benchmark_one, default_device, refuse
 from torch import nn
 from transformers import AutoModel, Qwen2Config
 
 from qwen_fused import backends
 from qwen_fused.gradients import GroupGradNorm
 
-RESULTS = Path(__file__).parent / "results"
 QWEN = {
     "qwen2.5-0.5b": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, intermediate_size=4864),
     "qwen2.5-1.5b": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, intermediate_size=8960),
 }
+SMALL = "2000 small"
+TITLES = ("measure", "measure + clip", "measure + clip, within bounds")
 LOOSE = 1e9
+LIMIT = 1e-5
+Groups = dict[str, list[nn.Parameter]]
 
 
 def shapes_of(case: str) -> dict[str, list[torch.Size]]:
     """Group -> shapes; of a Qwen's config alone, no weights."""
-    if case == "2000 small":
+    if case == SMALL:
         return {f"group{i}": [torch.Size([16, 16])] * 500 for i in range(4)}
     config = Qwen2Config(**QWEN[case], vocab_size=151936, num_key_value_heads=2, tie_word_embeddings=True)
     with torch.device("meta"):
@@ -50,9 +45,9 @@ def shapes_of(case: str) -> dict[str, list[torch.Size]]:
     return groups
 
 
-def make(case: str, dtype: torch.dtype, device: torch.device) -> dict[str, list[nn.Parameter]]:
+def make(case: str, dtype: torch.dtype, device: torch.device) -> Groups:
     generator = torch.Generator(device).manual_seed(0)
-    groups = {}
+    groups: Groups = {}
     for group, shapes in shapes_of(case).items():
         groups[group] = []
         for shape in shapes:
@@ -63,8 +58,8 @@ def make(case: str, dtype: torch.dtype, device: torch.device) -> dict[str, list[
     return groups
 
 
-def contenders(groups: dict[str, list[nn.Parameter]], bound: float) -> dict[str, dict[str, Callable]]:
-    """What to compare: title -> name -> a call; each call of a title does the same work, the first one is ours."""
+def contenders(groups: Groups, bound: float) -> dict[str, dict[str, Callable[[], torch.Tensor]]]:
+    """Title -> name -> a call; each call of a title does the same work, the first one is ours."""
     norms = GroupGradNorm(groups)
     grads = {name: [p.grad for p in group] for name, group in groups.items()}
 
@@ -100,122 +95,88 @@ def contenders(groups: dict[str, list[nn.Parameter]], bound: float) -> dict[str,
     }
 
 
-def exact(groups: dict[str, list[nn.Parameter]]) -> torch.Tensor:
+def exact(groups: Groups) -> torch.Tensor:
     """float64 norms, tensor by tensor so that nothing large is copied at once."""
     squares = [[p.grad.double().square().sum() for p in group] for group in groups.values()]
     return torch.stack([torch.stack(group).sum().sqrt() for group in squares]).cpu()
 
 
-def check(groups: dict, calls: dict[str, dict[str, Callable]], bound: float, dtype: torch.dtype) -> dict:
-    """Each contender's largest relative error; refuses to go on where ours is wrong, in the norms or the clip.
+def error_of(name: str, call: Callable, groups: Groups, limit: float | None, dtype: torch.dtype) -> float | None:
+    """Largest relative error of the norms; of ours, the clipped gradients are looked at too.
 
     Leaves the gradients clipped, so that later clips find the same work.
     """
-    errors = {}
-    unit = torch.finfo(dtype).eps
-    for title, by_name in calls.items():
-        for name, call in by_name.items():
-            before = exact(groups)
-            errors[title, name] = ((call().double().cpu() - before).abs() / before).max().item()
-            after = exact(groups)
-            if name == "qwen-fused":
-                assert errors[title, name] < 1e-5, f"{title}: the norms are off by {errors[title, name]:.1e}"
-                limit = torch.full_like(before, bound if title == "measure + clip" else LOOSE)
-                torch.testing.assert_close(after, before.minimum(limit), rtol=max(1e-5, unit), atol=0)
-            for group in groups.values():
-                for p in group:
-                    p.grad.mul_(2.0)
-    return errors
+    before = exact(groups)
+    error = ((call().double().cpu() - before).abs() / before).max().item()
+    if name == "qwen-fused":
+        refuse(name, error, LIMIT)
+        bounded = before if limit is None else before.minimum(torch.full_like(before, limit))
+        clipped = ((exact(groups) - bounded).abs() / bounded).max().item()
+        refuse(f"{name}'s clipping", clipped, max(LIMIT, torch.finfo(dtype).eps))
+    for group in groups.values():
+        for p in group:
+            p.grad.mul_(2.0)
+    # a sum of elements has nothing to be compared with
+    return None if name == "read" else error
 
 
-def timed(call: Callable, device: torch.device, repeats: int) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
-
-
-def launches(call: Callable) -> int:
-    """Kernels that one call starts."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.count for event in trace.key_averages() if "LaunchKernel" in event.key)
-
-
-def run(case: str, dtype: torch.dtype, device: torch.device, seconds: float) -> list[dict]:
+def compare(case: str, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    """Measuring; measuring and clipping; and clipping what need not be clipped."""
     groups = make(case, dtype, device)
     gradients = [p.grad for group in groups.values() for p in group]
-    size = sum(g.numel() * g.element_size() for g in gradients)
+    size, count = sum(g.numel() * g.element_size() for g in gradients), sum(g.numel() for g in gradients)
     bound = 0.5 * exact(groups).min().item()
-    calls = contenders(groups, bound)
-    errors = check(groups, calls, bound, dtype)
-    print(f"\n{case}, {len(gradients)} tensors in {len(groups)} groups, {size / 1e6:.0f} MB of {str(dtype)[6:]}")
-    rows = []
-    for title, by_name in calls.items():
-        first = max(timed(call, device, 1) for call in by_name.values())
-        repeats = max(1, int(0.02 / first))
-        rounds = max(7, min(60, int(seconds / (first * repeats * len(by_name)))))
-        times: dict[str, list[float]] = {name: [] for name in by_name}
-        for _ in range(rounds):
-            for name, call in by_name.items():
-                times[name].append(timed(call, device, repeats))
-        for name, found in times.items():
-            low, median, high = (statistics.quantiles(found, n=10)[i] for i in (1, 4, 7))
-            # of the same round: what else the machine did then slowed both
-            ratio = statistics.median(a / b for a, b in zip(found, times["qwen-fused"], strict=True))
-            row = {"case": case, "dtype": str(dtype), "what": title, "who": name, "ms": median * 1e3, "p20": low * 1e3}
-            row |= {"p80": high * 1e3, "times_ours": ratio, "rounds": rounds}
-            # a sum of elements has nothing to be compared with
-            error = "" if name == "read" else f"error {errors[title, name]:.0e}"
-            row["error"] = None if name == "read" else errors[title, name]
-            if title == "measure":
-                row["gb_per_s"] = size / median / 1e9
-            if device.type == "cuda":
-                row["launches"] = launches(by_name[name])
-            rows.append(row)
-            rate = f"{row['gb_per_s']:7.1f} GB/s" if title == "measure" and size > 1e8 else ""
-            count = f"{row['launches']:6d} launches" if "launches" in row else ""
-            spread = f"[{row['p20']:.3f}, {row['p80']:.3f}]"
-            print(f"  {title:30}{name:17}{row['ms']:9.3f} ms  {spread:22}{ratio:7.2f}x  {error:14}{rate}{count}")
-    return rows
+    for title, by_name in contenders(groups, bound).items():
+        limit = {"measure": None, "measure + clip": bound}.get(title, LOOSE)
+
+        @functools.cache
+        def check(name: str, by_name=by_name, limit=limit) -> float | None:
+            return error_of(name, by_name[name], groups, limit, dtype)
+
+        # what was clipped is within bounds: before each call, out of the time, the gradients grow again
+        prepare = functools.partial(torch._foreach_mul_, gradients, 2.0) if title == "measure + clip" else None
+        yield Comparison(
+            bench="grad_norm",
+            case=f"{case}, {len(gradients)} tensors {str(dtype)[6:]}, {title}",
+            calls={name: Call(lambda _, call=call: call(), prepare) for name, call in by_name.items()},
+            ours="qwen-fused",
+            device=device,
+            check=check,
+            # clipping reads once more and writes, where a factor is not 1
+            bytes=size * (3 if title == "measure + clip" else 1),
+            # a square, a sum, a maximum; and a product with the factor
+            operations=count * (4 if title == "measure + clip" else 3),
+        )
 
 
-def machine(device: torch.device) -> dict:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", nargs="+", default=["2000 small", "qwen2.5-0.5b"], choices=["2000 small", *QWEN])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each comparison")
-    arguments = parser.parse_args()
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+def comparisons(level: str, device: torch.device) -> Iterator[Comparison]:
+    """What the suite measures."""
     if not backends.has_kernel("group_grad_norm", device.type):
-        raise SystemExit(f"the extension is not built for {device.type}: {backends.build_command()}")
-    rows = [row for case in arguments.case for row in run(case, dtype, device, arguments.seconds)]
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"grad_norm_{device.type}_{arguments.dtype}.json"
-    path.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
-    print(f"\nwritten to {path}")
+        raise WrongResult(f"the extension is not built for {device.type}: {backends.build_command()}")
+    yield from compare(SMALL, torch.float32, device)
+    if device.type == "cuda":
+        yield from compare("qwen2.5-1.5b", torch.bfloat16, device)
+    if device.type == "cuda" or level == "full":
+        yield from compare("qwen2.5-0.5b", torch.float32, device)
 
 
-if __name__ == "__main__":
-    main()
+@pytest.fixture(scope="module")
+def small() -> dict[str, Comparison]:
+    return dict(zip(TITLES, compare(SMALL, torch.float32, default_device()), strict=True))
+
+
+@pytest.mark.skipif(not backends.has_kernel("group_grad_norm", default_device().type), reason="no extension here")
+@pytest.mark.parametrize(
+    "title, who",
+    [
+        ("measure", "qwen-fused"),
+        ("measure", "torch foreach"),
+        ("measure", ".item() loop"),
+        ("measure + clip", "qwen-fused"),
+        ("measure + clip", "clip_grad_norm_"),
+        ("measure + clip, within bounds", "qwen-fused"),
+        ("measure + clip, within bounds", "clip_grad_norm_"),
+    ],
+)
+def test_grad_norm(benchmark, small, title: str, who: str) -> None:
+    benchmark_one(benchmark, small[title], who)

@@ -1,4 +1,4 @@
-"""Command line: `qwen-fused train | eval | prove | report | info`.
+"""Command line: `qwen-fused train | eval | prove | bench | report | info`.
 
 Exit codes: 0 done; 1 the run stopped on a fault it names; 2 an argument or a file is wrong; 130 interrupted.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,14 @@ def run_prove(arguments: Sequence[str]) -> int:
     return 0 if report.ok else 1
 
 
+def run_bench(arguments: Sequence[str]) -> int:
+    """`qwen-fused bench`: the suite in a checkout's bench/, in a process of its own."""
+    suite = Path(__file__).resolve().parent.parent / "bench" / "suite.py"
+    if not suite.is_file():
+        raise ValueError(f"bench needs a checkout of qwen-fused installed with pip install -e, got no {suite}")
+    return subprocess.run([sys.executable, str(suite), *arguments]).returncode
+
+
 def run_report(arguments: Sequence[str]) -> int:
     """`qwen-fused report`."""
     config = parse(ReportConfig, "report", arguments)
@@ -157,6 +166,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (run_train, "train on ARC tasks, evaluate, and write a report"),
     "eval": (run_eval, "evaluate a run and write submission.json"),
     "prove": (run_prove, "prove that the gradient of the training step reaches Qwen"),
+    "bench": (run_bench, "measure the kernels, the prompt window and the training step on this machine"),
     "report": (run_report, "draw a run's report again"),
     "info": (run_info, "what is built and used on this machine"),
 }

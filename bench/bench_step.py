@@ -1,0 +1,144 @@
+"""Episodes per second of the whole training step: a prompt window of ten, of one, and a naive recipe.
+
+The naive recipe is what a first version of such a trainer looks like: one episode at a time on a fixed 30 x 30 canvas,
+Qwen at every one, the loss in plain torch, a host read of every parameter's norm, unfused AdamW. "one at a time" is the
+same on a canvas cut to its episode. Data, model, weights and what is computed are the same, and ours is compared with
+the naive loss and gradient first.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from bench_window import relative_error
+from harness import Call, Comparison, benchmark_one, default_device, refuse
+from material import dataset
+
+from qwen_fused.config import TrainConfig
+from qwen_fused.data import MAX_SIDE, Episode, collate
+from qwen_fused.model import QwenPlanner
+from qwen_fused.trainer import Trainer
+
+WINDOW = 10
+# float32 through Qwen, a recurrent planner and two losses that add up in different orders
+LIMIT = 1e-4
+
+
+class Steps:
+    """The trainer's own loop over the batches, Qwen's pass every `window` of them."""
+
+    def __init__(self, config: TrainConfig, batches: list[list[Episode]], folder: Path):
+        self.trainer = Trainer(config, folder)
+        self.batches, self.window = batches, config.prompt_window
+
+    def run(self) -> None:
+        pending = None
+        for number, episodes in enumerate(self.batches):
+            running = self.trainer.train_step(episodes, 1, flush=(number + 1) % self.window == 0)
+            if pending is not None:
+                self.trainer.read(pending)
+            pending = running
+        self.trainer.read(pending)
+
+
+class Naive:
+    """A loop over single episodes; `canvas` None cuts it to the episode."""
+
+    def __init__(self, config: TrainConfig, episodes: list[Episode], canvas: tuple[int, int] | None, device):
+        self.model, self.episodes, self.canvas, self.device = planner(config, device), episodes, canvas, device
+        self.groups = [[p for _, p in group] for group in self.model.groups().values()]
+        self.optimizer = torch.optim.AdamW([{"params": group} for group in self.groups], lr=1e-4)
+        self.log: list[float] = []
+
+    def run(self) -> None:
+        for episode in self.episodes:
+            out = self.model(collate([episode], canvas=self.canvas).to(self.device), epoch=1)
+            self.optimizer.zero_grad()
+            out.loss.backward()
+            for group in self.groups:
+                norm = sum(p.grad.norm().item() ** 2 for p in group if p.grad is not None) ** 0.5
+                torch.nn.utils.clip_grad_norm_(group, 1.0)
+                self.log.append(norm)
+            self.optimizer.step()
+            self.log += [out.loss.item(), out.reward.mean().item(), out.score.efe.accuracy.mean().item()]
+        self.log.clear()
+
+
+def planner(config: TrainConfig, device: torch.device) -> QwenPlanner:
+    torch.manual_seed(config.seed)
+    return QwenPlanner(config).to(device).train()
+
+
+def loss_and_gradient(config: TrainConfig, episode: Episode, device: torch.device) -> list[torch.Tensor]:
+    """Loss of one episode and its gradient, all of it, from the same weights and noise."""
+    model = planner(config, device)
+    batch = collate([episode]).to(device)
+    torch.manual_seed(0)
+    loss = model(batch, epoch=1).loss
+    loss.backward()
+    return [loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def compare(device: torch.device, batch_size: int, naive_episodes: int, folder: Path) -> Comparison:
+    """All ways to train on the same episodes."""
+
+    def config(**changes) -> TrainConfig:
+        shared = dict(dataset=dataset(), batch_size=batch_size, device=str(device), prove=False, out=folder)
+        return TrainConfig(**{**shared, **changes})
+
+    sampler = Trainer(config(prompt_window=WINDOW), folder).sampler
+    per_epoch = sampler.batches_per_epoch()
+    batches = [sampler.batch(*divmod(number, per_epoch)) for number in range(WINDOW)]
+    # spread over the batches, as these hold episodes of one size each
+    every = [episode for batch in batches for episode in batch]
+    some = every[:: len(every) // naive_episodes][:naive_episodes]
+    plain = config(prompt_window=1, backend="reference")
+    runs = {
+        "window 10": Steps(config(prompt_window=WINDOW), batches, folder).run,
+        "window 1": Steps(config(prompt_window=1), batches, folder).run,
+        "one at a time": Naive(plain, some, None, device).run,
+        "naive": Naive(plain, some, (MAX_SIDE, MAX_SIDE), device).run,
+    }
+    share = len(some) / len(every)
+
+    @functools.cache
+    def check(name: str) -> float | None:
+        if not name.startswith("window"):
+            return None
+        want = loss_and_gradient(plain, some[0], device)
+        return refuse("the training step", relative_error(loss_and_gradient(config(), some[0], device), want), LIMIT)
+
+    return Comparison(
+        bench="step",
+        case=f"tiny, {WINDOW} batches of {batch_size}, window of {WINDOW}",
+        calls={
+            name: Call(lambda _, run=run: run(), share=1.0 if name.startswith("window") else share)
+            for name, run in runs.items()
+        },
+        ours="window 10",
+        device=device,
+        check=check,
+        episodes=len(every),
+    )
+
+
+def comparisons(level: str, device: torch.device) -> Iterator[Comparison]:
+    """What the suite measures."""
+    with tempfile.TemporaryDirectory() as folder:
+        quick = level == "quick" and device.type == "cpu"
+        yield compare(device, *((4, 4) if quick else (16, 16)), Path(folder))
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory) -> Comparison:
+    return compare(default_device(), 4, 2, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.parametrize("who", ["window 10", "window 1", "one at a time", "naive"])
+def test_step(benchmark, steps, who: str) -> None:
+    benchmark_one(benchmark, steps, who)

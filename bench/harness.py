@@ -1,0 +1,282 @@
+"""What the benches have in common: contenders timed in turns, summaries, and a wrong result that gets no figure.
+
+A bench yields `Comparison`s: contenders that do the same work. `measure` checks each one's result, then times them in
+turns, round by round, so that what else the machine does in a round slows all of them alike: the ratio to ours is the
+median over rounds of the ratios within a round. Times are medians with the 20th and 80th percentile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# threads that spin at barriers starve each other on a busy machine; torch reads it when it loads OpenMP
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# nothing here may reach for a model hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+LEVELS = ("quick", "full")
+# seconds for one comparison, and the fewest rounds that give a median and its spread
+SECONDS = {"quick": 2.0, "full": 10.0}
+FEWEST = {"quick": 3, "full": 5}
+MOST = 60
+# a call shorter than this is repeated within a round, to stand above the clock and a device's wait
+SHORTEST = 0.01
+
+
+class WrongResult(AssertionError):
+    """A contender of ours does not compute what it should: no time, no speed-up."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is timed, given what `prepare` returned before the clock started; `share` of the comparison's work."""
+
+    run: Callable[[Any], Any]
+    prepare: Callable[[], Any] | None = None
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Contenders that do the same work.
+
+    Args:
+        bench, case: what is compared.
+        calls: name -> call; `ours` is one of them.
+        check: error of a contender by its name, None where there is nothing to compare with; raises WrongResult.
+        bytes: what has to move through memory, each input read and each output written once.
+        operations: arithmetic of the work, exp and log counted as one each.
+        episodes: that one call trains on.
+    """
+
+    bench: str
+    case: str
+    calls: dict[str, Call]
+    ours: str
+    device: torch.device
+    check: Callable[[str], float | None]
+    bytes: int | None = None
+    operations: int | None = None
+    episodes: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender's figures in one comparison; None is what was not, or can't be, measured here."""
+
+    bench: str
+    case: str
+    who: str
+    ours: bool
+    ms: float
+    p20: float
+    p80: float
+    rounds: int
+    times_ours: float
+    error: float | None
+    bytes: int | None
+    operations: int | None
+    gb_per_s: float | None
+    episodes_per_s: float | None
+    launches: int | None
+    syncs: int | None
+    peak_mb: float | None
+
+
+def measure(comparison: Comparison, level: str) -> list[Row]:
+    """Check every contender, then time them in turns.
+
+    Raises:
+        WrongResult: a contender is wrong; nothing was timed.
+    """
+    errors = {name: comparison.check(name) for name in comparison.calls}
+    times = in_turns(comparison, SECONDS[level], FEWEST[level])
+    return [row_of(comparison, name, times, errors[name]) for name in comparison.calls]
+
+
+def in_turns(comparison: Comparison, seconds: float, fewest: int) -> dict[str, list[float]]:
+    """Seconds per call of each contender, one entry per round."""
+    calls, device = comparison.calls, comparison.device
+    first = {name: timed(call, device) for name, call in calls.items()}
+    # what is slow is warm after one call; the first one of what is fast tells nothing of the next
+    first = {name: timed(call, device) if first[name] < 1 else first[name] for name, call in calls.items()}
+    repeats = {
+        name: 1 if call.prepare else max(1, round(SHORTEST / max(first[name], 1e-6))) for name, call in calls.items()
+    }
+    round_trip = sum(first[name] * repeats[name] * calls[name].share for name in calls)
+    rounds = max(fewest, min(MOST, round(seconds / round_trip)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(timed(call, device, repeats[name]))
+    return times
+
+
+def timed(call: Call, device: torch.device, repeats: int = 1) -> float:
+    """Seconds for the comparison's work, the device's own included."""
+    value = call.prepare() if call.prepare else None
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call.run(value)
+    wait(device)
+    return (time.perf_counter() - start) / repeats / call.share
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def row_of(comparison: Comparison, name: str, times: dict[str, list[float]], error: float | None) -> Row:
+    """Summary of one contender."""
+    found, ours = times[name], times[comparison.ours]
+    p20, _, _, p80 = statistics.quantiles(found, n=5, method="inclusive")
+    median = statistics.median(found)
+    launches, syncs = launches_and_syncs(comparison.calls[name], comparison.device)
+    return Row(
+        bench=comparison.bench,
+        case=comparison.case,
+        who=name,
+        ours=name == comparison.ours,
+        ms=1e3 * median,
+        p20=1e3 * p20,
+        p80=1e3 * p80,
+        rounds=len(found),
+        times_ours=statistics.median(a / b for a, b in zip(found, ours, strict=True)),
+        error=error,
+        bytes=comparison.bytes,
+        operations=comparison.operations,
+        gb_per_s=comparison.bytes / median / 1e9 if comparison.bytes else None,
+        episodes_per_s=comparison.episodes / median if comparison.episodes else None,
+        launches=launches,
+        syncs=syncs,
+        peak_mb=peak_mb(comparison.calls[name], comparison.device),
+    )
+
+
+def launches_and_syncs(call: Call, device: torch.device) -> tuple[int | None, int | None]:
+    """Kernels that one call starts, and times it makes the host wait for the device; None without one."""
+    if device.type != "cuda":
+        return None, None
+    value = call.prepare() if call.prepare else None
+    # the profiler and the wait at its end synchronise, too: what an empty call shows is not the call's own
+    idle, busy = device_events(lambda: None, device), device_events(lambda: call.run(value), device)
+    return busy[0] - idle[0], max(0, busy[1] - idle[1])
+
+
+def device_events(run: Callable[[], Any], device: torch.device) -> tuple[int, int]:
+    """Launches and synchronisations while `run` runs and until the device is done."""
+    from torch.profiler import ProfilerActivity, profile
+
+    wait(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        run()
+        # kernels that still run when the profile ends would not be in it
+        wait(device)
+    events = trace.key_averages()
+    launches = sum(event.count for event in events if "LaunchKernel" in event.key or "GraphLaunch" in event.key)
+    return launches, sum(event.count for event in events if "Synchronize" in event.key)
+
+
+def peak_mb(call: Call, device: torch.device) -> float | None:
+    """Most memory that one call takes beyond what was there before it, as the last call's gradients; None unknown."""
+    value = call.prepare() if call.prepare else None
+    wait(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call.run(value)
+        wait(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    try:
+        # what the allocator keeps for later would hide what a call takes
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = resident_mb()
+    call.run(value)
+    return resident_mb() - before
+
+
+def resident_mb() -> float:
+    """Most memory that this process had since its count was cleared."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1.024e-3 for line in lines if line.startswith("VmHWM"))
+
+
+def benchmark_one(benchmark, comparison: Comparison, name: str) -> None:
+    """One contender under pytest-benchmark: checked, then timed by itself."""
+    benchmark.group = f"{comparison.bench}: {comparison.case}"
+    benchmark.extra_info["error"] = comparison.check(name)
+    call, device = comparison.calls[name], comparison.device
+
+    def run(value: Any) -> None:
+        call.run(value)
+        wait(device)
+
+    def prepare() -> tuple[tuple, dict]:
+        return (call.prepare() if call.prepare else None,), {}
+
+    benchmark.pedantic(run, setup=prepare, rounds=FEWEST["quick"], warmup_rounds=1)
+    median = benchmark.stats.stats.median / call.share
+    if comparison.bytes:
+        benchmark.extra_info["gb_per_s"] = comparison.bytes / median / 1e9
+    if comparison.episodes:
+        benchmark.extra_info["episodes_per_s"] = comparison.episodes / median
+
+
+def refuse(name: str, error: float, limit: float) -> float:
+    """The error, if it is small enough.
+
+    Raises:
+        WrongResult: it is not; a NaN is not.
+    """
+    if not error <= limit:
+        raise WrongResult(f"{name} is wrong: error {error:.1e}, limit {limit:.1e}; no time, no speed-up")
+    return error
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def show(rows: list[Row]) -> None:
+    """One line per contender, a heading per comparison."""
+    heading = None
+    for row in rows:
+        if (row.bench, row.case) != heading:
+            heading = row.bench, row.case
+            print(f"\n{row.bench}: {row.case}")
+        print("  " + line_of(asdict(row)))
+    sys.stdout.flush()
+
+
+def line_of(row: dict) -> str:
+    """A row as one line of the table."""
+    cells = [f"{'* ' if row['ours'] else '  '}{row['who']:26}{row['ms']:10.3f} ms [{row['p20']:.3f}, {row['p80']:.3f}]"]
+    cells.append(f"{row['times_ours']:7.2f}x")
+    if row["gb_per_s"] is not None and row["bytes"] >= 1e6:
+        cells.append(f"{row['gb_per_s']:8.1f} GB/s")
+    if row["episodes_per_s"] is not None:
+        cells.append(f"{row['episodes_per_s']:8.2f} episodes/s")
+    if row["peak_mb"] is not None:
+        cells.append(f"{row['peak_mb']:.0f} MB more")
+    if row["launches"] is not None:
+        cells.append(f"{row['launches']} launches, {row['syncs']} syncs")
+    if row["error"] is not None:
+        cells.append(f"error {row['error']:.0e}")
+    return "  ".join(cells)
