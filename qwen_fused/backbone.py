@@ -11,10 +11,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
 
 from qwen_fused.tiny import seeded, tiny_qwen
 
 FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
 SAMPLE = "in:\n0123456789\n"
 
 # scale of the random second LoRA matrix. Zero, peft's default, would give the first matrix a zero gradient in
@@ -43,11 +45,23 @@ def _source(qwen: str) -> tuple[str, bool]:
     if qwen and path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"qwen must be a folder with a saved Qwen, got {qwen!r}, which has no config.json")
-        return str(path), True
+        # absolute: saved adapters name their base by it, wherever they are loaded
+        return str(path.resolve()), True
     # a hub name is OWNER/NAME or NAME: everything else can only have been meant as a path
     if path.exists() or path.is_absolute() or qwen.startswith(("~", ".")) or qwen.count("/") > 1 or not qwen:
         raise ValueError(f'qwen must be "tiny", a folder with a saved Qwen or a hub name, got no folder at {qwen!r}')
     return qwen, False
+
+
+def check_attention(attention: str) -> None:
+    """Refuse in one sentence an attention implementation that does not exist, or not on this machine."""
+    if attention not in ATTENTION:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ValueError(
+            "attention flash_attention_2 needs a CUDA device and the package flash-attn, which are not both here: "
+            "pass --attention sdpa"
+        )
 
 
 def load_config(qwen: str) -> PretrainedConfig:
@@ -127,7 +141,7 @@ def load_backbone(
     lora_rank: int = 0,
     gradient_checkpointing: bool = False,
     dtype: torch.dtype = torch.float32,
-    attention: str | None = None,
+    attention: str = "sdpa",
     seed: int = 0,
     whole: Sequence[str] = (),
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -139,7 +153,7 @@ def load_backbone(
         lora_rank: 0 trains every weight; above, only LoRA adapters of this rank on every linear layer.
         gradient_checkpointing: keep one activation per layer and recompute the rest in the backward pass.
         dtype: of the backbone's weights; adapters on half-precision weights are kept in float32.
-        attention: transformers' attention implementation ("eager", "flash_attention_2"); None is "sdpa".
+        attention: transformers' attention implementation, one of ATTENTION.
         seed: of the tiny weights and of the adapters; the global generators are not moved.
         whole: for "tiny", texts that are one token each.
 
@@ -148,11 +162,11 @@ def load_backbone(
 
     Raises:
         ValueError: one sentence: nothing at that path, no such name or no network, not a Qwen2/2.5/3, weights
-            or tokenizer missing.
+            or tokenizer missing, an attention that this machine does not have.
     """
     if lora_rank < 0:
         raise ValueError(f"lora_rank must be 0 or more, got {lora_rank}")
-    attention = attention or "sdpa"
+    check_attention(attention)
     if qwen == "tiny":
         backbone, tokenizer = tiny_qwen(seed, whole=whole, dtype=dtype, attention=attention)
     else:
@@ -187,7 +201,7 @@ def save_backbone(backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, folde
     plain = {name.replace(".base_layer", ""): value for name, value in base.state_dict().items() if "lora_" not in name}
     base.save_pretrained(folder / "base", state_dict=plain)
     tokenizer.save_pretrained(folder / "base")
-    config.base_model_name_or_path = str(folder / "base")
+    config.base_model_name_or_path = str((folder / "base").resolve())
     try:
         backbone.save_pretrained(folder)
     finally:

@@ -1,4 +1,4 @@
-"""Command line: `qwen-fused train | eval | prove | bench | report | info`.
+"""Command line: `qwen-fused train | eval | export | prove | bench | report | info`.
 
 Exit codes: 0 done; 1 the run stopped on a fault it names; 2 an argument or a file is wrong; 130 interrupted.
 """
@@ -34,6 +34,18 @@ class EvalConfig:
     """The newest checkpoint, or the best one on the held-out tasks."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Export a run's trained Qwen for plain transformers, or its LoRA adapters for plain peft."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    folder: Annotated[Path, tyro.conf.Positional]
+    """New folder for weights, configuration and tokenizer."""
+    weights: Literal["last", "best"] = "last"
+    """The newest checkpoint, or the best one on the held-out tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,20 +102,14 @@ def run_train(arguments: Sequence[str]) -> int:
 def run_eval(arguments: Sequence[str]) -> int:
     """`qwen-fused eval`."""
     config = parse(EvalConfig, "eval", arguments)
-    from qwen_fused.checkpoint import find_checkpoint, read_state
     from qwen_fused.data import load_tasks, shared_tasks, split_tasks, test_episodes
     from qwen_fused.evaluate import evaluate, write_submission
-    from qwen_fused.model import QwenPlanner
+    from qwen_fused.saved import load_model
     from qwen_fused.train import describe_evaluation
     from qwen_fused.trainer import resolve_device
 
-    require((config.run / "config.yaml").is_file(), "run", "a run folder with a config.yaml", str(config.run))
-    trained = TrainConfig.load(config.run / "config.yaml")
-    device = resolve_device(config.device)
-    best = config.run / "checkpoints" / "best.safetensors"
-    state = read_state(best if config.weights == "best" else find_checkpoint(config.run))
-    model = QwenPlanner(trained).to(device)
-    model.load_state_dict(state["model"])
+    model = load_model(config.run, config.weights, resolve_device(config.device))
+    trained = model.config
     if config.split == "evaluation":
         tasks = load_tasks(trained.dataset, "evaluation").tasks
         known = shared_tasks(load_tasks(trained.dataset).tasks, tasks)
@@ -116,6 +122,15 @@ def run_eval(arguments: Sequence[str]) -> int:
     path = config.run / f"submission-{config.split}.json"
     write_submission(path, tasks, result.predictions)
     print(f"{config.split}: {describe_evaluation(result)}\nSubmission: {path}")
+    return 0
+
+
+def run_export(arguments: Sequence[str]) -> int:
+    """`qwen-fused export`."""
+    config = parse(ExportConfig, "export", arguments)
+    from qwen_fused.saved import export_qwen
+
+    print(f"Exported: {export_qwen(config.run, config.folder, config.weights)}")
     return 0
 
 
@@ -165,6 +180,7 @@ def run_info(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (run_train, "train on ARC tasks, evaluate, and write a report"),
     "eval": (run_eval, "evaluate a run and write submission.json"),
+    "export": (run_export, "export a run's Qwen for plain transformers or peft"),
     "prove": (run_prove, "prove that the gradient of the training step reaches Qwen"),
     "bench": (run_bench, "measure the kernels, the prompt window and the training step on this machine"),
     "report": (run_report, "draw a run's report again"),

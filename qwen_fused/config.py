@@ -51,6 +51,8 @@ class TrainConfig:
     """Rank of LoRA adapters on Qwen; 0 trains Qwen itself."""
     gradient_checkpointing: bool = False
     """Recompute Qwen's activations in the backward pass, for memory."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Qwen's attention: torch's fused one, the plain one, or the package flash-attn in half precision on CUDA."""
     qwen_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage type of Qwen's weights. Bytes per trained element, weight + gradient + optimizer: float32 4 + 4 + 8,
     bfloat16 2 + 2 + 12 (the optimizer keeps a float32 master, or small steps would be rounded away); bfloat16 halves
@@ -145,6 +147,12 @@ class TrainConfig:
         for name in shares.split():
             require(0 <= getattr(self, name) <= 1, name, "a number in [0, 1]", getattr(self, name))
         require(0 < self.val_fraction < 1, "val_fraction", "a number in (0, 1)", self.val_fraction)
+        half = self.qwen_dtype == "bfloat16" or self.precision != "fp32"
+        require(
+            half or self.attention != "flash_attention_2", "attention",
+            "sdpa or eager in float32 (flash_attention_2 needs --qwen-dtype bfloat16 or --precision bf16)",
+            self.attention,
+        )  # fmt: skip
         for name in ("max_batches", "max_minutes"):
             value = getattr(self, name)
             require(value is None or value > 0, name, "a number above 0", value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,6 +16,9 @@ from transformers import AutoModel, PretrainedConfig
 
 from qwen_fused.backbone import load_config
 from qwen_fused.tiny import byte_tokenizer, tiny_config
+
+if TYPE_CHECKING:
+    from qwen_fused.config import TrainConfig
 
 GIB = 1024**3
 
@@ -39,8 +43,13 @@ class MemoryEstimate:
     activations: int
 
     @property
+    def certain(self) -> int:
+        """What is needed however short the prompts are."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.certain + self.activations
 
     def __str__(self) -> str:
         parts = ", ".join(
@@ -77,6 +86,7 @@ def estimate_memory(
     lora_rank: int = 0,
     gradient_checkpointing: bool = False,
     dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
     retained_batches: int = 1,
 ) -> MemoryEstimate:
     """Estimate what Qwen's side of one training step needs, at the longest prompts.
@@ -89,6 +99,7 @@ def estimate_memory(
         gradient_checkpointing: one hidden state per layer is kept, and one layer's activations at a time.
         dtype: of the weights. The optimizer, `MasterAdamW`, has 8 bytes per trained element in float32 and 12 in
             half precision, where it keeps float32 masters.
+        attention: "eager" keeps every layer's attention weights, which grow with the square of the prompt.
         retained_batches: batches whose graphs are kept at once: the size of a `PromptWindow` in retain mode.
 
     Returns:
@@ -108,6 +119,9 @@ def estimate_memory(
         weights += trained * width
     tokens = batch_size * max_prompt_tokens * retained_batches
     layer = saved_per_token(config, dtype, lora_rank)
+    if attention == "eager":
+        # the softmax is float32, and rounded where the weights are
+        layer += config.num_attention_heads * max_prompt_tokens * (6 if dtype.itemsize == 2 else 4)
     # the embedding's output and the last norm, unless they are frozen
     outside = 0 if lora_rank else (3 if dtype.itemsize == 2 else 2) * config.hidden_size * dtype.itemsize
     if gradient_checkpointing:
@@ -150,12 +164,15 @@ def advise(available: int, qwen: str = "tiny", **arguments) -> str | None:
         return None
     batch = max(arguments.get("batch_size", 16) // 4, 1)
     measures = {
+        "--attention sdpa": dict(attention="sdpa"),
         "--gradient-checkpointing": dict(gradient_checkpointing=True),
         f"--batch-size {batch}": dict(batch_size=batch),
         "--lora-rank 16": dict(lora_rank=16),
         "--qwen-dtype bfloat16": dict(dtype=torch.bfloat16),
     }
     # what is on already does not help again
+    if arguments.get("attention", "sdpa") != "eager":
+        del measures["--attention sdpa"]
     if arguments.get("lora_rank"):
         del measures["--lora-rank 16"]
     measures = {flag: new for flag, new in measures.items() if not new.items() <= arguments.items()}
@@ -170,3 +187,39 @@ def advise(available: int, qwen: str = "tiny", **arguments) -> str | None:
             return f"{need}: pass {' '.join(list(measures)[:number])}."
     tried = f"and {' '.join(measures)} would not be enough" if measures else "with every saving on"
     return f"{need}, {tried}: take a smaller --qwen."
+
+
+def check_memory(config: TrainConfig, device: torch.device) -> str:
+    """What to say of memory before a run's weights are loaded.
+
+    Activations are an upper bound, as most prompts are shorter than `max_prompt_tokens`: a run that they may not fit
+    is warned. Weights, gradients and optimizer state are certain: a run that has no room for them is refused.
+
+    Returns:
+        The estimate, and the flags to change where it is more than what is free.
+
+    Raises:
+        ValueError: the run cannot fit; the flags that help are named.
+    """
+    arguments = dict(
+        batch_size=config.batch_size,
+        max_prompt_tokens=config.max_prompt_tokens,
+        lora_rank=config.lora_rank,
+        gradient_checkpointing=config.gradient_checkpointing,
+        dtype=getattr(torch, config.qwen_dtype),
+        attention=config.attention,
+        retained_batches=retained_batches(config),
+    )
+    estimate = estimate_memory(config.qwen, **arguments)
+    available = available_memory(device)
+    advice = None if available is None else advise(available, config.qwen, **arguments)
+    if advice is None:
+        return str(estimate)
+    if estimate.certain > available:
+        raise ValueError(f"not enough memory on {device} before any activation is kept: {advice}")
+    return f"{estimate}\nWarning: on {device}, at the longest prompts, {advice}"
+
+
+def retained_batches(config: TrainConfig) -> int:
+    """Batches' worth of prompts whose graphs are kept at once: those of the window's pool in retain mode."""
+    return max(1, -(-config.prompt_window // config.prompt_visits)) if config.window_mode == "retain" else 1

@@ -55,6 +55,7 @@ class QwenPlanner(nn.Module):
             lora_rank=config.lora_rank,
             gradient_checkpointing=config.gradient_checkpointing,
             dtype=dtype,
+            attention=config.attention,
             seed=config.seed,
         )
         self.policy = PromptPolicy(

@@ -109,7 +109,7 @@ class QwenPrompt(nn.Module):
         lora_rank: above 0, only LoRA adapters of this rank are trained in the backbone.
         gradient_checkpointing: recompute activations in the backward pass.
         dtype: of the backbone's weights. Projection and control stay in float32.
-        attention: transformers' attention implementation; None is "sdpa".
+        attention: transformers' attention implementation: "sdpa", "eager" or "flash_attention_2".
         seed: of every weight that is drawn here; torch's global generators are not moved.
 
     Raises:
@@ -126,7 +126,7 @@ class QwenPrompt(nn.Module):
         lora_rank: int = 0,
         gradient_checkpointing: bool = False,
         dtype: torch.dtype = torch.float32,
-        attention: str | None = None,
+        attention: str = "sdpa",
         seed: int = 0,
     ) -> None:
         super().__init__()

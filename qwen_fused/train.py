@@ -15,10 +15,11 @@ from qwen_fused.config import TrainConfig
 from qwen_fused.data import test_episodes
 from qwen_fused.evaluate import Evaluation, evaluate, write_submission
 from qwen_fused.examples import write_examples
+from qwen_fused.memory import check_memory
 from qwen_fused.report import write_report
 from qwen_fused.runlog import RunLog, log_line
 from qwen_fused.trackers import tracker_names
-from qwen_fused.trainer import PendingBatch, Trainer, TrainingStopped
+from qwen_fused.trainer import PendingBatch, Trainer, TrainingStopped, resolve_device
 from qwen_fused.watched import chosen_examples, watched_episodes, watched_examples
 
 TRAINING_TASKS_SHOWN = 100
@@ -36,6 +37,7 @@ def train(config: TrainConfig) -> Path:
     checkpoint = find_checkpoint(config.resume) if config.resume else None
     folder = checkpoint.parent.parent if checkpoint else new_run_folder(config.out)
     try:
+        memory = check_memory(config, resolve_device(config.device))
         trainer = Trainer(config, folder)
     except ValueError:
         if not checkpoint:
@@ -50,6 +52,7 @@ def train(config: TrainConfig) -> Path:
     log = RunLog(folder, resume_step=resume_step, trackers=trackers, config=config.to_dict())
     try:
         describe_run(trainer, log, checkpoint)
+        log.say(memory)
         prove_first(trainer, log)
         run_batches(trainer, log)
         finish(trainer, log)

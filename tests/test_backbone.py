@@ -61,12 +61,12 @@ def test_lora_adapters_all_learn_from_the_first_step(kind, tmp_path):
 def test_attention_implementation(tmp_path):
     save_qwen(tmp_path)
     hidden = {}
-    for attention in (None, "sdpa", "eager"):
+    for attention in ("sdpa", "eager"):
         backbone, tokenizer = load_backbone(str(tmp_path), attention=attention)
-        assert backbone.config._attn_implementation == (attention or "sdpa")
+        assert backbone.config._attn_implementation == attention
         ids = tokenizer("in:\n077\n", return_tensors="pt")["input_ids"]
         hidden[attention] = backbone(input_ids=ids).last_hidden_state
-    assert torch.equal(hidden[None], hidden["sdpa"])
+    assert load_backbone(str(tmp_path))[0].config._attn_implementation == "sdpa"
     torch.testing.assert_close(hidden["eager"], hidden["sdpa"])
 
 
@@ -139,6 +139,20 @@ def test_never_runs_code_of_a_model(tmp_path):
     with pytest.raises(ValueError):
         load_backbone(str(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("qwen", ["tiny", "folder"])
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [("flash", "must be one of sdpa, eager, flash_attention_2"), ("flash_attention_2", "needs a CUDA device")],
+)
+def test_an_attention_that_is_not_here_gives_one_sentence(qwen, attention, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("qwen_fused.backbone.is_flash_attn_2_available", lambda: False)
+    if qwen == "folder":
+        save_qwen(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_backbone("tiny" if qwen == "tiny" else str(tmp_path), attention=attention)
+    assert one_sentence(caught.value)
 
 
 def test_rejects_negative_rank():

@@ -5,8 +5,10 @@ import torch
 from qwens import save_qwen
 
 from qwen_fused.backbone import load_backbone
+from qwen_fused.cli import main
+from qwen_fused.config import TrainConfig
 from qwen_fused.masters import MasterAdamW
-from qwen_fused.memory import advise, available_memory, estimate_memory, size
+from qwen_fused.memory import advise, available_memory, check_memory, estimate_memory, size
 
 BATCH, TOKENS = 4, 96
 CASES = {
@@ -19,6 +21,8 @@ CASES = {
     "lora, bfloat16": ("qwen2.5", dict(lora_rank=4, dtype=torch.bfloat16)),
     "qwen3, lora": ("qwen3", dict(lora_rank=4)),
     "qwen3, lora, bfloat16": ("qwen3", dict(lora_rank=4, dtype=torch.bfloat16)),
+    "eager": ("qwen2.5", dict(attention="eager")),
+    "qwen3, eager, bfloat16": ("qwen3", dict(attention="eager", dtype=torch.bfloat16)),
     "checkpointing": ("tiny", dict(gradient_checkpointing=True)),
 }
 
@@ -116,6 +120,54 @@ def test_advice_names_lora_when_the_optimizer_is_the_problem():
 def test_available_memory_of_this_machine():
     available = available_memory(torch.device("cpu"))
     assert 2**20 < available < 2**50
+
+
+def test_advice_names_attention_where_its_weights_are_the_problem():
+    arguments = dict(batch_size=2, max_prompt_tokens=4096)
+    fits = estimate_memory(**arguments).total
+    assert "pass --attention sdpa." in advise(fits, attention="eager", **arguments)
+
+
+class TestCheck:
+    """What is said before a run, with the memory that a machine has."""
+
+    @pytest.fixture
+    def check(self, monkeypatch):
+        def check(available, **changes):
+            monkeypatch.setattr("qwen_fused.memory.available_memory", lambda device: available)
+            return check_memory(TrainConfig(**changes), torch.device("cpu"))
+
+        return check
+
+    def test_says_the_estimate_of_the_run(self, check):
+        # of this configuration, flag by flag
+        flags = dict(batch_size=3, max_prompt_tokens=100, lora_rank=2, gradient_checkpointing=True, attention="eager")
+        want = str(estimate_memory(**flags, dtype=torch.bfloat16))
+        assert check(2**40, **flags, qwen_dtype="bfloat16") == want
+        assert check(None) == str(estimate_memory())
+
+    @pytest.mark.parametrize(("window", "visits", "batches"), [(10, 4, 3), (10, 1, 10), (2, 4, 1)])
+    def test_counts_retained_graphs(self, check, window, visits, batches):
+        flags = dict(prompt_window=window, prompt_visits=visits)
+        assert check(None, window_mode="retain", **flags) == str(estimate_memory(retained_batches=batches))
+        assert check(None, **flags) == str(estimate_memory())
+
+    def test_warns_where_only_the_longest_prompts_do_not_fit(self, check):
+        need = estimate_memory()
+        said = check(need.certain + 1)
+        assert said.startswith(str(need)) and "\nWarning: on cpu, at the longest prompts, " in said and "--" in said
+        assert "Warning" not in check(need.total)
+
+    def test_refuses_what_cannot_fit(self, check):
+        with pytest.raises(ValueError, match="not enough memory on cpu before any activation.* pass --lora-rank 16"):
+            check(estimate_memory().certain - 1, batch_size=1, max_prompt_tokens=64, gradient_checkpointing=True)
+
+    def test_a_run_that_cannot_fit_stops_before_it_loads_anything(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr("qwen_fused.memory.available_memory", lambda device: 1000)
+        monkeypatch.setattr("qwen_fused.train.Trainer", lambda *a: pytest.fail("loaded"))
+        assert main(["train", "--device", "cpu", "--out", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert "not enough memory" in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_rejects_what_the_loader_rejects():
