@@ -45,7 +45,7 @@ class TrainConfig:
     """Batches that share one pass through Qwen, which steps at their end; 1 passes through it at every batch."""
     prompt_visits: int = 4
     """How often a prompt is used within its window: a window's prompts come from a pool of window / visits batches."""
-    window_mode: Literal["recompute", "retain"] = "recompute"
+    window_mode: Literal["recompute", "retain"] = "retain"
     """Run Qwen's forward again when the window ends, or keep its graphs: faster, with the memory of all of them."""
     lora_rank: int = 0
     """Rank of LoRA adapters on Qwen; 0 trains Qwen itself."""
@@ -60,7 +60,7 @@ class TrainConfig:
 
     prompt_dim: int = 256
     """Width D of the prompt embedding."""
-    agent_channels: int = 96
+    agent_channels: int = 64
     """Width of the planner's state."""
     plan_steps: int = 5
     """Planning steps T."""

@@ -15,6 +15,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "qwen": "Qwen/Qwen2.5-0.5B",
         "precision": "bf16",
         "gradient_checkpointing": True,
+        # the graphs of a window's prompts would be many times the weights
+        "window_mode": "recompute",
         "max_prompt_tokens": 1024,
         "qwen_lr": 2e-5,
         "warmup_batches": 100,
@@ -26,6 +28,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "precision": "bf16",
         "lora_rank": 16,
         "gradient_checkpointing": True,
+        # the graphs of a window's prompts would be many times the weights
+        "window_mode": "recompute",
         "max_prompt_tokens": 1024,
         "qwen_lr": 1e-4,
         "warmup_batches": 100,

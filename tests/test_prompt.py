@@ -55,7 +55,7 @@ def test_pooled_state_stands_in_for_the_pass(prompt):
     assert torch.equal(again.prompt, out.prompt) and again.tokens == out.tokens
     again.prompt.square().sum().backward()
     assert pooled.grad.norm() > 0 and all(p.grad is None for p in prompt.qwen_parameters())
-    with pytest.raises(ValueError, match=r"pooled must be \[3, 128\], got \(2, 128\)"):
+    with pytest.raises(ValueError, match=r"pooled must be \[3, 192\], got \(2, 192\)"):
         prompt(DEMONSTRATIONS, pooled[:2])
 
 
@@ -251,7 +251,7 @@ def test_lora_trains_adapters_and_heads_only():
     frozen = {name: p.clone() for name, p in prompt.named_parameters() if not p.requires_grad}
     grads = gradients(prompt)
     adapters = [name for name in grads if name.startswith("backbone.")]
-    assert len(adapters) == 2 * 7 * 2 and all("lora_" in name for name in adapters)
+    assert len(adapters) == 4 * 7 * 2 and all("lora_" in name for name in adapters)
     assert len(list(prompt.qwen_parameters())) == len(adapters)
     assert all(grad.norm() > 0 for grad in grads.values())
     torch.optim.AdamW(prompt.parameters(), lr=0.1).step()
