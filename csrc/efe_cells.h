@@ -1,120 +1,123 @@
-// Cells of a [B, T, C, H, W] tensor of any strides and dtype, a vector's width of them at a time.
-#pragma once
+// A tile's labels, and a vector's width of logits at a time out of tensors of any strides and dtype.
+// No include guard: see efe_tiles.cpp.
 
-#include <ATen/core/Tensor.h>
-
-#include <cstdint>
-
-namespace qwen_fused {
-
-// largest number of cells in a vector: float32 in 64 bytes
-inline constexpr int MAX_LANES = 16;
-
+// logits, or where their gradients go, of a vector of cells
 template <class T>
-class Cells {
- public:
-  Cells() = default;
+struct Row {
+  T* x;
+  int64_t stride;  // from class to class
+};
 
-  // axes b and t may be absent: their stride is then 0
-  Cells(const at::Tensor& x, bool has_b, bool has_t) : data_(x.data_ptr()), type_(x.scalar_type()) {
-    const int64_t d = x.dim();
-    stride_b_ = has_b ? x.stride(0) : 0;
-    stride_t_ = has_t ? x.stride(d - 4) : 0;
-    stride_c_ = x.stride(d - 3), stride_h_ = x.stride(d - 2), stride_w_ = x.stride(d - 1);
-    const int64_t H = x.size(d - 2);
-    classes_ = x.size(d - 3), width_ = x.size(d - 1);
-    // one axis of cells where the canvas allows it
-    if (width_ == 1) {
-      stride_w_ = stride_h_, flat_ = true;
-    } else {
-      flat_ = H == 1 || stride_h_ == stride_w_ * width_;
+// the vector's cells are neighbours of type T: the tensor itself will do
+template <class S>
+QF_INLINE bool direct(const Strided& x, int count) {
+  constexpr Type own = S::FLOAT ? Type::f32 : Type::f64;
+  return x.flat && x.stride_w == 1 && x.type == own && (S::MASKED || count == S::LANES);
+}
+
+QF_INLINE int64_t cell_offset(const Strided& x, int64_t i) {
+  return x.flat ? i * x.stride_w : i / x.width * x.stride_h + i % x.width * x.stride_w;
+}
+
+template <class Stored, class S>
+void gather(const Strided& x, int64_t offset, int64_t i, int count, typename S::Scalar* to) {
+  using T = typename S::Scalar;
+  int64_t at[S::LANES];
+  for (int l = 0; l < S::LANES; ++l) at[l] = cell_offset(x, i + std::min(l, count - 1));
+  const Stored* const base = static_cast<const Stored*>(x.data) + offset;
+  if (count == S::LANES && x.flat && x.stride_w == 1) {
+    for (int64_t c = 0; c < x.classes; ++c) {
+      for (int l = 0; l < S::LANES; ++l) to[c * S::LANES + l] = static_cast<T>(base[c * x.stride_c + i + l]);
     }
-    direct_ = flat_ && stride_w_ == 1 && type_ == c10::CppTypeToScalarType<T>::value;
+  } else {
+    for (int64_t c = 0; c < x.classes; ++c) {
+      for (int l = 0; l < S::LANES; ++l) to[c * S::LANES + l] = static_cast<T>(base[c * x.stride_c + at[l]]);
+    }
   }
+}
 
-  bool there() const { return data_ != nullptr; }
-
-  // logits of `count` cells from cell i on: a pointer and the stride of a class, into the tensor itself where its cells
-  // are neighbours of type T, else into `buffer` of [C, lanes]
-  const T* read(int64_t b, int64_t t, int64_t i, int count, int lanes, T* buffer, int64_t& stride_c) const {
-    const int64_t offset = b * stride_b_ + t * stride_t_;
-    if (direct_ && count == lanes) {
-      stride_c = stride_c_;
-      return static_cast<const T*>(data_) + offset + i;
-    }
-    stride_c = lanes;
-    switch (type_) {
-      case at::kFloat: gather<float>(offset, i, count, lanes, buffer); break;
-      case at::kDouble: gather<double>(offset, i, count, lanes, buffer); break;
-      case at::kHalf: gather<c10::Half>(offset, i, count, lanes, buffer); break;
-      default: gather<c10::BFloat16>(offset, i, count, lanes, buffer); break;
-    }
-    return buffer;
+// logits of `count` cells from cell i on, in the tensor itself or brought into `buffer` of [C, lanes]
+template <class S>
+QF_INLINE Row<const typename S::Scalar> read(
+    const Strided& x, int64_t b, int64_t t, int64_t i, int count, typename S::Scalar* buffer) {
+  using T = typename S::Scalar;
+  const int64_t offset = b * x.stride_b + t * x.stride_t;
+  if (direct<S>(x, count)) return {static_cast<const T*>(x.data) + offset + i, x.stride_c};
+  switch (x.type) {
+    case Type::f32: gather<float, S>(x, offset, i, count, buffer); break;
+    case Type::f64: gather<double, S>(x, offset, i, count, buffer); break;
+    case Type::f16: gather<c10::Half, S>(x, offset, i, count, buffer); break;
+    default: gather<c10::BFloat16, S>(x, offset, i, count, buffer); break;
   }
+  return {buffer, S::LANES};
+}
 
-  // where to write the gradient of those cells: as `read`; `commit` then brings the buffer home
-  T* write_at(int64_t b, int64_t t, int64_t i, int count, int lanes, T* buffer, int64_t& stride_c) const {
-    if (direct_ && count == lanes) {
-      stride_c = stride_c_;
-      return static_cast<T*>(data_) + b * stride_b_ + t * stride_t_ + i;
-    }
-    stride_c = lanes;
-    return buffer;
+// where to write the gradient of those cells: as `read`; `commit` then brings the buffer home
+template <class S>
+QF_INLINE Row<typename S::Scalar> write_at(
+    const Strided& x, int64_t b, int64_t t, int64_t i, int count, typename S::Scalar* buffer) {
+  if (!direct<S>(x, count)) return {buffer, S::LANES};
+  return {static_cast<typename S::Scalar*>(x.data) + b * x.stride_b + t * x.stride_t + i, x.stride_c};
+}
+
+template <class Stored, class S>
+void scatter(const Strided& x, int64_t offset, int64_t i, int count, const typename S::Scalar* from) {
+  int64_t at[S::LANES];
+  for (int l = 0; l < count; ++l) at[l] = cell_offset(x, i + l);
+  Stored* const base = static_cast<Stored*>(x.data) + offset;
+  for (int64_t c = 0; c < x.classes; ++c) {
+    for (int l = 0; l < count; ++l) base[c * x.stride_c + at[l]] = static_cast<Stored>(from[c * S::LANES + l]);
   }
+}
 
-  void commit(int64_t b, int64_t t, int64_t i, int count, int lanes, const T* buffer) const {
-    if (direct_ && count == lanes) return;
-    const int64_t offset = b * stride_b_ + t * stride_t_;
-    switch (type_) {
-      case at::kFloat: scatter<float>(offset, i, count, lanes, buffer); break;
-      case at::kDouble: scatter<double>(offset, i, count, lanes, buffer); break;
-      case at::kHalf: scatter<c10::Half>(offset, i, count, lanes, buffer); break;
-      default: scatter<c10::BFloat16>(offset, i, count, lanes, buffer); break;
+template <class S>
+QF_INLINE void commit(const Strided& x, int64_t b, int64_t t, int64_t i, int count, const typename S::Scalar* buffer) {
+  if (direct<S>(x, count)) return;
+  const int64_t offset = b * x.stride_b + t * x.stride_t;
+  switch (x.type) {
+    case Type::f32: scatter<float, S>(x, offset, i, count, buffer); break;
+    case Type::f64: scatter<double, S>(x, offset, i, count, buffer); break;
+    case Type::f16: scatter<c10::Half, S>(x, offset, i, count, buffer); break;
+    default: scatter<c10::BFloat16, S>(x, offset, i, count, buffer); break;
+  }
+}
+
+// labels and class weights of a tile, padded with ignored cells to a whole vector
+template <class S>
+struct Labels {
+  using T = typename S::Scalar;
+  using Int = typename S::Int;
+  alignas(64) Int label[TILE];
+  alignas(64) T kappa[TILE];
+  int64_t valid = 0, bad = 0;
+
+  Labels(const Job<T>& job, int64_t b, int64_t begin, int64_t size) {
+    switch (job.target.type) {
+      case Type::u8: read<uint8_t>(job, b, begin, size); break;
+      case Type::i8: read<int8_t>(job, b, begin, size); break;
+      case Type::i16: read<int16_t>(job, b, begin, size); break;
+      case Type::i32: read<int32_t>(job, b, begin, size); break;
+      default: read<int64_t>(job, b, begin, size); break;
     }
+    for (int64_t i = size; i < std::min(TILE, size + S::LANES); ++i) label[i] = IGNORED, kappa[i] = 0;
   }
 
  private:
-  void offsets(int64_t i, int count, int64_t* at) const {
-    for (int l = 0; l < count; ++l) {
-      at[l] = flat_ ? (i + l) * stride_w_ : (i + l) / width_ * stride_h_ + (i + l) % width_ * stride_w_;
+  template <class Stored>
+  void read(const Job<T>& job, int64_t b, int64_t begin, int64_t size) {
+    const Stored* const from = static_cast<const Stored*>(job.target.data) + b * job.target.stride_b;
+    if (job.target.flat) {
+      // apart, as the divisions of the other way take longer than everything else here
+      for (int64_t i = 0; i < size; ++i) take(job, i, from[(begin + i) * job.target.stride_w]);
+    } else {
+      for (int64_t i = 0; i < size; ++i) take(job, i, from[cell_offset(job.target, begin + i)]);
     }
   }
 
-  template <class S>
-  void gather(int64_t offset, int64_t i, int count, int lanes, T* buffer) const {
-    int64_t at[MAX_LANES];
-    offsets(i, count, at);
-    const S* const base = static_cast<const S*>(data_) + offset;
-    const bool neighbours = flat_ && stride_w_ == 1;
-    for (int64_t c = 0; c < classes_; ++c) {
-      const S* const row = base + c * stride_c_;
-      T* const to = buffer + c * lanes;
-      if (neighbours) {
-        for (int l = 0; l < count; ++l) to[l] = static_cast<T>(row[i + l]);
-      } else {
-        for (int l = 0; l < count; ++l) to[l] = static_cast<T>(row[at[l]]);
-      }
-      for (int l = count; l < lanes; ++l) to[l] = 0;
-    }
+  QF_INLINE void take(const Job<T>& job, int64_t i, int64_t o) {
+    const bool counts = o != job.ignore_index, in_range = o >= 0 && o < job.classes;
+    label[i] = !counts ? IGNORED : in_range ? static_cast<Int>(o) : OUT_OF_RANGE;
+    kappa[i] = !counts || !in_range ? T(0) : job.class_weight ? job.class_weight[o] : T(1);
+    valid += counts, bad += counts && !in_range;
   }
-
-  template <class S>
-  void scatter(int64_t offset, int64_t i, int count, int lanes, const T* buffer) const {
-    int64_t at[MAX_LANES];
-    offsets(i, count, at);
-    S* const base = static_cast<S*>(data_) + offset;
-    for (int64_t c = 0; c < classes_; ++c) {
-      S* const row = base + c * stride_c_;
-      const T* const from = buffer + c * lanes;
-      for (int l = 0; l < count; ++l) row[at[l]] = static_cast<S>(from[l]);
-    }
-  }
-
-  void* data_ = nullptr;
-  at::ScalarType type_ = at::kFloat;
-  int64_t stride_b_ = 0, stride_t_ = 0, stride_c_ = 0, stride_h_ = 0, stride_w_ = 0;
-  int64_t classes_ = 0, width_ = 1;
-  bool flat_ = true, direct_ = false;
 };
-
-}  // namespace qwen_fused

@@ -1,16 +1,15 @@
-// One call of the loss as the tiles see it: arguments, and a tile's labels.
+// One call of the loss as the tiles see it: plain data, no torch.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-
-#include "efe_cells.h"
 
 namespace qwen_fused {
 
 inline constexpr int MAX_CLASSES = 64;
 // cells a thread takes at a time
 inline constexpr int64_t TILE = 256;
+// largest number of cells in a vector: float32 in 64 bytes
+inline constexpr int MAX_LANES = 16;
 // vectors between a load or store and its prefetch: 2 T C rows are read in turn, more than the hardware follows
 inline constexpr int64_t AHEAD = 4;
 inline constexpr double LN_2 = 0.69314718055994530942;
@@ -23,22 +22,24 @@ enum HardMode { HARD_EPISODE, HARD_CELL, HARD_NONE };
 // head of a slot; behind it stand the probability mass [C] and the pooled logits [T, C]
 enum Slot { S_CELLS, S_HARD, S_BAD, S_KAPPA, S_CE, S_RISK, S_AGREEMENT, S_ANCHOR, S_HEAD };
 
-template <class T>
-struct LaneInt;
-template <>
-struct LaneInt<float> {
-  using type = int32_t;
-};
-template <>
-struct LaneInt<double> {
-  using type = int64_t;
+enum class Type : uint8_t { f32, f64, f16, bf16, u8, i8, i16, i32, i64 };
+
+// a [B, T, C, H, W] tensor of any strides and dtype, whose axes b, t and c may be absent: their stride is then 0
+struct Strided {
+  void* data = nullptr;
+  Type type = Type::f32;
+  int64_t stride_b = 0, stride_t = 0, stride_c = 0, stride_h = 0, stride_w = 0;
+  int64_t classes = 0, width = 1;
+  // one axis of cells, stride_w apart
+  bool flat = true;
+
+  bool there() const { return data != nullptr; }
 };
 
 template <class T>
 struct Job {
   int64_t B, steps, classes, cells, tiles;
-  at::Tensor target;
-  Cells<T> plan, back, preference, anchor;
+  Strided target, plan, back, preference, anchor;
   const T *obs_entropy, *step_weight, *class_weight;  // null where left out
   bool on[TERMS];
   double weight[TERMS];
@@ -47,8 +48,8 @@ struct Job {
   int64_t ignore_index;
   uint8_t* predicted;
   // backward
-  Cells<T> d_plan, d_back, d_preference;
-  const T *coef, *d_pooled;  // [B, 2]; [B, steps, C], null where the prompt term is off
+  Strided d_plan, d_back, d_preference;
+  const T *coef, *d_pooled;  // [B, 2]; [B, steps, C] with the upstream factor in it
   double upstream;
 
   int64_t slot_size() const { return S_HEAD + (on[AMBIGUITY] ? classes : 0) + (on[PROMPT] ? steps * classes : 0); }
@@ -58,39 +59,16 @@ struct Job {
   }
 };
 
-// labels and class weights of a tile, padded with ignored cells to a whole vector
+// the loss on tile `unit` of B * tiles: forward fills the tile's slot and its predictions, backward its gradients;
+// pooled has steps * classes * MAX_LANES places, and is not used where the prompt term is off
 template <class T>
-struct Labels {
-  using Int = typename LaneInt<T>::type;
-  alignas(64) Int label[TILE];
-  alignas(64) T kappa[TILE];
-  int64_t valid = 0, bad = 0;
-
-  Labels(const Job<T>& job, int64_t b, int64_t begin, int64_t size) {
-    switch (job.target.scalar_type()) {
-      case at::kByte: read<uint8_t>(job, b, begin, size); break;
-      case at::kChar: read<int8_t>(job, b, begin, size); break;
-      case at::kShort: read<int16_t>(job, b, begin, size); break;
-      case at::kInt: read<int32_t>(job, b, begin, size); break;
-      default: read<int64_t>(job, b, begin, size); break;
-    }
-    for (int64_t i = size; i < std::min(TILE, size + MAX_LANES); ++i) label[i] = IGNORED, kappa[i] = 0;
-  }
-
- private:
-  template <class S>
-  void read(const Job<T>& job, int64_t b, int64_t begin, int64_t size) {
-    const int64_t W = job.target.size(2), stride_h = job.target.stride(1), stride_w = job.target.stride(2);
-    const S* const from = job.target.template const_data_ptr<S>() + b * job.target.stride(0);
-    for (int64_t i = 0; i < size; ++i) {
-      const int64_t at = begin + i;
-      const int64_t o = static_cast<int64_t>(from[at / W * stride_h + at % W * stride_w]);
-      const bool counts = o != job.ignore_index, in_range = o >= 0 && o < job.classes;
-      label[i] = !counts ? IGNORED : in_range ? static_cast<Int>(o) : OUT_OF_RANGE;
-      kappa[i] = !counts || !in_range ? T(0) : job.class_weight ? job.class_weight[o] : T(1);
-      valid += counts, bad += counts && !in_range;
-    }
-  }
+struct TileFunctions {
+  void (*forward)(const Job<T>& job, int64_t unit, T* pooled, double* slot);
+  void (*backward)(const Job<T>& job, int64_t unit);
 };
+
+// those for the best instruction set of this machine
+template <class T>
+TileFunctions<T> tile_functions();
 
 }  // namespace qwen_fused

@@ -13,6 +13,7 @@
 #include <cstring>
 
 #define QF_INLINE __attribute__((always_inline)) inline
+#define QF_INLINE_LAMBDA __attribute__((always_inline))
 
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define QF_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

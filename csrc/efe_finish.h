@@ -1,0 +1,99 @@
+// From the sums of each episode to the terms, the loss, and the small gradients that need no second pass.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "efe_job.h"
+
+namespace qwen_fused {
+
+struct ForwardResult {
+  at::Tensor loss, terms, solved, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors;
+};
+
+// cos(u, v) with each norm held at eps or above, and its gradients times `scale` added to du, dv
+inline double cosine(const double* u, const double* v, int64_t C, double scale, double* du, double* dv) {
+  constexpr double eps = 1e-8;
+  double uu = 0, vv = 0, uv = 0;
+  for (int64_t c = 0; c < C; ++c) uu += u[c] * u[c], vv += v[c] * v[c], uv += u[c] * v[c];
+  const double nu = std::max(std::sqrt(uu), eps), nv = std::max(std::sqrt(vv), eps), cos = uv / (nu * nv);
+  const double tilt_u = std::sqrt(uu) < eps ? 0 : cos / (nu * nu), tilt_v = std::sqrt(vv) < eps ? 0 : cos / (nv * nv);
+  for (int64_t c = 0; c < C; ++c) {
+    du[c] = scale * (v[c] / (nu * nv) - tilt_u * u[c]);
+    dv[c] += scale * (u[c] / (nu * nv) - tilt_v * v[c]);
+  }
+  return cos;
+}
+
+// sums: of each episode, laid out as a slot; prompt_colors [B, C]
+template <class T>
+void finish(const Job<T>& job, const std::vector<double>& sums, const T* prompt_colors, ForwardResult& out) {
+  const int64_t B = job.B, C = job.classes, steps = job.steps;
+  const auto options = at::TensorOptions(c10::CppTypeToScalarType<T>::value);
+  out.loss = at::empty({}, options);
+  out.terms = at::empty({B, TERMS + 2}, options);
+  out.solved = at::empty({B}, options.dtype(at::kBool));
+  out.coef = at::empty({B + 1, 2}, options);
+  out.d_pooled = at::empty({job.on[PROMPT] ? B : 0, steps, C}, options);
+  out.d_obs_entropy = at::empty({job.on[AMBIGUITY] ? C : 0}, options);
+  out.d_prompt_colors = at::empty({job.on[PROMPT] ? B : 0, C}, options);
+  T* const terms = out.terms.template data_ptr<T>();
+  T* const coef = out.coef.template data_ptr<T>();
+  std::vector<double> d_obs(C), du(C), dv(C), u(C), v(C);
+  double loss = 0, with_cells = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    const double* const sum = sums.data() + b * job.slot_size();
+    const double* const mass = sum + S_HEAD;
+    const double* const pooled = mass + (job.on[AMBIGUITY] ? C : 0);
+    const double n = std::max(sum[S_CELLS], 1.0), ratio = sum[S_HARD] / n;
+    const double sigma = job.hard_mode == HARD_EPISODE ? job.hard_floor + (1 - job.hard_floor) * ratio : 1.0;
+    // weight of this episode's terms, but for 1 / number of episodes
+    const double share = sum[S_CELLS] > 0 ? sigma : 0.0;
+    double term[TERMS] = {};
+    term[CE] = sum[S_KAPPA] != 0 ? sum[S_CE] / sum[S_KAPPA] : 0.0;
+    term[RISK] = sum[S_RISK] / n, term[AGREEMENT] = sum[S_AGREEMENT] / n, term[ANCHOR] = sum[S_ANCHOR] / n;
+    if (job.on[AMBIGUITY]) {
+      for (int64_t c = 0; c < C; ++c) {
+        term[AMBIGUITY] += mass[c] / n * job.obs_entropy[c];
+        d_obs[c] += share * job.weight[AMBIGUITY] * mass[c] / n;
+      }
+    }
+    if (job.on[PROMPT]) {
+      const bool counts = sum[S_CELLS] > 0;
+      for (int64_t c = 0; c < C; ++c) v[c] = counts ? prompt_colors[b * C + c] : 0.0, dv[c] = 0;
+      for (int64_t t = 0; t < steps; ++t) {
+        for (int64_t c = 0; c < C; ++c) u[c] = pooled[t * C + c] / n;
+        const double scale = -share * job.weight[PROMPT] / static_cast<double>(steps);
+        term[PROMPT] -= cosine(u.data(), v.data(), C, scale, du.data(), dv.data()) / static_cast<double>(steps);
+        T* const d_pooled = out.d_pooled.template data_ptr<T>() + (b * steps + t) * C;
+        for (int64_t c = 0; c < C; ++c) d_pooled[c] = static_cast<T>(counts ? du[c] / n : 0.0);
+      }
+      T* const d_prompt = out.d_prompt_colors.template data_ptr<T>() + b * C;
+      for (int64_t c = 0; c < C; ++c) d_prompt[c] = static_cast<T>(counts ? dv[c] : 0.0);
+    }
+    double total = 0;
+    for (int k = 0; k < TERMS; ++k) {
+      terms[b * (TERMS + 2) + k] = static_cast<T>(term[k]);
+      if (job.on[k] && job.weight[k] != 0) total += job.weight[k] * term[k];
+    }
+    terms[b * (TERMS + 2) + TERMS] = static_cast<T>(ratio);
+    terms[b * (TERMS + 2) + TERMS + 1] = static_cast<T>((sum[S_CELLS] - sum[S_HARD]) / n);
+    out.solved.template data_ptr<bool>()[b] = sum[S_CELLS] > 0 && sum[S_HARD] == 0;
+    coef[2 * b] = static_cast<T>(share / n);
+    coef[2 * b + 1] = static_cast<T>(sum[S_KAPPA] != 0 ? share / sum[S_KAPPA] : 0.0);
+    if (sum[S_CELLS] > 0) loss += share * total, ++with_cells;
+  }
+  for (int64_t c = 0; job.on[AMBIGUITY] && c < C; ++c) {
+    out.d_obs_entropy.template data_ptr<T>()[c] = static_cast<T>(d_obs[c]);
+  }
+  const double episode = 1 / std::max(with_cells, 1.0);
+  coef[2 * B] = static_cast<T>(episode), coef[2 * B + 1] = 0;
+  *out.loss.template data_ptr<T>() = static_cast<T>(loss * episode);
+}
+
+}  // namespace qwen_fused
