@@ -29,8 +29,9 @@ INPUT, OUTPUT = "in:\n", "out:\n"
 POOLINGS = ("mean", "last")
 
 # padded tokens that go through Qwen in one call. Two cores: a batch of 16 takes 0.16 s in groups of 2048 and 0.30 s
-# in one piece, as prompts differ in length and activations outgrow the cache. A GPU wants more work at once.
-GROUP_TOKENS = {"cpu": 2048, "cuda": 16384}
+# in one piece, as prompts differ in length and activations outgrow the cache. One core, in turns: groups of 1024 take
+# 1 / 1.12 of the time of 2048, with 3 % of padding instead of 13 %. A GPU wants more work at once.
+GROUP_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 @dataclass
