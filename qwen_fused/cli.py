@@ -141,9 +141,10 @@ def run_prove(arguments: Sequence[str]) -> int:
     if command.print_config:
         print(config.to_yaml(), end="")
         return 0
+    from qwen_fused.prove_trainer import prove_trainer
     from qwen_fused.trainer import Trainer
 
-    report = Trainer(config, config.out).prove()
+    report = prove_trainer(Trainer(config, config.out))
     print(report)
     if command.json is not None:
         command.json.write_text(json.dumps(report.to_dict(), indent=2))

@@ -55,8 +55,8 @@ def prove(
             own name.
         directions: random directions along which finite differences are taken.
         seed: for the directions.
-        backward: how the loop sends the loss back, default `loss.backward()`. Leave clipping to `step`.
-        step: how the loop steps, default each optimizer's `step()`.
+        backward: how the loop sends the loss back, default `loss.backward()`; a scaled loss is seen to be scaled.
+        step: how the loop unscales, clips and steps, default each optimizer's `step()`.
 
     Returns:
         ProofReport; `.ok` only when every rung holds.
@@ -89,7 +89,7 @@ def _climb(subject: Subject, directions: int, seed: int) -> ProofReport:
     rung, cut = rungs.connected(subject, first, gradients)
     ladder.append(rung)
 
-    there = _Nearby(subject, gradients)
+    there = _Nearby(subject, gradients, first)
     subject.snapshot.reset_values()
     ladder.append(rungs.nonzero(subject, gradients, there.gradients.of, loss))
     there.return_to()
@@ -101,7 +101,7 @@ def _climb(subject: Subject, directions: int, seed: int) -> ProofReport:
     return ProofReport(
         rungs={name: rung for name, rung in zip(RUNGS, ladder, strict=True)},
         cut=cut,
-        notes=_notes(subject, first),
+        notes=_notes(subject, first, gradients),
         allowed=dict(subject.allow.matches),
         layers=rungs.layers(gradients.of),
         parameters=len(subject.named),
@@ -116,14 +116,14 @@ class _Nearby:
     still zero after the others have moved stays zero. A zero-initialised adapter's other side comes alive.
     """
 
-    def __init__(self, subject: Subject, gradients: Gradients):
+    def __init__(self, subject: Subject, gradients: Gradients, first: Trace):
         self.subject = subject
         scales = scales_of(subject.trainable)
         for look in range(LOOKS):
             alive_before = rungs.zeros(gradients.of)
             second_look(subject.trainable, gradients.of, scales)
             self.surrogates: dict[Slot, Surrogate] = {}
-            self.trace: Trace = subject.trace(self._vouch)
+            self.trace: Trace = subject.trace(self._vouch, first)
             self.loss = self.trace.loss
             self.gradients = subject.gradients(self.loss)
             still_zero = [name for name in alive_before if name in rungs.zeros(self.gradients.of)]
@@ -142,7 +142,7 @@ class _Nearby:
             parameter.data.copy_(self._values[name])
 
 
-def _notes(subject: Subject, trace: Trace) -> list[str]:
+def _notes(subject: Subject, trace: Trace, gradients: Gradients) -> list[str]:
     """Cuts beside a way that does connect, and allowances that nothing needed."""
     labels = trace.labels
     alive = labels.alive(trace.loss) if isinstance(trace.loss, Tensor) else 0
@@ -162,6 +162,9 @@ def _notes(subject: Subject, trace: Trace) -> list[str]:
     if carried and subject.own_backward:
         where = f"{carried[0].operation} at {carried[0].site.user}"
         notes.append(f"the gradient is carried past {where} by the backward that was given")
+    if gradients.scale != 1 and not trace.half:
+        why = ", though nothing is computed in 16 bits: is autocast on, and for this device?"
+        notes.append(f"the loss is scaled by {gradients.scale:g} for backward{why if gradients.scale > 1 else ''}")
     if not torch.is_grad_enabled():
         notes.append("gradients were switched off where prove was called")
     notes += [f"allow entry {entry!r} matched nothing" for entry, count in subject.allow.matches.items() if not count]

@@ -16,6 +16,7 @@ from qwen_fused.data import test_episodes
 from qwen_fused.evaluate import Evaluation, evaluate, write_submission
 from qwen_fused.examples import write_examples
 from qwen_fused.memory import check_memory
+from qwen_fused.prove_trainer import prove_trainer
 from qwen_fused.report import write_report
 from qwen_fused.runlog import RunLog, log_line
 from qwen_fused.trackers import tracker_names
@@ -74,7 +75,7 @@ def prove_first(trainer: Trainer, log: RunLog) -> None:
     """
     if not trainer.config.prove or trainer.progress.step:
         return
-    report = trainer.prove()
+    report = prove_trainer(trainer)
     (trainer.folder / "proof.json").write_text(json.dumps(report.to_dict(), indent=2))
     log.say(str(report).rstrip())
     if not report.ok:

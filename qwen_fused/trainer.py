@@ -18,19 +18,10 @@ from qwen_fused.gradients import GradStats, GroupGradNorm, PendingStats, nonfini
 from qwen_fused.masters import MasterAdamW
 from qwen_fused.model import QwenPlanner, StepOutput
 from qwen_fused.monitor import GradientMonitor, Hint
-from qwen_fused.prove import ProofReport, prove
 from qwen_fused.sampler import EpisodeSampler
 from qwen_fused.window import PromptWindow
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# where a value loses its gradient on purpose
-INTENDED_CUTS = (
-    "efe_loss*",  # the hard mask, accuracy and predictions are argmaxed; the fused ops are taken at their word
-    "QwenPlanner.baseline",  # the plan under the unrefined prompt: argmaxed for the reward
-    "PromptPolicy.forward",  # the sampled u is held fixed in its own log-probability
-    "PromptPolicy.loss",  # reward, advantage and the states that curiosity observes
-    "Curiosity.forward",  # the stopped target, and the action as an observation
-)
 SCALARS = (
     "loss", "efe", "size_loss", "policy_loss", "reward", "prompt_grad", "mask_ratio", "accuracy", "solved",
     "size_accuracy",
@@ -145,28 +136,34 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         out, pooled = self.forward(batch, epoch=epoch)
         out.prompt.retain_grad()
-        self.scaler.scale(out.loss).backward()
-        # the prompt and Qwen's states are no parameters: their gradients still have this batch's loss scale
-        loss_scale = self.scaler.scale(torch.ones((), device=self.device))
+        loss_scale = self.backward(out.loss, [pooled])
         prompt_grad = out.prompt.grad.float().norm() / loss_scale
-        keep_finite(pooled, loss_scale)
         if flush:
-            self.flush(loss_scale)
-        self.scaler.unscale_(self.optimizer)
-        stats = self.norms.measure()
-        self.norms.clip_(stats, self.config.clip)
-        self._step(stats)
+            # the mean over the window's batches
+            self.window.flush(loss_scale / self.window.batches)
+        stats = self.step()
         self.model.objective.update_anchor(batch.target, out.score.efe.solved)
         self.progress.step += 1
         values = to_host(_scalars(out, prompt_grad))
         return PendingBatch(self.progress.step, epoch, len(episodes), flush, rates, values, stats.read_later())
 
-    def flush(self, loss_scale: float | Tensor = 1.0) -> None:
-        """Send the mean gradient of the window's batches through Qwen, at the loss scale of the batch that ends it."""
-        self.window.flush(loss_scale / self.window.batches)
+    def backward(self, loss: Tensor, pooled: Sequence[Tensor]) -> Tensor:
+        """Send a loss back, scaled, as far as the window's leaves, which keep their gradients unscaled.
 
-    def _step(self, stats: GradStats) -> None:
-        """Step, unless a gradient is NaN or Inf: then weights and optimizer stay as they are, without a host sync."""
+        Returns:
+            The loss scale, which every other gradient still has.
+        """
+        self.scaler.scale(loss).backward()
+        loss_scale = self.scaler.scale(torch.ones((), device=self.device))
+        for leaf in pooled:
+            keep_finite(leaf, loss_scale)
+        return loss_scale
+
+    def step(self) -> GradStats:
+        """Unscale, measure, clip and step; a NaN or Inf leaves weights and optimizer as they are, without a sync."""
+        self.scaler.unscale_(self.optimizer)
+        stats = self.norms.measure()
+        self.norms.clip_(stats, self.config.clip)
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -174,6 +171,7 @@ class Trainer:
             # fused AdamW reads it on the device and leaves everything alone where it is 1
             self.optimizer.found_inf = (stats.nonfinite.sum() > 0).float()
             self.optimizer.step()
+        return stats
 
     def read(self, pending: PendingBatch) -> dict[str, Any]:
         """The metrics of a batch, in the order in which the batches ran.
@@ -228,36 +226,6 @@ class Trainer:
                 f"batch {step}: {bad}; the loss was {loss:.4g}. That batch was not applied. Lower --qwen-lr "
                 "and --agent-lr, or pass --on-nonfinite skip to count such batches and go on."
             )
-
-    def prove(self) -> ProofReport:
-        """Prove this trainer's own step on its first batch: forward, backward, clip, optimizer; nothing changes."""
-        batch = collate(self.sampler.batch(0, 0)).to(self.device)
-        # the rates of the first batch after warm-up, or the rung "applied" would judge the warm-up
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.set_learning_rates(self.config.warmup_batches)
-
-        def loss() -> Tensor:
-            # every call is a window of its own, as weights differ from call to call
-            self.window.discard()
-            return self.forward(batch, epoch=1)[0].loss
-
-        def backward(loss: Tensor) -> None:
-            loss.backward()
-            # a cut behind the window leaves nothing to flush, and is for the proof to name
-            if self.window.reached:
-                self.flush()
-
-        def step() -> None:
-            stats = self.norms.measure()
-            self.norms.clip_(stats, self.config.clip)
-            self._step(stats)
-
-        try:
-            return prove(loss, self.model, self.optimizer, allow=INTENDED_CUTS, backward=backward, step=step)
-        finally:
-            self.window.discard()
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bitwise continuation needs; the data order follows from the step alone."""

@@ -250,10 +250,13 @@ class PromptWindow:
             output = self.encode(keys)
         if output.dim() != 2 or len(output) != len(keys):
             raise ValueError(f"encode must return [{len(keys)}, D] for {len(keys)} keys, got {tuple(output.shape)}")
-        if keep_graph and not output.requires_grad:
+        # a later one without its graph, as in a finite difference, is run again when it comes to be flushed
+        if self.parameters is None and not output.requires_grad:
             raise ValueError("encode must be differentiable, got a result that does not require grad")
         if self.parameters is None:
-            self.parameters = graph_leaves(output)
+            leaves = graph_leaves(output)
+            # a leaf made inside encode, as peft makes one for checkpointing, is no weight that must stand still
+            self.parameters = [leaf for leaf in leaves if isinstance(leaf, torch.nn.Parameter)] or leaves
         if not self.versions:
             self.versions = self._versions()
         device = output.device.type

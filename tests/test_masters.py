@@ -12,6 +12,7 @@ from qwen_fused import masters
 from qwen_fused.checkpoint import read_state, write_state
 from qwen_fused.masters import MasterAdamW, chunks
 from qwen_fused.prove import prove
+from qwen_fused.prove_trainer import prove_trainer
 from qwen_fused.trainer import Trainer
 from qwen_fused.window import PromptWindow
 
@@ -232,7 +233,7 @@ def test_bfloat16_qwen_resumes_bitwise(small_config, tmp_path):
 
 
 def test_bfloat16_qwen_is_proved(small_config, tmp_path):
-    report = Trainer(small_config(qwen_dtype="bfloat16"), tmp_path).prove()
+    report = prove_trainer(Trainer(small_config(qwen_dtype="bfloat16"), tmp_path))
     assert report.ok and "float32 masters only" in str(report)
 
 

@@ -152,8 +152,20 @@ def test_leaf_that_the_callers_backward_carries_on_from():
     }
 
 
-def test_loss_scaled_before_backward():
+def test_loss_scaled_down_before_backward_is_noted():
+    # as a loop does that accumulates over four batches
     model = Net()
-    report = prove(loss_of(model), model, backward=lambda loss: (loss / 4).backward())
-    (finding,) = report.rungs["correct"].findings
-    assert "every gradient is 0.25 times" in finding.detail and len(finding.parameters) == 6
+    report = prove(loss_of(model), model, adamw(model), backward=lambda loss: (loss / 4).backward())
+    assert report.ok and report.notes == ["the loss is scaled by 0.25 for backward"]
+
+
+def test_gradient_scaled_on_the_loss_itself():
+    model = Net()
+
+    def loss():
+        value = loss_of(model)()
+        value.register_hook(lambda grad: grad / 4)
+        return value
+
+    (finding,) = prove(loss, model).rungs["correct"].findings
+    assert finding.kind == "wrong" and len(finding.parameters) == 6

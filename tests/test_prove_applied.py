@@ -125,8 +125,10 @@ def test_stale_cache_with_its_graph(warm):
 
 
 def test_stale_cache_without_its_graph():
-    kinds = [f.kind for f in proof(Cached(lambda h: h.detach())).findings]
-    assert kinds[-1] == "stale cache"
+    report = proof(Cached(lambda h: h.detach()))
+    found = only_finding(report, "applied", "stale cache")
+    assert found.parameters == ENCODER and found.line == marked(Cached.forward)
+    assert report.cut.kind == "detach"
 
 
 def test_gradient_of_another_loss():
@@ -140,3 +142,26 @@ def test_gradient_of_another_loss():
 
     found = only_finding(proof(model, optimizer, step=step), "applied", "changed")
     assert len(found.parameters) == 4
+
+
+@pytest.mark.parametrize("unscales", [True, False])
+def test_loss_scaled_for_backward(unscales):
+    model = Pair()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def step():
+        if unscales:
+            scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    report = proof(model, optimizer, backward=lambda loss: scaler.scale(loss).backward(), step=step)
+    assert report.rungs["correct"].ok
+    # nothing here is computed in 16 bits: the autocast that the scaler is for never ran
+    assert any("is autocast on" in note for note in report.notes)
+    if unscales:
+        assert report.ok
+    else:
+        found = only_finding(report, "applied", "still scaled")
+        assert "1024" in found.detail and len(found.parameters) == 4

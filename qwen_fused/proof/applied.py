@@ -5,10 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from qwen_fused.proof.cuts import Trace
-from qwen_fused.proof.frames import Frame
+from qwen_fused.proof.frames import NOWHERE, Frame
 from qwen_fused.proof.ladder import Finding, Rung, name_some
 from qwen_fused.proof.step import HALF, Step, erased
 from qwen_fused.proof.subject import Gradients, Subject
+
+# growth of the whole gradient between backward and step that is no rounding
+GROWN = 1.01
 
 
 def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Trace, later: Trace | None) -> Rung:
@@ -100,7 +103,8 @@ def _forgotten(first: Trace, later: Trace | None) -> list[Finding]:
         return []
     names = labels.names_of(gone)
     detail = f"the first call's loss depends on {name_some(names)}, the next call's does not: something was kept"
-    return [Finding("stale cache", detail, names)]
+    site = next((site for label, site in later.kept if label & gone), NOWHERE)
+    return [Finding("stale cache", detail, names, None if site is NOWHERE else site.user, site.inside)]
 
 
 def _unmoved(subject: Subject, step: Step, gradients: Gradients) -> list[Finding]:
@@ -116,6 +120,10 @@ def _unmoved(subject: Subject, step: Step, gradients: Gradients) -> list[Finding
     if changed:
         detail = f"the gradient of {name_some(changed)} that the optimizer uses is not the one that backward left"
         findings.append(Finding("changed", detail, changed))
+    if gradients.scale > 1 and step.grown > GROWN:
+        detail = f"the loss is scaled by {gradients.scale:g} for backward, and the gradient that the optimizer uses is "
+        detail += f"still {step.grown:.3g} times the loss's own: unscale it before it is clipped and used"
+        findings.append(Finding("still scaled", detail, tuple(gradients.of)))
     left = [n for n in step.still if n not in step.missing and n in step.rates and not subject.allow.name(n)]
     left = [n for n in left if n not in step.held_back]
     idle = tuple(name for name in left if step.rates[name] == 0)

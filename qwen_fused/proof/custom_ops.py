@@ -27,7 +27,8 @@ class Surrogate:
         self.call = call
         self.given = [t.detach().clone() for t in tensors_in((args, kwargs))]
         self.arguments = args, kwargs
-        self.results = {place: t.detach().clone() for place, t in enumerate(tensors_in(out)) if t.requires_grad}
+        # what it gives without a gradient, an accuracy or a mask, is as constant as autograd takes it to be
+        self.results = {place: t.detach().clone() for place, t in enumerate(tensors_in(out))}
         self.upstream: dict[int, Tensor] = {}
         self.slopes: dict[int, Tensor] = {}
         for place, tensor in enumerate(tensors_in(out)):

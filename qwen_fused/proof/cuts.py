@@ -105,6 +105,7 @@ class Trace:
     hooks: list[Site] = field(default_factory=list)
     fresh: list[tuple[nn.Parameter, Site]] = field(default_factory=list)
     stale: list[tuple[int, Site]] = field(default_factory=list)
+    kept: list[tuple[int, Site]] = field(default_factory=list)  # values of an earlier call, without its graph
     used: int = 0  # parameters that any operation read
     half: bool = False  # whether anything was computed in 16 bits
     named_after: dict[int, str] = field(default_factory=dict)  # id of a parameter -> its name when the call was over

@@ -31,6 +31,7 @@ class Step:
         stepped: whether any optimizer's step was called.
         missing: names whose gradient was gone, or all zero, when the optimizer came to use it.
         changed: names whose gradient pointed another way by then than backward had left it.
+        grown: norm of the gradient that the optimizer uses over that of the loss's own gradient.
         still: names that did not move, though their gradient is more than the rounding of the others.
         kept: names that rounded back to what they were, while the float32 master in the optimizer's state moved.
         moved: share of the elements that moved, among the parameters that have a gradient.
@@ -48,6 +49,7 @@ class Step:
     stepped: bool = False
     missing: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
+    grown: float = 0.0
     still: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     moved: float = 0.0
@@ -82,12 +84,19 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace) -
     before = {name: subject.named[name].data.clone() for name in gradients.of}
     masters = {name: master.clone() for name, master in _masters(subject).items()}
 
-    def look(*_: Any) -> None:
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         step.stepped = True
         now = {name: subject.named[name].grad for name in alive}
         step.missing = tuple(name for name, grad in now.items() if grad is None or not grad.any())
         left = {name: grad for name, grad in now.items() if name not in step.missing}
         step.changed = tuple(name for name, grad in left.items() if _cosine(grad, gradients.of[name]) < 0.5)
+        # a fused optimizer takes the loss's scale off by itself
+        taken_off = float(getattr(optimizer, "grad_scale", None) or 1.0)
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        mine = [name for name in left if id(subject.named[name]) in own]
+        if mine:
+            grown = _norm(left[name] for name in mine) / _norm(gradients.of[name] for name in mine) / taken_off
+            step.grown = max(step.grown, grown)
 
     hooks = [optimizer.register_step_pre_hook(look) for optimizer in subject.optimizers]
     try:
@@ -134,6 +143,10 @@ def _masters(subject: Subject, names: Iterable[str] | None = None) -> dict[str, 
 def _is_wider(value: Any, parameter: Tensor) -> bool:
     same = isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape
     return same and value.dtype.itemsize > parameter.dtype.itemsize
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return float(torch.stack([t.detach().to_dense().double().norm().cpu() for t in tensors]).norm())
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -60,9 +61,17 @@ class Allowance:
 
 @dataclass
 class Gradients:
-    """What one backward pass delivered: name -> gradient, names of gradients gone again afterwards, and its error."""
+    """What one backward pass delivered.
+
+    Args:
+        of: name -> gradient of the loss itself, whatever it was scaled by on its way back.
+        scale: what the loss was scaled by, as a gradient scaler does.
+        erased: names of gradients gone again afterwards.
+        error: what the pass raised.
+    """
 
     of: dict[str, Tensor] = field(default_factory=dict)
+    scale: float = 1.0
     erased: tuple[str, ...] = ()
     error: RuntimeError | None = None
 
@@ -115,14 +124,14 @@ class Subject:
         """The loss as a float."""
         return as_float(self.call(held, wide))
 
-    def trace(self, on_custom: OnCustom | None = None) -> Trace:
-        """Call the loss function and follow the parameters through it."""
+    def trace(self, on_custom: OnCustom | None = None, earlier: Trace | None = None) -> Trace:
+        """Call the loss function and follow the parameters through it; know what an earlier call computed again."""
         self.evaluations += 1
         self.snapshot.reset()
         with warnings.catch_warnings():
             # torch points them at the proof's own lines; the plain call shows them where they belong
             warnings.simplefilter("ignore")
-            found = trace(self.loss_fn, self.named, on_custom)
+            found = trace(self.loss_fn, self.named, on_custom, earlier and earlier.labels)
         # calling the modules may have given a name to another parameter
         found.named_after = {id(p): name for name, p in _named(self.source).items()}
         return found
@@ -168,8 +177,13 @@ class Subject:
         for leaf, _ in others:
             leaf.grad = None
         hooks = [p.register_post_accumulate_grad_hook(keep(name)) for name, p in self.trainable.items()]
+        seeds: list[Tensor] = []
+        with torch.enable_grad():
+            # a tensor of its own, so that hooks on the loss are not taken for a scale
+            sent = loss.view_as(loss)
+        sent.register_hook(lambda grad: seeds.append(grad.detach().double().sum()))
         try:
-            self.backward(loss)
+            self.backward(sent)
         except RuntimeError as error:
             found.error = error
         finally:
@@ -179,6 +193,11 @@ class Subject:
                 leaf.grad = grad
         found.erased = tuple(n for n in self.named if n in found.of and _is_gone(self.named[n].grad, found.of[n]))
         found.of = {n: g.to_dense() if (g := found.of[n]).is_sparse else g for n in self.named if n in found.of}
+        scale = float(sum(seeds))
+        if scale != 1 and scale != 0 and math.isfinite(scale):
+            found.scale = scale
+            # float32, in which a small gradient survives the loss of its scale
+            found.of = {n: g.to(torch.promote_types(g.dtype, torch.float32)) / scale for n, g in found.of.items()}
         return found
 
 

@@ -24,7 +24,12 @@ from qwen_fused.proof.replay import Slot, Slots, capture
 OnCustom = Callable[[CustomOp, Callable[..., Any], tuple, dict, Any], None]
 
 
-def trace(loss_fn: Callable[[], Any], parameters: Mapping[str, Tensor], on_custom: OnCustom | None = None) -> Trace:
+def trace(
+    loss_fn: Callable[[], Any],
+    parameters: Mapping[str, Tensor],
+    on_custom: OnCustom | None = None,
+    earlier: Labels | None = None,
+) -> Trace:
     """Call the loss function once and follow the parameters through it.
 
     Compiled functions run their source meanwhile. Operations that other threads make are not seen.
@@ -33,8 +38,9 @@ def trace(loss_fn: Callable[[], Any], parameters: Mapping[str, Tensor], on_custo
         loss_fn: called without arguments.
         parameters: name -> parameter.
         on_custom: called with every custom operation that depends on a parameter, its callable, arguments and result.
+        earlier: labels of an earlier call; what that computed and this one still uses is listed as kept.
     """
-    tracer = _Tracer(parameters, on_custom)
+    tracer = _Tracer(parameters, on_custom, earlier)
     if not torch.is_grad_enabled():
         # switched off by somebody before: the nearest that can be said is who called
         tracer.switched_off = frames.locate()
@@ -53,8 +59,9 @@ def trace(loss_fn: Callable[[], Any], parameters: Mapping[str, Tensor], on_custo
 
 
 class _Tracer:
-    def __init__(self, parameters: Mapping[str, Tensor], on_custom: OnCustom | None):
+    def __init__(self, parameters: Mapping[str, Tensor], on_custom: OnCustom | None, earlier: Labels | None):
         self.labels = Labels(parameters)
+        self.earlier = earlier
         self.trace = Trace(self.labels)
         self.on_custom = on_custom
         self.calls = 0
@@ -147,6 +154,9 @@ class _Tracer:
         for tensor in ins:
             if tensor.requires_grad:
                 self._look_at_origin(tensor)
+            elif self.earlier is not None and not labels.is_known(tensor) and self.earlier.values(tensor):
+                self.trace.kept.append((self.earlier.values(tensor), frames.locate()))
+                labels.created.add(labels.key(tensor))
             alive |= labels.alive(tensor)
             values |= labels.values(tensor)
             cuts |= labels.cuts(tensor)

@@ -13,14 +13,14 @@ from qwen_fused.proof.custom_ops import Surrogate, wrong_ops
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.derivative import Directions, Verdict
 from qwen_fused.proof.frames import of_function
-from qwen_fused.proof.ladder import Finding, Rung, group_by_layer, name_some
+from qwen_fused.proof.ladder import Finding, Rung, name_some
 from qwen_fused.proof.replay import Held, ReplayMismatch, Slot, Wide
 from qwen_fused.proof.subject import Gradients, Subject, as_float
 
 # what float64 shows, slight and unexplained, must show in the model's own precision too
 DOUBT, SLIGHT = "in float64", 0.05
-# parameters that are moved one by one to find the wrong ones
-SEARCHED = 12
+# parts of a model that are moved one by one to find the wrong ones
+SEARCHED = 24
 # parameters beyond which a second copy in float64 is too much to ask
 MOST_IN_FLOAT64 = 500_000_000
 
@@ -152,11 +152,7 @@ def _guilty(
     lines.restore()
     ratios = [verdict.ratio for verdict in verdicts if verdict.ok is False]
     uniform = len(ratios) > 1 and all(abs(ratio / ratios[0] - 1) < 0.02 for ratio in ratios)
-    groups = group_by_layer(judged, most=12)
-    wrong = list(groups) if uniform else lines.wrong_among(groups) or list(groups)
-    names = tuple(name for group in wrong for name in groups[group])
-    if not uniform and 1 < len(names) <= SEARCHED:
-        names = tuple(lines.wrong_among({name: [name] for name in names})) or names
+    names = tuple(judged) if uniform else tuple(_narrowed(lines, list(judged)))
     for name in names:
         for hook in _hooks_of(subject.named[name]):
             return [Finding("wrong", f"a hook on {name} changes its gradient", names, of_function(hook))]
@@ -173,6 +169,21 @@ def _guilty(
     else:
         detail += "; no custom operation or hook was found to blame"
     return [Finding("wrong", detail, names)]
+
+
+def _narrowed(lines: Directions, names: list[str]) -> list[str]:
+    """The wrong ones among parameters, part by part of the model, as far down as some of a part's parts are right."""
+    parts: dict[str, list[str]] = {}
+    split = [name.split(".") for name in names]
+    depth = next((d for d in range(min(map(len, split))) if len({s[d] for s in split}) > 1), None)
+    for name, pieces in zip(names, split, strict=True):
+        parts.setdefault(name if depth is None else pieces[depth], []).append(name)
+    if not 1 < len(parts) <= SEARCHED:
+        return names
+    wrong = lines.wrong_among(parts)
+    if not wrong or len(wrong) == len(parts):
+        return names
+    return [name for part in wrong for name in _narrowed(lines, parts[part])]
 
 
 def _hooks_of(parameter: Tensor) -> list[Callable[..., Any]]:
