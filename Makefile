@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: train test lint bench aot cuda-check cuda-build clean
+.PHONY: train test lint bench aot sanitize cuda-check cuda-build clean
 
 # 6 minutes of training at most, so that the whole stays under 10 on two cores
 train: ARGS ?= --max-minutes 6
@@ -44,6 +44,10 @@ cuda-check:
 		$(NVCC) -std=c++17 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Xptxas -v,-warn-spills \
 			-gencode arch=compute_$$arch,code=sm_$$arch -c $$source -o /dev/null || exit 1; \
 	done; done
+
+# the CPU loss's tiles, per instruction set, under the sanitizers; then two planted faults that they must catch
+sanitize: $(STAMP)
+	$(BIN)/python tests/sanitize/run.py
 
 # Triton kernels compiled for each GPU generation, no GPU needed
 aot: $(STAMP)

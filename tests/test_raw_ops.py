@@ -1,6 +1,6 @@
 """The compiled ops called past every public function, with whatever comes: a ValueError or a right result, no crash.
 
-QWEN_FUSED_RAW_CALLS=20000 makes a long run of it; `make sanitize` runs it under the sanitizers.
+QWEN_FUSED_RAW_CALLS=20000 makes a long run of it.
 """
 
 from __future__ import annotations
