@@ -1,4 +1,4 @@
-"""Command line: `qwen-fused train | eval | export | prove | bench | report | info`.
+"""Command line: `qwen-fused train | eval | export | prove | bench | report | show | info`.
 
 Exit codes: 0 done; 1 the run stopped on a fault it names; 2 an argument or a file is wrong; 130 interrupted.
 """
@@ -79,6 +79,26 @@ class ReportConfig:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
+    picture: Path | None = None
+    """PNG file for one picture of the whole run: curves, gradient by layer, answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """Draw one task, and a run's answers to it, in the terminal and as a PNG."""
+
+    task: Annotated[str, tyro.conf.Positional]
+    """Id of an ARC task."""
+    run: Path | None = None
+    """Run folder whose model answers; without one the task alone is drawn."""
+    dataset: str | None = None
+    """Where the task is: arc1, arc2, a folder of task JSON, or one JSON file; the run's dataset, or arc1."""
+    weights: Literal["last", "best"] = "last"
+    """The newest checkpoint, or the best one on the held-out tasks."""
+    png: Path | None = None
+    """PNG file to write; RUN/show/TASK.png with a run, and none without."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
 
 
 def run_train(arguments: Sequence[str]) -> int:
@@ -166,6 +186,41 @@ def run_report(arguments: Sequence[str]) -> int:
 
     require(config.run.is_dir(), "run", "a run folder", str(config.run))
     print(f"Report: {write_report(config.run)}")
+    if config.picture is not None:
+        from qwen_fused.figures import to_png
+        from qwen_fused.poster import draw_poster
+
+        config.picture.write_bytes(to_png(draw_poster(config.run), dpi=110))
+        print(f"Picture: {config.picture}")
+    return 0
+
+
+def run_show(arguments: Sequence[str]) -> int:
+    """`qwen-fused show`."""
+    config = parse(ShowConfig, "show", arguments)
+    from rich.console import Console
+
+    from qwen_fused.show import check_run, describe_task, find_task, print_rows, write_png
+
+    model, dataset, png = None, config.dataset or "arc1", config.png
+    if config.run is not None:
+        check_run(config.run)
+        trained = TrainConfig.load(config.run / "config.yaml")
+        dataset = config.dataset or trained.dataset
+    # the task first: a wrong name is told before a model is built
+    task = find_task(dataset, config.task)
+    if config.run is not None:
+        from qwen_fused.saved import load_model
+        from qwen_fused.trainer import resolve_device
+
+        model = load_model(config.run, config.weights, resolve_device(config.device))
+        png = png or config.run / "show" / f"{task.id}.png"
+        png.parent.mkdir(exist_ok=True)
+    rows = describe_task(task, model)
+    print_rows(rows, Console(highlight=False))
+    if png is not None:
+        write_png(png, task, rows)
+        print(f"Picture: {png}")
     return 0
 
 
@@ -184,7 +239,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "export": (run_export, "export a run's Qwen for plain transformers or peft"),
     "prove": (run_prove, "prove that the gradient of the training step reaches Qwen"),
     "bench": (run_bench, "measure the kernels, the prompt window and the training step on this machine"),
-    "report": (run_report, "draw a run's report again"),
+    "report": (run_report, "draw a run's report again, or one picture of it"),
+    "show": (run_show, "draw one task, and a run's answers to it, in the terminal and as a PNG"),
     "info": (run_info, "what is built and used on this machine"),
 }
 

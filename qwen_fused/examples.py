@@ -44,11 +44,16 @@ class Example:
         return self.target is not None and np.array_equal(self.predicted, self.target)
 
     @property
+    def cells_right(self) -> float | None:
+        """Share of the target's cells that the prediction has right; None where no target is known."""
+        return None if self.target is None else cell_accuracy(self.predicted, self.target)
+
+    @property
     def verdict(self) -> str:
         """How the prediction did, in words."""
-        if self.target is None:
+        if self.cells_right is None:
             return "no answer known"
-        return "solved" if self.solved else f"{100 * cell_accuracy(self.predicted, self.target):.1f} % of cells right"
+        return "solved" if self.solved else f"{100 * self.cells_right:.1f} % of cells right"
 
     @property
     def row(self) -> list[tuple[str, np.ndarray, np.ndarray]]:

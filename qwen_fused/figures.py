@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -112,38 +113,47 @@ def mean_window(steps: int) -> int:
 
 def draw_chart(chart: Chart, metrics: Mapping[str, np.ndarray]) -> Figure | None:
     """The chart of a run's metrics, raw values faint under their running mean; None without any value to show."""
-    shown = {key: label for key, label in chart.series.items() if np.isfinite(metrics.get(key, np.nan)).any()}
-    if not shown:
+    count = len(_shown(chart, metrics))
+    if not count:
         return None
-    steps = metrics["step"]
-    window = mean_window(len(steps))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 2.7))
         # room for the legend where there is one
-        axes = figure.add_axes((0.09, 0.16, 0.895, 0.74 if len(shown) > 1 else 0.81))
-        axes.margins(x=0.01)
-        for color, (key, label) in zip(("series-1", "series-2", "series-3"), shown.items(), strict=False):
-            values = np.where(metrics[key] > 0, metrics[key], np.nan) if chart.log else metrics[key]
-            few: dict[str, Any] = {"marker": "o", "markersize": 3} if len(steps) < 3 else {}
-            axes.plot(steps, values, color=INK[color], linewidth=0.8, alpha=0.3, **few)
-            axes.plot(steps, running_mean(values, window), color=INK[color], linewidth=1.8, label=label, **few)
-        if chart.log:
-            axes.set_yscale("log")
-        if chart.share:
-            axes.set_ylim(-0.02, 1.02)
-        if chart.zero:
-            axes.axhline(0, color=INK["muted"], linewidth=0.8)
-        for start in epoch_starts(metrics):
-            axes.axvline(start, color=INK["rule"], linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
-        axes.grid(axis="y", color=INK["rule"], linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(which="both", length=0)
-        axes.set_xlabel("batch")
-        if len(shown) > 1:
-            axes.legend(
-                loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2, handlelength=1.2
-            )
+        plot_chart(figure.add_axes((0.09, 0.16, 0.895, 0.74 if count > 1 else 0.81)), chart, metrics)
     return figure
+
+
+def plot_chart(axes: Axes, chart: Chart, metrics: Mapping[str, np.ndarray]) -> None:
+    """The chart on axes of the caller's."""
+    shown, steps = _shown(chart, metrics), metrics["step"]
+    window = mean_window(len(steps))
+    axes.margins(x=0.01)
+    for color, (key, label) in zip(("series-1", "series-2", "series-3"), shown.items(), strict=False):
+        values = np.where(metrics[key] > 0, metrics[key], np.nan) if chart.log else metrics[key]
+        few: dict[str, Any] = {"marker": "o", "markersize": 3} if len(steps) < 3 else {}
+        axes.plot(steps, values, color=INK[color], linewidth=0.8, alpha=0.3, **few)
+        axes.plot(steps, running_mean(values, window), color=INK[color], linewidth=1.8, label=label, **few)
+    if chart.log:
+        axes.set_yscale("log")
+    if chart.share:
+        axes.set_ylim(-0.02, 1.02)
+    if chart.zero:
+        axes.axhline(0, color=INK["muted"], linewidth=0.8)
+    for start in epoch_starts(metrics):
+        axes.axvline(start, color=INK["rule"], linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+    axes.grid(axis="y", color=INK["rule"], linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", length=0)
+    axes.set_xlabel("batch")
+    if len(shown) > 1:
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2, handlelength=1.2
+        )
+
+
+def _shown(chart: Chart, metrics: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """The series that have a value to show."""
+    return {key: label for key, label in chart.series.items() if np.isfinite(metrics.get(key, np.nan)).any()}
 
 
 def readings(figure: Figure, chart: Chart, metrics: Mapping[str, np.ndarray]) -> dict:

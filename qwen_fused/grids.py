@@ -63,7 +63,7 @@ def draw_rows(rows: Sequence[tuple[str, Sequence[Captioned]]], width: float | No
         rows: the title and the grids of each row, at least one.
         width: inches of the figure; without it an eighth of the longest row's largest side is an inch.
     """
-    layouts = [_Layout(row) for _, row in rows]
+    layouts = [Layout(row) for _, row in rows]
     across = max(layout.width / layout.gap for layout in layouts)
     down = sum(layout.height / layout.gap for layout in layouts)
     # one inch to eight gaps
@@ -81,7 +81,7 @@ def draw_rows(rows: Sequence[tuple[str, Sequence[Captioned]]], width: float | No
 
 def plot_grids(axes: Axes, title: str, row: Sequence[Captioned]) -> None:
     """Captioned grids side by side on axes of the row's proportions."""
-    layout = _Layout(row)
+    layout = Layout(row)
     gap, tallest = layout.gap, layout.tallest
     axes.set_axis_off()
     axes.text(gap / 2, -2 * gap, title, fontsize=9, va="center", parse_math=False)
@@ -95,7 +95,7 @@ def plot_grids(axes: Axes, title: str, row: Sequence[Captioned]) -> None:
     axes.set(xlim=(0, layout.width), ylim=(tallest + 2 * gap, -3 * gap))
 
 
-class _Layout:
+class Layout:
     """Measures of a row of grids, in cells; a slot is never narrower than its caption."""
 
     def __init__(self, row: Sequence[Captioned]):

@@ -1,17 +1,16 @@
 """One run as one self-contained page: figures, curves and grids in report.html, the pictures again in report/*.png.
 
 Reads what is there of a run folder, so that a run can be looked at while it is under way or after it was killed:
-config.yaml and metrics.jsonl as the trainer writes them (a row cut short is left out), examples.json as described in
-examples.py, evaluation.json as {name of the set: `Evaluation.to_dict()`} with the set for the headline first, and
-proof.json as `ProofReport.to_dict()`.
+config.yaml, metrics.jsonl, gradients.jsonl and predictions.jsonl as the trainer writes them (a row cut short is left
+out), examples.json as described in examples.py, evaluation.json as {name of the set: `Evaluation.to_dict()`} with the
+set for the headline first, and proof.json as `ProofReport.to_dict()`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,27 +18,23 @@ from typing import Any
 import jinja2
 import numpy as np
 import yaml
+from matplotlib.figure import Figure
 
-from qwen_fused import figures, grids
-from qwen_fused.examples import read_examples, write_examples
-
-__all__ = ["read_metrics", "write_examples", "write_report"]
+from qwen_fused import figures, grids, maps
+from qwen_fused.examples import Example, read_examples
+from qwen_fused.run_files import (
+    read_evaluation,
+    read_file,
+    read_gradients,
+    read_metrics,
+    read_predictions,
+    read_proof,
+)
 
 # batches of the expected course, [first, last), and the fall of the loss that is expected of them
 COURSE = ((0, 10, None), (40, 60, 0.11), (90, 110, 0.19))
-EVALUATED = [
-    "episodes",
-    "scored",
-    "tasks",
-    "tasks_solved",
-    "pass_at_1",
-    "pass_at_2",
-    "cell_accuracy",
-    "size_accuracy",
-    "copy_cell_accuracy",
-    "copy_solved",
-]
-RUNGS = {True: ("ok", "✓"), False: ("bad", "✗"), None: ("open", "–")}
+# snapshots of a film, tasks of the list of the hardest
+FRAMES, HARDEST = 8, 8
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -51,23 +46,38 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ValueError(f"run_dir must be a run folder, got {run_dir}")
-    config = _read(run_dir / "config.yaml", {}, yaml.safe_load)
+    config = read_file(run_dir / "config.yaml", {}, yaml.safe_load)
     metrics = read_metrics(run_dir / "metrics.jsonl")
-    evaluation = _read_evaluation(run_dir / "evaluation.json")
-    examples = read_examples(_read(run_dir / "examples.json", []), str(run_dir / "examples.json"))
-    proof = _read_proof(run_dir / "proof.json")
+    evaluation = read_evaluation(run_dir / "evaluation.json")
+    examples = read_examples(read_file(run_dir / "examples.json", []), str(run_dir / "examples.json"))
+    films = _films(read_predictions(run_dir / "predictions.jsonl"))
+    gradients = read_gradients(run_dir / "gradients.jsonl")
+    proof = read_proof(run_dir / "proof.json")
+    # the headline's set: what was held out
+    records = next(iter(evaluation.values()), {}).get("records", [])
     pictures = run_dir / "report"
     pictures.mkdir(exist_ok=True)
+    for outdated in pictures.glob("example-*.png"):
+        outdated.unlink()
+
+    def svg(name: str, figure: Figure | None) -> str:
+        """The figure for the page; it is a PNG beside it too."""
+        if figure is None:
+            return ""
+        _replace(pictures / f"{name}.png", figures.to_png(figure))
+        return figures.to_svg(figure, name)
 
     charts = []
     for chart in figures.CHARTS:
         figure = figures.draw_chart(chart, metrics)
         if figure is not None:
-            svg = figures.to_svg(figure, chart.name)
-            charts.append({"chart": chart, "svg": svg, "read": figures.readings(figure, chart, metrics)})
-            _replace(pictures / f"{chart.name}.png", figures.to_png(figure))
-    for outdated in pictures.glob("example-*.png"):
-        outdated.unlink()
+            read = figures.readings(figure, chart, metrics)
+            charts.append({"chart": chart, "svg": svg(chart.name, figure), "read": read})
+    maps_drawn = {
+        "layers": svg("layers", maps.draw_gradients(gradients)),
+        "sizes": svg("sizes", maps.draw_sizes(records)),
+        "tasks": svg("tasks", maps.draw_tasks(records)),
+    }
     for number, example in enumerate(examples):
         figure = grids.draw_grids(f"{example.task_id}  ·  {example.verdict}", example.row)
         _replace(pictures / f"example-{number + 1:02d}.png", figures.to_png(figure))
@@ -87,7 +97,10 @@ def write_report(run_dir: str | Path) -> Path:
         course=_course(metrics),
         evaluation=evaluation,
         charts=charts,
-        examples=examples,
+        maps=maps_drawn,
+        hardest=maps.by_task(records)[:HARDEST],
+        films=films,
+        examples=[(why, [e for e in examples if e.why == why]) for why in dict.fromkeys(e.why for e in examples)],
         proof=proof,
         light=figures.INK,
         arc=grids.ARC_COLORS,
@@ -98,18 +111,18 @@ def write_report(run_dir: str | Path) -> Path:
     return run_dir / "report.html"
 
 
-def read_metrics(path: Path) -> dict[str, np.ndarray]:
-    """Columns of metrics.jsonl as float64 [steps], NaN where a row has no number; rows cut short are left out."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    keys = {"step": None} | {key: None for row in rows for key in row}
-    return {key: np.array([_number(row.get(key)) for row in rows], dtype=np.float64) for key in keys}
+def _films(predictions: Mapping[int, list[Example]]) -> list[dict[str, Any]]:
+    """Each watched episode with its predictions over time: (caption, grid, cells right) of at most FRAMES steps."""
+    steps = list(predictions)
+    if len(steps) < 2:
+        return []
+    chosen = [steps[k] for k in np.unique(np.linspace(0, len(steps) - 1, min(FRAMES, len(steps))).round().astype(int))]
+    films: dict[tuple[str, int], dict[str, Any]] = {}
+    for step in chosen:
+        for example in predictions[step]:
+            film = films.setdefault((example.task_id, example.index), {"example": example, "frames": []})
+            film["frames"].append((f"batch {step}", example.predicted, example.cells_right))
+    return list(films.values())
 
 
 def _tiles(metrics: Mapping[str, np.ndarray], evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -177,48 +190,10 @@ def _course(metrics: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_evaluation(path: Path) -> dict[str, Any]:
-    evaluation = _read(path, {})
-    for name, result in evaluation.items():
-        missing = [key for key in EVALUATED if not isinstance(result, dict) or key not in result]
-        if missing:
-            raise ValueError(f'{path}: the set "{name}" must have {", ".join(missing)}')
-    return evaluation
-
-
-def _read_proof(path: Path) -> dict[str, Any]:
-    proof = _read(path, {})
-    rungs = proof.get("rungs", {})
-    if not isinstance(rungs, dict) or not all(isinstance(rung, dict) for rung in rungs.values()):
-        raise ValueError(f"{path}: rungs must be an object of objects")
-    ladder = [
-        {"name": name, "state": RUNGS.get(rung.get("ok"), RUNGS[None]), "detail": rung.get("detail", "")}
-        for name, rung in rungs.items()
-    ]
-    return {"verdict": proof.get("verdict", ""), "rungs": ladder, "cut": proof.get("cut")} if ladder else {}
-
-
-def _read(path: Path, missing: Any, parse: Callable[[str], Any] = json.loads) -> Any:
-    """A file's content, `missing` where there is no file; ValueError names the file that is not as it should be."""
-    if not path.exists():
-        return missing
-    try:
-        content = parse(path.read_text())
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, type(missing)):
-        raise ValueError(f"{path} must hold a {type(missing).__name__}, got a {type(content).__name__}")
-    return content
-
-
 def _replace(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     os.replace(partial, path)
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _mean(values: np.ndarray) -> float:

@@ -106,3 +106,19 @@ def small_config(small_arc, tmp_path):
         return TrainConfig(**{**small, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def held_out():
+    """The default held-out tasks of arc1."""
+    from qwen_fused import data
+
+    return data.split_tasks(data.load_tasks("arc1").tasks, 0.1, 0)[1]
+
+
+@pytest.fixture
+def report_run(tmp_path, held_out) -> Path:
+    """A whole run folder of known figures."""
+    from report_runs import make_run
+
+    return make_run(tmp_path / "run", held_out)

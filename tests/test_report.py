@@ -8,15 +8,19 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
 import yaml
+from report_runs import make_run, metrics_row
 
 from qwen_fused import data
-from qwen_fused.evaluate import evaluate
+from qwen_fused.cli import main
+from qwen_fused.examples import write_examples
 from qwen_fused.prove import prove
-from qwen_fused.report import read_metrics, write_examples, write_report
+from qwen_fused.report import write_report
+from qwen_fused.run_files import read_gradients, read_metrics, read_predictions
 
 VOID = {"meta", "link", "img", "br", "input", "hr"}
 
@@ -56,73 +60,6 @@ class Page(HTMLParser):
             self.words.append(text)
 
 
-def metrics_row(step: int, per_epoch: int = 50) -> dict:
-    """A run whose figures are known in closed form: the loss falls by 0.01 a batch from 5."""
-    return {
-        "step": step,
-        "epoch": (step - 1) // per_epoch,
-        "loss": 5 - 0.01 * step,
-        "efe": 4 - 0.01 * step,
-        "size_loss": 1.0,
-        "policy_loss": 0.1,
-        "reward": 0.25,
-        "qwen_grad": 0.0 if step == 1 else 2e-5,
-        "prompt_grad": 1e-3,
-        "agent_grad": 1.0,
-        "policy_grad": 1e-2,
-        "mask_ratio": 0.5,
-        "accuracy": 0.5,
-        "solved": 0.0,
-        "size_accuracy": 0.75,
-        "nonfinite": 0,
-        "lr_qwen": 1e-4,
-        "lr_agent": 1e-3,
-        "episodes_per_second": 12.5,
-    }
-
-
-class AnswersFirst:
-    """Knows every third answer and hands back the query for the others."""
-
-    def __init__(self, episodes):
-        self.answers = {(e.task_id, e.index): e.answer for e in episodes[::3]}
-
-    def predict(self, episodes, attempts=2):
-        return [[self.answers.get((e.task_id, e.index), e.query)] for e in episodes]
-
-
-@pytest.fixture(scope="module")
-def held_out():
-    return data.split_tasks(data.load_tasks("arc1").tasks, 0.1, 0)[1]
-
-
-def make_run(folder: Path, tasks, *, batches: int = 120, evaluated: bool = True) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump({"qwen": "tiny", "dataset": "arc1", "seed": 3, "batch_size": 16, "precision": "fp32"})
-    )
-    rows = "".join(json.dumps(metrics_row(step)) + "\n" for step in range(1, batches + 1))
-    (folder / "metrics.jsonl").write_text(rows)
-    if evaluated:
-        episodes = data.test_episodes(tasks)
-        result = evaluate(AnswersFirst(episodes), episodes)
-        (folder / "evaluation.json").write_text(json.dumps({"validation": result.to_dict()}))
-        write_examples(folder / "examples.json", [example(e, result.records[k]) for k, e in enumerate(episodes[:12])])
-    return folder
-
-
-def example(episode, record) -> dict:
-    return {
-        "task_id": episode.task_id,
-        "index": episode.index,
-        "input": episode.query,
-        "target": episode.answer,
-        "predicted": record.attempts[0],
-        "plan": [record.attempts[0]] * 5,
-        "demonstrations": [(pair.input, pair.output) for pair in episode.demonstrations],
-    }
-
-
 def test_page_stands_alone(tmp_path, held_out):
     path = write_report(make_run(tmp_path, held_out))
     assert path == tmp_path / "report.html"
@@ -132,16 +69,17 @@ def test_page_stands_alone(tmp_path, held_out):
     text = path.read_text()
     assert "@import" not in text and not re.search(r"url\((?!#)", text) and "fetch(" not in text
     assert len(page.ids) == len(set(page.ids))
-    assert page.tags.count("svg") == 8
-    # 12 examples: input, 5 steps, predicted, target, errors, and two for each demonstration
-    assert page.tags.count("img") == 12 * 9 + 2 * sum(len(task.train) for task in held_out[:12])
+    assert page.tags.count("svg") == 11
+    # 12 examples: input, 5 steps, predicted, target, errors, the backward plan, and two for each demonstration;
+    # 6 films: input, three moments, target
+    assert page.tags.count("img") == 12 * (9 + 6) + 2 * sum(len(task.train) for task in held_out[:12]) + 6 * 5
     assert path.stat().st_size < 1_000_000
 
 
 def test_svg_takes_its_colours_from_the_page(tmp_path, held_out):
     text = write_report(make_run(tmp_path, held_out, evaluated=False)).read_text()
     svgs = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
-    assert len(svgs) == 8
+    assert len(svgs) == 9
     light, dark = re.findall(r":root \{(.*?)\}", text, flags=re.DOTALL)
     for svg in svgs:
         ElementTree.fromstring(svg)
@@ -177,6 +115,45 @@ def test_examples_say_what_was_solved(tmp_path, held_out):
     assert page.count("demonstrations") == 12
 
 
+def test_films_show_each_moment(tmp_path, held_out):
+    page = Page(write_report(make_run(tmp_path, held_out))).text
+    films = page[page.index("Held-out tasks over time") : page.index("Examples: nearest")]
+    shown = read_predictions(tmp_path / "predictions.jsonl")
+    for first, last in zip(shown[0], shown[100], strict=True):
+        told = f"batch 0 {100 * first.cells_right:.1f} % batch 50 {100 * last.cells_right:.1f} % batch 100"
+        assert told in films.replace("\u00a0", " ")
+    # one moment is no film
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    assert "over time" not in Page(write_report(tmp_path)).text
+
+
+def test_hardest_tasks_are_listed(tmp_path, held_out):
+    page = Page(write_report(make_run(tmp_path, held_out))).text.replace("\u00a0", " ")
+    records = json.loads((tmp_path / "evaluation.json").read_text())["validation"]["records"]
+    worst = min(records, key=lambda r: (r["score"]["cells"], r["task_id"]))
+    assert f"Size right {worst['task_id']} {100 * worst['score']['cells']:.1f} %" in page
+
+
+def test_rows_of_gradients_and_predictions(tmp_path):
+    path = tmp_path / "g.jsonl"
+    path.write_text('{"step": 1, "norms": {"layer 0": 2, "other": null}}\n{"step": 2}\n{"step": 3, "norms": {"la')
+    (row,) = read_gradients(path)
+    assert row["step"] == 1 and row["norms"]["layer 0"] == 2 and np.isnan(row["norms"]["other"])
+    path.write_text('{"step": 1, "examples": []}\n{"step": 1, "examples": 3}\n')
+    with pytest.raises(ValueError, match="step 1 must be a list, got int"):
+        read_predictions(path)
+
+
+def test_picture_of_a_run(tmp_path, report_run, capsys):
+    picture = tmp_path / "run.png"
+    assert main(["report", str(report_run), "--picture", str(picture)]) == 0
+    assert matplotlib.image.imread(picture).shape[1] == 1210
+    (report_run / "gradients.jsonl").unlink()
+    assert main(["report", str(report_run), "--picture", str(picture)]) == 2
+    assert "with nothing in gradients.jsonl" in capsys.readouterr().err
+
+
 def test_gradient_that_does_not_arrive_is_said(tmp_path):
     rows = [metrics_row(step) | {"qwen_grad": 0.0} for step in range(1, 31)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -192,7 +169,8 @@ def test_pictures_beside_the_page(tmp_path, held_out):
     write_report(tmp_path)
     names = {file.name for file in (tmp_path / "report").iterdir()}
     curves = {"loss", "loss-parts", "qwen-grad", "gradients", "mask-ratio", "reward", "accuracy", "speed"}
-    assert names == {f"{name}.png" for name in curves} | {f"example-{i:02d}.png" for i in range(1, 13)}
+    drawn = curves | {"layers", "sizes", "tasks"} | {f"example-{i:02d}" for i in range(1, 13)}
+    assert names == {f"{name}.png" for name in drawn}
     assert all((tmp_path / "report" / name).read_bytes()[:4] == b"\x89PNG" for name in names)
 
 
