@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from qwen_fused.figures import INK, STYLE
 
@@ -66,6 +67,7 @@ def plot_gradients(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_yticks(range(len(layers)), [name.removeprefix("layer ") for name in layers])
     axes.set_ylabel("layer")
     axes.set_xlabel("batch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[:].set_visible(False)
     axes.tick_params(which="both", length=0)
 

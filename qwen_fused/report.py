@@ -121,6 +121,8 @@ def _films(predictions: Mapping[int, list[Example]]) -> list[dict[str, Any]]:
     for step in chosen:
         for example in predictions[step]:
             film = films.setdefault((example.task_id, example.index), {"example": example, "frames": []})
+            # the last one sets the scale: at first sizes are anything
+            film["example"] = example
             film["frames"].append((f"batch {step}", example.predicted, example.cells_right))
     return list(films.values())
 
