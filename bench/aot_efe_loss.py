@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qwen_fused.kernels import efe_loss
+from qwen_fused.kernels import efe_launch, efe_loss
 
 # weights of ce, risk, ambiguity, agreement, anchor and prompt; whether there are step weights; the hard mode
 TRAINER = {
@@ -85,16 +85,20 @@ def compile_all(
     )
     options = (weights, 0.5, hard_mode, -100)
     compiled: list = []
+    # the launches of the architecture that is compiled for
+    arch = triton.runtime.driver.active.get_current_device()
     kernels = ("efe_forward_kernel", "efe_finish_kernel", "efe_backward_kernel")
     real = {name: getattr(efe_loss, name) for name in kernels}
     try:
         for name, kernel in real.items():
             setattr(efe_loss, name, Recorder(kernel, compiled))
+        efe_loss.capability_of = lambda device: arch
         out = efe_loss._forward(*inputs, *options)
         efe_loss._backward(out[0], *inputs, *out[3:], *options, (True,) * 5)
     finally:
         for name, kernel in real.items():
             setattr(efe_loss, name, kernel)
+        efe_loss.capability_of = efe_launch.capability_of
     return compiled
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .efe_backward import efe_backward_kernel
 from .efe_finish import efe_finish_kernel
 from .efe_forward import efe_forward_kernel
+from .efe_launch import capability_of, launch_row
 from .efe_tile import HEAD
 from .reference import accumulate_dtype
 
@@ -35,15 +36,7 @@ BACKWARD_SCHEMA = (
     "int hard_mode, int ignore_index, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
-# (classes up to, cells per program, warps): one warp needs no shared memory for its sums, and two cells a thread
-# leave room in its registers for the classes of plan, back and preference
-LAUNCH = ((4, 64, 1), (64, 32, 1))
 HARD_EPISODE, HARD_CELL = 0, 1
-
-
-def tile_options(num_classes: int) -> tuple[int, int]:
-    """Cells and warps per program."""
-    return next((cells, warps) for limit, cells, warps in LAUNCH if num_classes <= limit)
 
 
 def _is_flat(x: Tensor | None) -> bool:
@@ -112,8 +105,8 @@ def _forward(
     if empty:
         return outputs
 
-    block, warps = tile_options(C)
-    tiles = triton.cdiv(H * W, block)
+    launch = launch_row(C, capability_of(plan.device)).forward
+    tiles = triton.cdiv(H * W, launch.cells)
     tail = T * C * (flags["PROMPT"] + flags["AMBIGUITY"])
     slots = plan.new_empty((B, HEAD.value + tail, tiles), dtype=acc)
     totals = plan.new_empty((B, 2 + C), dtype=acc)
@@ -150,8 +143,8 @@ def _forward(
             FLAT=all(map(_is_flat, (plan, target, back, preference, anchor))),
             ACC=tl_acc,
             FAST=acc == torch.float32 and not INTERPRETED,
-            BLOCK_P=block,
-            num_warps=warps,
+            BLOCK_P=launch.cells,
+            num_warps=launch.warps,
             enable_fp_fusion=True,
         )
         efe_finish_kernel[(B,)](
@@ -228,10 +221,10 @@ def _backward(
 
     # the small ones are written in order; empty_like may have kept a transposed one's strides
     small = [x.new_empty(x.shape) if x.numel() else x for x in (d_obs_entropy, d_prompt_colors)]
-    block, warps = tile_options(C)
+    launch = launch_row(C, capability_of(plan.device)).backward
     canvases = (plan, target, back, preference, anchor, d_plan, d_back, d_preference)
     with _device(plan):
-        efe_backward_kernel[(triton.cdiv(H * W, block), B)](
+        efe_backward_kernel[(triton.cdiv(H * W, launch.cells), B)](
             plan,
             target,
             back,
@@ -271,8 +264,8 @@ def _backward(
             FLAT=all(_is_flat(x) for x in canvases if x is None or x.dim() > 1),
             ACC=tl.float64 if acc == torch.float64 else tl.float32,
             FAST=acc == torch.float32 and not INTERPRETED,
-            BLOCK_P=block,
-            num_warps=warps,
+            BLOCK_P=launch.cells,
+            num_warps=launch.warps,
             enable_fp_fusion=True,
         )
     return d_plan, d_back, d_preference, *small
