@@ -13,7 +13,6 @@ import pytest
 import torch
 from harness import Call, Comparison, WrongResult, benchmark_one, default_device, refuse
 from torch import nn
-from transformers import AutoModel, Qwen2Config
 
 from qwen_fused import backends
 from qwen_fused.gradients import GroupGradNorm
@@ -33,6 +32,8 @@ def shapes_of(case: str) -> dict[str, list[torch.Size]]:
     """Group -> shapes; of a Qwen's config alone, no weights."""
     if case == SMALL:
         return {f"group{i}": [torch.Size([16, 16])] * 500 for i in range(4)}
+    from transformers import AutoModel, Qwen2Config
+
     config = Qwen2Config(**QWEN[case], vocab_size=151936, num_key_value_heads=2, tie_word_embeddings=True)
     with torch.device("meta"):
         model = AutoModel.from_config(config)

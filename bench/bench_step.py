@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_window import relative_error
+from bench_window import BATCHES, batches_of, relative_error
 from harness import Call, Comparison, benchmark_one, default_device, refuse
 from material import dataset
 
@@ -24,7 +24,6 @@ from qwen_fused.data import MAX_SIDE, Episode, collate
 from qwen_fused.model import QwenPlanner
 from qwen_fused.trainer import Trainer
 
-WINDOW = 10
 # float32 through Qwen, a recurrent planner and two losses that add up in different orders
 LIMIT = 1e-4
 
@@ -91,15 +90,13 @@ def compare(device: torch.device, batch_size: int, naive_episodes: int, folder: 
         shared = dict(dataset=dataset(), batch_size=batch_size, device=str(device), prove=False, out=folder)
         return TrainConfig(**{**shared, **changes})
 
-    sampler = Trainer(config(prompt_window=WINDOW), folder).sampler
-    per_epoch = sampler.batches_per_epoch()
-    batches = [sampler.batch(*divmod(number, per_epoch)) for number in range(WINDOW)]
+    batches = batches_of(TrainConfig().prompt_visits, batch_size)
     # spread over the batches, as these hold episodes of one size each
     every = [episode for batch in batches for episode in batch]
     some = every[:: len(every) // naive_episodes][:naive_episodes]
     plain = config(prompt_window=1, backend="reference")
     runs = {
-        "window 10": Steps(config(prompt_window=WINDOW), batches, folder).run,
+        "window 10": Steps(config(prompt_window=BATCHES), batches, folder).run,
         "window 1": Steps(config(prompt_window=1), batches, folder).run,
         "one at a time": Naive(plain, some, None, device).run,
         "naive": Naive(plain, some, (MAX_SIDE, MAX_SIDE), device).run,
@@ -115,7 +112,7 @@ def compare(device: torch.device, batch_size: int, naive_episodes: int, folder: 
 
     return Comparison(
         bench="step",
-        case=f"tiny, {WINDOW} batches of {batch_size}, window of {WINDOW}",
+        case=f"tiny, {BATCHES} batches of {len(batches[0])}",
         calls={
             name: Call(lambda _, run=run: run(), share=1.0 if name.startswith("window") else share)
             for name, run in runs.items()

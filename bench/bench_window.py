@@ -2,8 +2,8 @@
 
 Both sides run the same batches through the whole model (prompt, policy, agent, loss, backward) and end with the same
 Qwen gradient, summed over the batches: it is compared first, and without agreement there is no figure. What differs is
-how often Qwen runs. That depends on how many batches use a prompt, so the number of different prompts is varied, from
-every batch asking for the same ones to none returning. Qwen's optimizer step is on neither side.
+how often Qwen runs. That depends on how many batches use a prompt, so the visits are varied, from the trainer's default
+to none returning. Qwen's optimizer step is on neither side.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from material import HALF_BILLION, dataset, save_qwen
 from qwen_fused.config import TrainConfig
 from qwen_fused.data import Episode, collate, load_tasks
 from qwen_fused.model import QwenPlanner
+from qwen_fused.sampler import EpisodeSampler
 from qwen_fused.window import PromptWindow
 
 BATCHES = 10
@@ -28,23 +29,13 @@ SIDES = {"recompute": "recompute", "retain": "retain", "every batch": None}
 LIMIT = 1e-5
 
 
-def batches_of(prompts: int, batch_size: int) -> list[list[Episode]]:
-    """Episodes whose demonstrations come from `prompts` different sets, used in turn, with queries that vary."""
-    tasks = [task for task in load_tasks(dataset()).tasks if len(task.train) >= 3]
-    # a set shows all pairs but two, which ask; where there are fewer tasks than prompts, other pairs of a task ask
-    sets = [(task, turn) for turn in range(-(-prompts // len(tasks))) for task in tasks]
-    sets = sets[:: len(sets) // prompts][:prompts]
-    episodes = []
-    for use in range(BATCHES * batch_size):
-        task, turn = sets[use % prompts]
-        order = task.train[turn % len(task.train) :] + task.train[: turn % len(task.train)]
-        shown, asks = order[: max(len(order) - 2, 1)], order[max(len(order) - 2, 1) :]
-        pair = asks[(use // prompts) % len(asks)]
-        episodes.append(Episode(task.id, _same(shown), pair.input, pair.output, use % prompts))
-    return [episodes[start : start + batch_size] for start in range(0, len(episodes), batch_size)]
-
-
-_same = functools.lru_cache(maxsize=None)(lambda shown: shown)
+def batches_of(visits: int, batch_size: int) -> list[list[Episode]]:
+    """The batches of a window as the trainer draws them: each prompt is visited about `visits` times."""
+    tasks = load_tasks(dataset()).tasks
+    # of few tasks, smaller batches: the window must fit into an epoch
+    batch_size = min(batch_size, sum(len(task.train) for task in tasks) // BATCHES)
+    sampler = EpisodeSampler(tasks, batch_size=batch_size, seed=0, augment=0.0, window=BATCHES, visits=visits)
+    return [sampler.batch(0, number) for number in range(BATCHES)]
 
 
 class Side:
@@ -75,11 +66,9 @@ def relative_error(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
     return float(difference / torch.stack([w.norm() for w in want]).norm())
 
 
-def compare(
-    model: QwenPlanner, name: str, prompts: int, batch_size: int, device: torch.device
-) -> Comparison:
-    """Both modes of the window and the pass at every batch, for `prompts` different prompts."""
-    batches = batches_of(prompts, batch_size)
+def compare(model: QwenPlanner, name: str, visits: int, batch_size: int, device: torch.device) -> Comparison:
+    """Both modes of the window and the pass at every batch, with prompts that are visited `visits` times."""
+    batches = batches_of(visits, batch_size)
     sides = {side: Side(model, mode, batches, device) for side, mode in SIDES.items()}
 
     @functools.cache
@@ -90,10 +79,11 @@ def compare(
     def check(side: str) -> float | None:
         return refuse(f"the window's gradient ({side})", errors()[side], LIMIT) if SIDES[side] else None
 
-    uses = BATCHES * batch_size
+    uses = sum(map(len, batches))
+    prompts = len({episode.demonstrations for episodes in batches for episode in episodes})
     return Comparison(
         bench="window",
-        case=f"{name}, {prompts} prompts for {uses} episodes in {BATCHES} batches",
+        case=f"{name}, {BATCHES} batches, {uses} episodes of {prompts} prompts",
         calls={side: Call(lambda _, s=s: s.run()) for side, s in sides.items()},
         ours=TrainConfig().window_mode,
         device=device,
@@ -111,20 +101,20 @@ def comparisons(level: str, device: torch.device) -> Iterator[Comparison]:
     """What the suite measures: the tiny Qwen, and Qwen2.5-0.5B's true shape under short prompts."""
     model = planner("tiny", 512, device)
     if level == "quick" and device.type == "cpu":
-        yield compare(model, "tiny", 10, 4, device)
+        yield compare(model, "tiny", TrainConfig().prompt_visits, 4, device)
         return
-    for prompts in (16, 40, 160):
-        yield compare(model, "tiny", prompts, 16, device)
+    for visits in (TrainConfig().prompt_visits, 1):
+        yield compare(model, "tiny", visits, 16, device)
     del model
     batch_size, tokens = (16, 256) if device.type == "cuda" else (2, 48)
     with tempfile.TemporaryDirectory() as folder:
         model = planner(save_qwen(Path(folder), HALF_BILLION), tokens, device)
-    yield compare(model, f"Qwen2.5-0.5B's shape, {tokens} tokens", 4 * batch_size, batch_size, device)
+    yield compare(model, f"Qwen2.5-0.5B's shape, {tokens} tokens", TrainConfig().prompt_visits, batch_size, device)
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Comparison:
-    return compare(planner("tiny", 512, default_device()), "tiny", 8, 4, default_device())
+    return compare(planner("tiny", 512, default_device()), "tiny", 4, 4, default_device())
 
 
 @pytest.mark.parametrize("side", SIDES)

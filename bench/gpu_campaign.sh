@@ -1,40 +1,90 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in one go: build, tests, sanitizers, figures. Logs and figures go to $OUT (default: bench/results).
-# PYTHON names the interpreter whose CUDA torch is to be used; nvcc of the same CUDA version must be there.
+# What only a GPU can show, in one go and under 8 minutes: build, tests, checks, sanitizers, figures, training runs.
+#
+#   bench/gpu_campaign.sh [--cpu] [STAGE...]      all stages, or those named; --cpu: a dry run of every stage's code
+#
+# Needs CUDA, torch >= 2.10, triton and nvcc, no network. PYTHON names the interpreter, OUT the folder for what comes out
+# (default: campaign): summary.md, summary.json, <device>.json and its pictures, trace.json.gz, logs.tar.gz, none over 16 MB.
+# A stage that fails or runs out of its time leaves the others alone. Exit code: 0 none failed, 1 some did, 2 bad argument.
 set -u
-cd "$(dirname "$0")/.."
-OUT="${OUT:-bench/results}"
-PYTHON="${PYTHON:-python3}"
-mkdir -p "$OUT"
-failed=()
+cd "$(dirname "$0")/.." || exit 2
+STAGES="machine build gradcheck repeat graph sync memcheck racecheck tests bench train-half train-tiny profile ncu"
+cpu=() chosen=()
+for argument in "$@"; do
+  case " $STAGES --cpu " in
+    *" $argument "*) ;;
+    *) echo "gpu_campaign: argument must be --cpu or one of $STAGES, got $argument" >&2; exit 2 ;;
+  esac
+  if [ "$argument" = --cpu ]; then cpu=(--cpu); else chosen+=("$argument"); fi
+done
+OUT="${OUT:-campaign}" PYTHON="${PYTHON:-python3}" SECONDS=0
+# the whole; a dry run may take longer, on two cores
+END=470
+[ ${#cpu[@]} -eq 0 ] || END=590
+mkdir -p "$OUT/logs" || exit 2
+OUT="$(cd "$OUT" && pwd)"
+rm -f "$OUT/stages.tsv"
+# the tree as it is, whether it was installed or not
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
-step() {
-  local name="$1"
-  shift
-  echo "== $name: $*"
-  "$@" >"$OUT/$name.log" 2>&1 || failed+=("$name")
-  tail -n 20 "$OUT/$name.log"
+record() { printf '%s\t%s\t%s\t%s\n' "$@" | tee -a "$OUT/stages.tsv"; }
+
+# stage NAME LIMIT COMMAND...: exit code 77 means skipped; a line "figure: ..." of its output goes into the table
+stage() {
+  local name="$1" limit="$2" start=$SECONDS left=$((END - SECONDS)) log="$OUT/logs/$1.log" code status figure
+  shift 2
+  [ ${#chosen[@]} -eq 0 ] || case " ${chosen[*]} " in *" $name "*) ;; *) return ;; esac
+  if [ "$left" -lt 5 ]; then record "$name" skipped 0 "no time was left"; return; fi
+  # two cores take longer than sixteen and a GPU
+  [ ${#cpu[@]} -eq 0 ] || limit=$((4 * limit))
+  [ "$limit" -lt "$left" ] || limit=$left
+  timeout -k 5 "$limit" "$@" >"$log" 2>&1
+  code=$?
+  case $code in 0) status=passed ;; 77) status=skipped ;; 124 | 137) status=failed; echo "figure: over its $limit s" >>"$log" ;; *) status=failed ;; esac
+  figure="$(sed -n 's/^figure: //p' "$log" | tail -n 1)"
+  [ -n "$figure" ] || figure="$(tail -n 1 "$log" | cut -c 1-160)"
+  record "$name" "$status" $((SECONDS - start)) "$figure"
 }
 
-export PYTHONPATH="$PWD"
-step machine nvidia-smi
-step build env QWEN_FUSED_REQUIRE_EXTENSION=1 "$PYTHON" setup.py build_ext --inplace
-step tests "$PYTHON" -m pytest -q -m gpu tests
+run() { stage "$1" "$2" "$PYTHON" bench/campaign.py "${@:3}" --out "$OUT" "${cpu[@]}"; }
 
-# the sanitizers see each allocation only where torch's cache does not stand between; small cases: they are a hundred times slower
-SMALL="bad_elements or clip_matches or matches_extended"
-for tool in memcheck racecheck initcheck; do
-  step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-    "$PYTHON" -m pytest -q tests/test_gradients_cuda.py -k "$SMALL"
-done
+# torch's caching allocator would stand between a sanitizer and each allocation; small cases: they are a hundred times slower
+sanitize() {
+  if [ ${#cpu[@]} -gt 0 ]; then run "$1" 60 small; return; fi
+  if ! command -v compute-sanitizer >/dev/null; then stage "$1" 5 bash -c 'echo "figure: no compute-sanitizer"; exit 77'; return; fi
+  stage "$1" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
+    "$PYTHON" bench/campaign.py small --out "$OUT"
+}
 
-step grad_norm_float32 "$PYTHON" bench/bench_grad_norm.py --case "2000 small" qwen2.5-0.5b --dtype float32
-step grad_norm_bfloat16 "$PYTHON" bench/bench_grad_norm.py --case "2000 small" qwen2.5-1.5b --dtype bfloat16
-[ ! -e bench/bench_efe_loss.py ] || step efe_loss "$PYTHON" bench/bench_efe_loss.py
-[ "$OUT" = bench/results ] || cp bench/results/*.json "$OUT"/
+# the kernels of the ops alone; it reads hardware counters, which not every machine allows
+counters() {
+  if [ ${#cpu[@]} -gt 0 ] || ! command -v ncu >/dev/null; then stage ncu 5 bash -c 'echo "figure: no CUDA, or no ncu"; exit 77'; return; fi
+  stage ncu 45 bash -c 'ncu --clock-control none --csv --kernel-name "regex:efe_|norm|clip" --launch-count 12 \
+    --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread \
+    "$@" || { echo "figure: ncu does not work here"; exit 77; }; echo "figure: logs.tar.gz: logs/ncu.log"' \
+    ncu "$PYTHON" bench/campaign.py large --out "$OUT"
+}
 
-if [ "${#failed[@]}" -gt 0 ]; then
-  echo "failed: ${failed[*]}"
-  exit 1
-fi
-echo "all passed"
+run machine 30 machine
+# for the GPU that is there alone: other architectures are compiled in CI
+[ ${#cpu[@]} -gt 0 ] || export TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' 2>/dev/null)}"
+stage build 150 env QWEN_FUSED_REQUIRE_EXTENSION=1 "$PYTHON" setup.py -q build_ext --inplace
+run gradcheck 45 gradcheck
+run repeat 30 repeat
+run graph 30 graph
+run sync 40 sync
+sanitize memcheck
+sanitize racecheck
+run tests 110 tests
+run bench 120 bench
+run train-half 75 train half
+run train-tiny 45 train tiny
+run profile 30 profile
+counters
+
+"$PYTHON" bench/campaign.py summary --out "$OUT"
+code=$?
+tar -czf "$OUT/logs.tar.gz" -C "$OUT" logs && rm -r "$OUT/logs" "$OUT/stages.tsv"
+find "$OUT" -type f -size +16M -print -delete | sed 's/^/over 16 MB, removed: /'
+echo "in $OUT, after $SECONDS s: $(ls "$OUT" | tr '\n' ' ')"
+exit $code

@@ -27,8 +27,7 @@ import torch
 LEVELS = ("quick", "full")
 # seconds for one comparison, and the fewest rounds that give a median and its spread
 SECONDS = {"quick": 2.0, "full": 10.0}
-FEWEST = {"quick": 3, "full": 5}
-MOST = 60
+FEWEST, MOST = 3, 60
 # a call shorter than this is repeated within a round, to stand above the clock and a device's wait
 SHORTEST = 0.01
 
@@ -100,11 +99,11 @@ def measure(comparison: Comparison, level: str) -> list[Row]:
         WrongResult: a contender is wrong; nothing was timed.
     """
     errors = {name: comparison.check(name) for name in comparison.calls}
-    times = in_turns(comparison, SECONDS[level], FEWEST[level])
+    times = in_turns(comparison, SECONDS[level])
     return [row_of(comparison, name, times, errors[name]) for name in comparison.calls]
 
 
-def in_turns(comparison: Comparison, seconds: float, fewest: int) -> dict[str, list[float]]:
+def in_turns(comparison: Comparison, seconds: float) -> dict[str, list[float]]:
     """Seconds per call of each contender, one entry per round."""
     calls, device = comparison.calls, comparison.device
     first = {name: timed(call, device) for name, call in calls.items()}
@@ -114,7 +113,7 @@ def in_turns(comparison: Comparison, seconds: float, fewest: int) -> dict[str, l
         name: 1 if call.prepare else max(1, round(SHORTEST / max(first[name], 1e-6))) for name, call in calls.items()
     }
     round_trip = sum(first[name] * repeats[name] * calls[name].share for name in calls)
-    rounds = max(fewest, min(MOST, round(seconds / round_trip)))
+    rounds = max(FEWEST, min(MOST, round(seconds / round_trip)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -230,7 +229,7 @@ def benchmark_one(benchmark, comparison: Comparison, name: str) -> None:
     def prepare() -> tuple[tuple, dict]:
         return (call.prepare() if call.prepare else None,), {}
 
-    benchmark.pedantic(run, setup=prepare, rounds=FEWEST["quick"], warmup_rounds=1)
+    benchmark.pedantic(run, setup=prepare, rounds=FEWEST, warmup_rounds=1)
     median = benchmark.stats.stats.median / call.share
     if comparison.bytes:
         benchmark.extra_info["gb_per_s"] = comparison.bytes / median / 1e9

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, write and draw."""
     import harness
     import torch
-    from machine import ceilings, clocks, device_name, load, machine, slug
+    from machine import ceilings, device_name, load, machine, slug
 
     from qwen_fused.trainer import resolve_device
 
@@ -75,17 +75,25 @@ def run(arguments: argparse.Namespace) -> int:
                 found = harness.measure(comparison, level)
                 harness.show(found)
                 rows += [{**vars(row), "commit": commit, "load": load()} for row in found]
+                write(path, record, rows, refused, device)
         except harness.WrongResult as error:
             refused[name] = str(error)
             print(f"\n{name}: refused: {error}", file=sys.stderr)
-    record |= {"refused": refused, "rows": sorted(rows, key=lambda row: BENCHES.index(row["bench"]))}
-    # a machine's load while it measured belongs to the figures
-    record["machine"] |= {"load_at_end": load(), "clocks_at_end": clocks(device)}
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write(path, record, rows, refused, device)
     print(f"\nwritten to {path}")
     draw(path)
     return int(bool(refused))
+
+
+def write(path: Path, record: dict, rows: list[dict], refused: dict[str, str], device) -> None:
+    """The result so far: what was measured stays when a run is cut short."""
+    from machine import clocks, load
+
+    # a machine's load while it measured belongs to the figures
+    record["machine"] |= {"load_at_end": load(), "clocks_at_end": clocks(device)}
+    record |= {"refused": refused, "rows": sorted(rows, key=lambda row: BENCHES.index(row["bench"]))}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def kept(path: Path, record: dict, renewed: list[str]) -> list[dict]:

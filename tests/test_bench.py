@@ -112,8 +112,8 @@ def test_norms_clip_at_every_call(monkeypatch, gradient_path):
 def test_the_window_shares_prompts():
     from bench_window import BATCHES, batches_of
 
-    for prompts in (3, 12, 40):
-        batches = batches_of(prompts, 4)
+    for visits, prompts in ((10, 4), (4, 12), (1, 40)):
+        batches = batches_of(visits, 4)
         assert [len(b) for b in batches] == [4] * BATCHES
         assert len({e.demonstrations for b in batches for e in b}) == prompts
         assert not any(pair.input is e.query for b in batches for e in b for pair in e.demonstrations)

