@@ -90,7 +90,7 @@ class TrainConfig:
     size_weight: float = 0.3
     """Share of the size loss after epoch 0."""
 
-    qwen_lr: float = 3e-4
+    qwen_lr: float = 1e-3
     """Peak learning rate of Qwen."""
     agent_lr: float = 2e-3
     """Peak learning rate of the agent and of the prompt's projection; the objective's parameters take half of it."""
