@@ -24,7 +24,7 @@ class TrainConfig:
     """Share of the training episodes that are turned, mirrored and recoloured."""
     batch_size: int = 16
     """Episodes per batch."""
-    epochs: int = 6
+    epochs: int = 10
     """Passes over all (task, pair) episodes of the training tasks."""
     max_batches: int | None = None
     """Stop after this many batches in all; the learning-rate schedule still follows the epochs."""
