@@ -1,12 +1,13 @@
 """Checkpoints without pickle: one safetensors file, tensors as tensors and everything else as JSON in its header.
 
-A file is written beside its final name, flushed to disk and renamed, so a checkpoint is either whole or not there.
+A file is written beside its final name, flushed to disk and renamed, so a checkpoint is either whole or not there. Its
+header holds a SHA-256 over everything else, so one that a disk has changed since is not mistaken for good.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qwen_fused.files import replacing
+
+FORMAT = "1"
 PATTERN = re.compile(r"step-(\d{6,})\.safetensors")
 
 
@@ -27,6 +31,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         step: batches done.
         state: nested dicts and lists of tensors, numbers, strings, booleans and None.
         keep: how many numbered checkpoints stay.
+
+    Raises:
+        OSError: it could not be written; what was there before is still there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:06d}.safetensors"
@@ -37,14 +44,17 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write one state file atomically."""
+    """Write one state file atomically; OSError where that cannot be done, with the old file left."""
     tensors: dict[str, Tensor] = {}
-    structure = _flatten(state, "", tensors)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"state": json.dumps(structure)})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    structure = json.dumps(_flatten(state, "", tensors))
+    metadata = {"format": FORMAT, "state": structure, "sha256": _digest(structure, tensors)}
+    with replacing(path) as partial:
+        try:
+            save_file(tensors, partial, metadata=metadata)
+        except SafetensorError as error:
+            # the library tells what the system said as text
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(number[1]) if number else None, str(error), str(path)) from None
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -57,31 +67,24 @@ def read_state(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _restore(json.loads(metadata["state"]), tensors)
     except FileNotFoundError:
         raise ValueError(f"checkpoint must be an existing file, got {path}") from None
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
+    if metadata.get("format") != FORMAT or not {"state", "sha256"} <= set(metadata):
+        raise ValueError(f"checkpoint {path} must be of format {FORMAT}, got {metadata.get('format', 'none')}")
+    if _digest(metadata["state"], tensors) != metadata["sha256"]:
+        raise ValueError(f"checkpoint {path} is damaged: its contents do not have the checksum they were written with")
+    try:
+        return _restore(json.loads(metadata["state"]), tensors)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"checkpoint {path} has a header that makes no sense: {error!r}") from None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Numbered checkpoints, oldest first."""
     found = [(int(m[1]), p) for p in folder.glob("step-*.safetensors") if (m := PATTERN.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a run folder, its checkpoints folder, or a file stands for: the newest one there.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if path.is_file():
-        return path
-    for folder in (path / "checkpoints", path):
-        if found := list_checkpoints(folder):
-            return found[-1]
-    raise ValueError(f"resume must be a run folder or a checkpoint, got {path}, which holds no step-*.safetensors")
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -97,6 +100,15 @@ def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _digest(structure: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the structure and each tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(structure.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

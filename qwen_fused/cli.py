@@ -1,6 +1,6 @@
 """Command line: `qwen-fused train | eval | export | prove | bench | report | show | info`.
 
-Exit codes: 0 done; 1 the run stopped on a fault it names; 2 an argument or a file is wrong; 130 interrupted.
+Exit codes are those of `EXIT_CODES`; what went wrong is one sentence on stderr.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ import tyro
 from qwen_fused.config import TrainConfig, require
 from qwen_fused.presets import preset
 
-TRAIN_OPTIONS = (tyro.conf.FlagCreatePairsOff,)
+EXIT_CODES = """\
+exit codes
+  0    done
+  1    the run stopped (NaN, no memory, full disk), or the proof failed: stderr says why
+  2    a flag, a setting or a file is wrong: stderr says which, nothing was started
+  129  hung up, 130 interrupted, 143 terminated: a checkpoint was written, --resume goes on"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,15 +253,13 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 def parse(config_class: type, command: str, arguments: Sequence[str], default: object | None = None):
     """Parse one command's flags into its configuration."""
     options = {"default": default} if default is not None else {}
-    return tyro.cli(config_class, prog=f"qwen-fused {command}", args=list(arguments), config=TRAIN_OPTIONS, **options)
+    return tyro.cli(config_class, prog=f"qwen-fused {command}", args=list(arguments), **options)
 
 
 def parse_over_source(command_class: type, command: str, arguments: Sequence[str]):
     """Parse flags over --preset and --config; or, with --resume, over the run's own configuration."""
     # a first look at the flags that say what the others are over
-    source, rest = tyro.cli(
-        Source, args=list(arguments), return_unknown_args=True, add_help=False, config=TRAIN_OPTIONS
-    )
+    source, rest = tyro.cli(Source, args=list(arguments), return_unknown_args=True, add_help=False)
     base = preset(source.preset) if source.preset is not None else TrainConfig()
     if source.config is not None:
         base = TrainConfig.load(source.config, base)
@@ -268,9 +271,10 @@ def parse_over_source(command_class: type, command: str, arguments: Sequence[str
         source.preset is None and source.config is None, "resume",
         "alone, without --preset and --config: the run has its own configuration", str(parsed.resume),
     )  # fmt: skip
-    saved = run_folder(parsed.resume) / "config.yaml"
-    require(saved.is_file(), "resume", "a run folder or checkpoint with a config.yaml", str(parsed.resume))
-    own = {**fields_of(TrainConfig.load(saved), TrainConfig), "resume": parsed.resume}
+    from qwen_fused.resume import run_folder
+
+    saved = TrainConfig.load(run_folder(parsed.resume) / "config.yaml")
+    own = {**fields_of(saved, TrainConfig), "resume": parsed.resume}
     return parse(command_class, command, rest, command_class(**{**own, **fields_of(source, Source)}))
 
 
@@ -284,17 +288,13 @@ def fields_of(value: object, of: type) -> dict[str, Any]:
     return {f.name: getattr(value, f.name) for f in dataclasses.fields(of)}
 
 
-def run_folder(path: Path) -> Path:
-    """The run folder that `--resume` names, directly or by one of its checkpoints."""
-    return path.parent.parent if path.is_file() else path
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: qwen-fused COMMAND [flags], with --help after a command for its flags\n")
         print("\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items()))
+        print(f"\n{EXIT_CODES}")
         return 0 if arguments else 2
     if arguments[0] not in COMMANDS:
         print(f"qwen-fused: command must be one of {', '.join(COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
@@ -304,8 +304,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"qwen-fused: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except (RuntimeError, MemoryError) as error:
+        from qwen_fused.monitor import out_of_memory
+
+        hint = out_of_memory(error)
+        if hint is None:
+            raise
+        print(f"qwen-fused: {hint}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        return getattr(interrupt, "exit_code", 130)
 
 
 if __name__ == "__main__":

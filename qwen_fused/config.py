@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
+from qwen_fused.files import write_whole
 from qwen_fused.ops import EFEWeights
 from qwen_fused.typed_yaml import check_types, from_plain, read_mapping, to_plain
 
@@ -120,6 +121,8 @@ class TrainConfig:
     """Folder in which the run gets a folder of its own."""
     resume: Path | None = None
     """Run folder or checkpoint to continue, bitwise, in the same folder."""
+    resume_changed: bool = False
+    """Continue though settings, tasks or version are others than the run had: what is given now wins."""
     trackers: str = "auto"
     """Where numbers and pictures go besides metrics.jsonl: auto (TensorBoard where it is installed), none, or names of
     tensorboard, trackio and wandb with commas between."""
@@ -167,7 +170,7 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML."""
-        path.write_text(self.to_yaml())
+        write_whole(path, self.to_yaml())
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> TrainConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from qwen_fused.data import COLORS, MAX_SIDE, Episode, Task
+from qwen_fused.files import write_whole
 
 ATTEMPTS = 2
 
@@ -219,10 +219,7 @@ def write_submission(
                 raise ValueError(f"task {task.id}, test[{index}] must have 1 or 2 attempts, got {len(grids)}")
             names = {"attempt_1": grids[0], "attempt_2": grids[-1]}
             submission[task.id].append({name: np.asarray(grid).tolist() for name, grid in names.items()})
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(submission))
-    os.replace(partial, path)
+    write_whole(Path(path), json.dumps(submission))
 
 
 @contextmanager

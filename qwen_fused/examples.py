@@ -9,7 +9,6 @@ everything after "predicted" may be left out. A grid is a list of rows of colour
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from qwen_fused.evaluate import cell_accuracy
+from qwen_fused.files import write_whole
 from qwen_fused.grids import ARC_COLORS, ERROR_COLORS, error_grid
 from qwen_fused.tasks import parse_grid
 
@@ -88,11 +88,8 @@ def write_examples(path: str | Path, examples: Iterable[Mapping[str, Any]]) -> N
         ValueError: an example lacks a key, or one of its grids is not a grid; the message says which.
     """
     written = [plain_example(example, f"examples[{number}]") for number, example in enumerate(examples)]
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     # the index may come as one of numpy's integers
-    partial.write_text(json.dumps(written, default=int))
-    os.replace(partial, path)
+    write_whole(Path(path), json.dumps(written, default=int))
 
 
 def plain_example(example: Mapping[str, Any], where: str = "example") -> dict[str, Any]:

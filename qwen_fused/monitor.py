@@ -46,6 +46,16 @@ class Hint:
         return f"hint: {where}{self.seen}; {self.remedy}"
 
 
+def out_of_memory(error: BaseException) -> Hint | None:
+    """The hint for an error that says that memory ran out, on the device or the host; None for any other."""
+    text = str(error)
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if not memory and not (isinstance(error, RuntimeError) and "allocate memory" in text):
+        return None
+    seen = text.splitlines()[0] if text else "out of memory"
+    return Hint("out of memory", None, seen, REMEDIES["out of memory"])
+
+
 @dataclass
 class LayerHistory:
     """Gradient norms of one layer: the last, a running mean over some fifty batches, the largest, batches at zero."""
@@ -112,15 +122,6 @@ class GradientMonitor:
         new = [symptom for symptom in shows if symptom not in self._raised]
         self._raised = set(shows)
         return [Hint(symptom, step, shows[symptom], self._remedy(symptom, metrics)) for symptom in new]
-
-    def explain(self, error: BaseException) -> Hint | None:
-        """The hint for an error that ended a step: out of memory, on the device or the host; None for any other."""
-        text = str(error)
-        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not memory and not (isinstance(error, RuntimeError) and "allocate memory" in text):
-            return None
-        seen = text.splitlines()[0] if text else "out of memory"
-        return Hint("out of memory", None, seen, REMEDIES["out of memory"])
 
     def _look_at_gradients(
         self, metrics: Mapping[str, float | None], gradients: Mapping[str, Mapping[str, Any]]

@@ -9,7 +9,6 @@ set for the headline first, and proof.json as `ProofReport.to_dict()`.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 
 from qwen_fused import figures, grids, maps
 from qwen_fused.examples import Example, read_examples
+from qwen_fused.files import write_whole
 from qwen_fused.run_files import (
     read_evaluation,
     read_file,
@@ -64,7 +64,7 @@ def write_report(run_dir: str | Path) -> Path:
         """The figure for the page; it is a PNG beside it too."""
         if figure is None:
             return ""
-        _replace(pictures / f"{name}.png", figures.to_png(figure))
+        write_whole(pictures / f"{name}.png", figures.to_png(figure))
         return figures.to_svg(figure, name)
 
     charts = []
@@ -80,7 +80,7 @@ def write_report(run_dir: str | Path) -> Path:
     }
     for number, example in enumerate(examples):
         figure = grids.draw_grids(f"{example.task_id}  ·  {example.verdict}", example.row)
-        _replace(pictures / f"example-{number + 1:02d}.png", figures.to_png(figure))
+        write_whole(pictures / f"example-{number + 1:02d}.png", figures.to_png(figure))
 
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -107,7 +107,7 @@ def write_report(run_dir: str | Path) -> Path:
         arc_colors=["#" + bytes(color).hex() for color in grids.ARC_COLORS],
         error_colors=["#" + bytes(color).hex() for color in grids.ERROR_COLORS],
     )
-    _replace(run_dir / "report.html", page.encode())
+    write_whole(run_dir / "report.html", page.encode())
     return run_dir / "report.html"
 
 
@@ -190,12 +190,6 @@ def _course(metrics: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
         row["met"] = None if expected is None or row["change"] is None else row["change"] <= -expected
         rows.append(row)
     return rows
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _mean(values: np.ndarray) -> float:

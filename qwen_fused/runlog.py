@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from rich.progress import (
 
 from qwen_fused.examples import plain_example, read_examples
 from qwen_fused.figures import to_pixels
+from qwen_fused.files import write_whole
 from qwen_fused.grids import draw_rows
 from qwen_fused.trackers import Trackers
 
@@ -49,22 +52,30 @@ METRICS = (
 
 
 class Rows:
-    """A file of JSON lines, each with its step; a run that goes on from `resume_step` writes the later ones again."""
+    """A file of JSON lines with rising steps; a run that goes on from `resume_step` writes the later ones again."""
 
     def __init__(self, path: Path, resume_step: int | None):
-        if resume_step is not None and path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line) <= resume_step]
-            path.write_text("".join(kept))
+        kept = cut_rows(path, resume_step) if resume_step is not None else []
+        self.count, self._last = len(kept), _step(kept[-1]) if kept else -1
         # line-buffered: a killed run keeps every finished row
         self._file = open(path, "a", buffering=1)  # noqa: SIM115
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row."""
-        self._file.write(json.dumps(row) + "\n")
+        """One row, unless it is there; what is not finite, which JSON cannot say, as null."""
+        # an evaluation that a kill has cut short is done again
+        if row["step"] > self._last:
+            self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+            self._last = row["step"]
+
+    def sync(self) -> None:
+        """Have every row on disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        # only where a write has failed, and was reported, is there anything left to write
+        with suppress(OSError):
+            self._file.close()
 
 
 class RunLog:
@@ -93,6 +104,8 @@ class RunLog:
         self._predictions = Rows(folder / "predictions.jsonl", resume_step)
         self._log = open(folder / "train.log", "a", buffering=1)  # noqa: SIM115
         self._trackers = Trackers(trackers, folder, config or {}, resume_step, self.say)
+        if resume_step is not None and self._metrics.count != resume_step:
+            self.say(f"metrics.jsonl has rows of {self._metrics.count} of {resume_step} batches: the others are lost.")
 
     def say(self, text: str) -> None:
         """One line to the terminal and to train.log."""
@@ -120,11 +133,18 @@ class RunLog:
             rows = [(f"{e.task_id}  ·  {e.verdict}", e.row) for e in read_examples(plain, "predictions")]
             self._trackers.picture(step, "predictions", to_pixels(draw_rows(rows, width=6)))
 
+    def sync(self) -> None:
+        """Have every row on disk; before a checkpoint, so that no checkpoint is ahead of its rows."""
+        for rows in (self._metrics, self._gradients, self._predictions):
+            rows.sync()
+
     def close(self) -> None:
         """Close every file and tracker."""
         self._trackers.close()
-        for file in (self._metrics, self._gradients, self._predictions, self._log):
-            file.close()
+        for rows in (self._metrics, self._gradients, self._predictions):
+            rows.close()
+        with suppress(OSError):
+            self._log.close()
 
     @contextmanager
     def progress(self, total: int, done: int, title: str) -> Iterator[Any]:
@@ -146,9 +166,29 @@ def log_line(metrics: dict[str, Any]) -> str:
     )
 
 
-def _step(line: str) -> float:
-    """The step of a metrics row; a row cut short by a kill counts as after everything."""
+def cut_rows(path: Path, step: int) -> list[bytes]:
+    """Take the rows after a step, and rows that are cut short, out of a file of rows; returns those that are left."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
+    if len(kept) < len(lines):
+        write_whole(path, b"".join(kept))
+    return kept
+
+
+def _step(line: bytes) -> float:
+    """The step of a metrics row; what is no row counts as after everything."""
     try:
-        return json.loads(line)["step"]
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _finite(value: Any) -> Any:
+    """Plain values with None for every NaN and Inf."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

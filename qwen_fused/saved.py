@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from qwen_fused.backbone import save_backbone
-from qwen_fused.checkpoint import find_checkpoint, read_state
+from qwen_fused.checkpoint import read_state
 from qwen_fused.config import TrainConfig, require
 from qwen_fused.model import QwenPlanner
+from qwen_fused.resume import fitting, newest_state
 
 
-def load_model(run: Path, weights: str = "last", device: torch.device | str = "cpu") -> QwenPlanner:
+def load_model(
+    run: Path, weights: str = "last", device: torch.device | str = "cpu", say: Callable[[str], None] = print
+) -> QwenPlanner:
     """The model of a run, in train mode, with its configuration in `.config`.
 
     Args:
         run: run folder.
-        weights: "last" for the newest checkpoint, "best" for the best one on the held-out tasks.
+        weights: "last" for the newest checkpoint that is whole, "best" for the best one on the held-out tasks.
         device: where the model goes.
+        say: told of each damaged checkpoint that is passed over.
 
     Raises:
         ValueError: there is no such run, it has no such checkpoint, or its Qwen is no longer where it was.
     """
     require((run / "config.yaml").is_file(), "run", "a run folder with a config.yaml", str(run))
     config = TrainConfig.load(run / "config.yaml")
-    best = run / "checkpoints" / "best.safetensors"
-    state = read_state(best if weights == "best" else find_checkpoint(run))
+    path, state, notes = run / "checkpoints" / "best.safetensors", None, []
+    if weights == "best":
+        state = read_state(path)
+    else:
+        path, state, notes = newest_state(run)
+    require(state is not None, "run", "a run folder with a checkpoint", str(run))
+    for note in notes:
+        say(note)
     model = QwenPlanner(config).to(device)
-    model.load_state_dict(state["model"])
+    with fitting(path):
+        model.load_state_dict(state["model"])
     return model
 
 

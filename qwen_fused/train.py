@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from qwen_fused.checkpoint import find_checkpoint, read_state, write_state
+from qwen_fused.checkpoint import list_checkpoints, write_state
 from qwen_fused.config import TrainConfig
 from qwen_fused.data import test_episodes
 from qwen_fused.evaluate import Evaluation, evaluate, write_submission
 from qwen_fused.examples import write_examples
+from qwen_fused.files import claim, write_whole
 from qwen_fused.memory import check_memory
+from qwen_fused.monitor import out_of_memory
 from qwen_fused.prove_trainer import prove_trainer
 from qwen_fused.report import write_report
+from qwen_fused.resume import Continuation, clear_future, compare_origin, fitting, open_run
 from qwen_fused.runlog import RunLog, log_line
+from qwen_fused.signals import Interrupted, catch_signals
 from qwen_fused.trackers import tracker_names
 from qwen_fused.trainer import PendingBatch, Trainer, TrainingStopped, resolve_device
 from qwen_fused.watched import chosen_examples, watched_episodes, watched_examples
@@ -31,40 +34,67 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ValueError: the configuration or the data cannot be used.
-        TrainingStopped: a gradient is NaN or Inf and the configuration says stop, the proof failed, or memory ran out.
-        KeyboardInterrupt: SIGINT, after a checkpoint was written.
+        TrainingStopped: a gradient is NaN or Inf and the configuration says stop, the proof failed, memory ran out, or
+            a file could not be written.
+        Interrupted: SIGINT, SIGTERM or SIGHUP, after a checkpoint was written.
     """
     trackers = tracker_names(config.trackers)
-    checkpoint = find_checkpoint(config.resume) if config.resume else None
-    folder = checkpoint.parent.parent if checkpoint else new_run_folder(config.out)
+    run = open_run(config) if config.resume else None
+    folder = run.folder if run else new_run_folder(config.out)
+    with claim(folder):
+        trainer, memory = set_up(config, folder, run)
+        resume_step = run.step if run else None
+        log = RunLog(folder, resume_step=resume_step, trackers=trackers, config=config.to_dict())
+        try:
+            describe_run(trainer, log, run)
+            log.say(memory)
+            prove_first(trainer, log)
+            run_batches(trainer, log)
+            finish(trainer, log)
+        except (RuntimeError, MemoryError, OSError) as error:
+            reason = explain(error, trainer)
+            if reason is None:
+                raise
+            with suppress(OSError):
+                log.say(reason)
+            raise TrainingStopped(reason) from error
+        finally:
+            log.close()
+    return folder
+
+
+def set_up(config: TrainConfig, folder: Path, run: Continuation | None) -> tuple[Trainer, str]:
+    """The trainer at the batch to begin with, and what its memory will be; writes config.yaml."""
     try:
         memory = check_memory(config, resolve_device(config.device))
         trainer = Trainer(config, folder)
-    except ValueError:
-        if not checkpoint:
-            # a run that could not begin leaves nothing behind
+        if run:
+            compare_origin(run, trainer.origin, allow=config.resume_changed)
+        if run and run.state and run.checkpoint:
+            with fitting(run.checkpoint):
+                trainer.load_state_dict(run.state)
+    except BaseException:
+        # a run that never was leaves no folder
+        with suppress(OSError):
             folder.rmdir()
         raise
-    if checkpoint:
-        trainer.load_state_dict(read_state(checkpoint))
-    else:
-        config.save(folder / "config.yaml")
-    resume_step = trainer.progress.step if checkpoint else None
-    log = RunLog(folder, resume_step=resume_step, trackers=trackers, config=config.to_dict())
-    try:
-        describe_run(trainer, log, checkpoint)
-        log.say(memory)
-        prove_first(trainer, log)
-        run_batches(trainer, log)
-        finish(trainer, log)
-    except (RuntimeError, MemoryError) as error:
-        hint = trainer.monitor.explain(error)
-        if hint is None:
-            raise
-        raise TrainingStopped(str(hint)) from error
-    finally:
-        log.close()
-    return folder
+    if run:
+        clear_future(run)
+    replace(config, resume=None, resume_changed=False).save(folder / "config.yaml")
+    return trainer, memory
+
+
+def explain(error: Exception, trainer: Trainer) -> str | None:
+    """What ended the run and what to do, in a sentence, where it is the machine's doing: memory, or a file."""
+    if not isinstance(error, OSError):
+        hint = out_of_memory(error)
+        return str(hint) if hint else None
+    saved = list_checkpoints(trainer.folder / "checkpoints")
+    last = f"{saved[-1].name} is the last checkpoint" if saved else "there is no checkpoint yet"
+    return (
+        f"batch {trainer.progress.step}: {error.filename or trainer.folder}: {error.strerror or error}; {last}. When "
+        f"there is room, and leave to write, go on with qwen-fused train --resume {trainer.folder}"
+    )
 
 
 def prove_first(trainer: Trainer, log: RunLog) -> None:
@@ -76,7 +106,7 @@ def prove_first(trainer: Trainer, log: RunLog) -> None:
     if not trainer.config.prove or trainer.progress.step:
         return
     report = prove_trainer(trainer)
-    (trainer.folder / "proof.json").write_text(json.dumps(report.to_dict(), indent=2))
+    write_whole(trainer.folder / "proof.json", json.dumps(report.to_dict(), indent=2))
     log.say(str(report).rstrip())
     if not report.ok:
         raise TrainingStopped("the gradient does not reach what should train; --no-prove trains all the same")
@@ -88,53 +118,73 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
     per_epoch = trainer.sampler.batches_per_epoch()
     last = min(trainer.total_batches, config.max_batches or trainer.total_batches)
     clock = Clock(config.max_minutes)
-    pending: PendingBatch | None = None
+    pending: deque[PendingBatch] = deque()
     if progress.step == 0:
         watched = watched_episodes(trainer.held_out)
         log.predictions(0, watched_examples(watched, evaluate(trainer.model, watched, batch_size=config.batch_size)))
         clock.pause()
-    with catch_sigint() as interrupted, log.progress(last, progress.step, "training") as advance:
+    with catch_signals() as asked_to_end, log.progress(last, progress.step, "training") as advance:
         while progress.step < last:
             epoch, index = divmod(progress.step, per_epoch)
             episodes = trainer.sampler.batch(epoch, index)
             running = trainer.train_step(episodes, epoch, flush=trainer.sampler.ends_window(index))
             running.seconds = clock.lap()
-            log_batch(trainer, log, pending)
-            pending = running
+            pending.append(running)
+            log_done(trainer, log, pending, left=1)
             advance(progress.step)
             epoch_ends = config.eval_every and progress.step % (per_epoch * config.eval_every) == 0
             saves = progress.step % config.checkpoint_every == 0
-            if epoch_ends or saves or interrupted() or clock.is_over():
-                pending = log_batch(trainer, log, pending)
+            number = asked_to_end()
+            if epoch_ends or saves or number or clock.is_over():
+                log_done(trainer, log, pending)
             if epoch_ends and progress.step < last:
                 validate(trainer, log)
                 clock.pause()
-            if saves:
-                trainer.save()
-            if interrupted():
-                path = trainer.save()
+            if saves or number:
+                path = save(trainer, log)
+            if number:
                 log.say(f"Interrupted after batch {progress.step}; to go on: qwen-fused train --resume {path}")
-                raise KeyboardInterrupt
+                raise Interrupted(number)
             if clock.is_over():
                 log.say(f"Stopping after {config.max_minutes:g} minutes, at batch {progress.step} of {last}.")
                 break
-        log_batch(trainer, log, pending)
-    trainer.save()
+        log_done(trainer, log, pending)
+    save(trainer, log)
 
 
-def log_batch(trainer: Trainer, log: RunLog, pending: PendingBatch | None) -> None:
-    """Write the metrics of a batch that is done.
+def save(trainer: Trainer, log: RunLog) -> Path:
+    """Write a checkpoint, its rows of metrics.jsonl before it."""
+    log.sync()
+    return trainer.save()
+
+
+def log_done(trainer: Trainer, log: RunLog, pending: deque[PendingBatch], left: int = 0) -> None:
+    """Write the metrics of batches that are done, oldest first, until `left` of them are pending.
 
     Raises:
-        TrainingStopped: its gradient was NaN or Inf; a checkpoint without it is written first.
+        TrainingStopped: a gradient was NaN or Inf; every row and a checkpoint without that batch are written first.
     """
-    if pending is None:
-        return
+    while len(pending) > left:
+        try:
+            log_batch(trainer, log, pending.popleft())
+        except TrainingStopped:
+            # those behind it have been applied
+            while pending:
+                with suppress(TrainingStopped):
+                    log_batch(trainer, log, pending.popleft())
+            log.say(f"Checkpoint: {save(trainer, log)}")
+            raise
+
+
+def log_batch(trainer: Trainer, log: RunLog, pending: PendingBatch) -> None:
+    """Write the metrics of one batch, then raise TrainingStopped if it is one to stop at."""
+    stopped = None
     try:
         metrics = trainer.read(pending)
-    except TrainingStopped:
-        log.say(f"Checkpoint: {trainer.save()}")
-        raise
+    except TrainingStopped as error:
+        if error.metrics is None:
+            raise
+        stopped, metrics = error, error.metrics
     metrics["episodes_per_second"] = pending.episodes / pending.seconds
     log.row(metrics)
     if pending.flushed:
@@ -143,6 +193,8 @@ def log_batch(trainer: Trainer, log: RunLog, pending: PendingBatch | None) -> No
         log.say(str(hint))
     if pending.step == 1 or pending.step % trainer.config.log_every == 0:
         log.say(log_line(metrics))
+    if stopped:
+        raise stopped
 
 
 class Clock:
@@ -188,14 +240,14 @@ def finish(trainer: Trainer, log: RunLog) -> None:
     training = evaluate(model, test_episodes(some), batch_size=batch_size)
     log.say(f"Unseen test pairs of {len(some)} training tasks: {describe_evaluation(training)}")
     evaluation = {"validation": validation.to_dict(), "training": training.to_dict()}
-    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    write_whole(folder / "evaluation.json", json.dumps(evaluation))
     write_submission(folder / "submission.json", trainer.held_out, validation.predictions)
     write_examples(folder / "examples.json", chosen_examples(model, trainer.held_out, validation))
     log.say(f"Report: {write_report(folder)}")
 
 
-def describe_run(trainer: Trainer, log: RunLog, checkpoint: Path | None) -> None:
-    """Say what is about to run: data, sizes, device."""
+def describe_run(trainer: Trainer, log: RunLog, run: Continuation | None) -> None:
+    """Say what is about to run: data, sizes, device, and what was found of the run to continue."""
     for sentence in trainer.skipped[:10]:
         log.say(f"Left out: {sentence}")
     if len(trainer.skipped) > 10:
@@ -206,8 +258,10 @@ def describe_run(trainer: Trainer, log: RunLog, checkpoint: Path | None) -> None
         f"{len(trainer.training)} training tasks, {len(trainer.held_out)} held out, {trainer.total_batches} batches. "
         f"Trainable parameters: {sizes}."
     )
-    if checkpoint:
-        log.say(f"Continuing from {checkpoint} at batch {trainer.progress.step}.")
+    for note in run.notes if run else ():
+        log.say(note)
+    if run and run.checkpoint:
+        log.say(f"Continuing from {run.checkpoint} at batch {trainer.progress.step}.")
 
 
 def describe_evaluation(result: Evaluation) -> str:
@@ -232,27 +286,3 @@ def new_run_folder(out: Path) -> Path:
         except OSError as error:
             raise ValueError(f"out must be a folder that can be written to, got {out}: {error.strerror}") from None
     raise ValueError(f"out has 1000 runs of this second already: {out}")
-
-
-@contextmanager
-def catch_sigint() -> Iterator[Any]:
-    """Turn the first SIGINT into a flag to be asked between batches; a second one acts at once."""
-    seen = False
-
-    def handler(number: int, frame: Any) -> None:
-        nonlocal seen
-        if seen:
-            raise KeyboardInterrupt
-        seen = True
-
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        signal.signal(signal.SIGINT, handler)
-    except ValueError:
-        # not the main thread: the caller keeps its own handling
-        yield lambda: False
-        return
-    try:
-        yield lambda: seen
-    finally:
-        signal.signal(signal.SIGINT, before)

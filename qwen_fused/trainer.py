@@ -18,6 +18,7 @@ from qwen_fused.gradients import GradStats, GroupGradNorm, PendingStats, nonfini
 from qwen_fused.masters import MasterAdamW
 from qwen_fused.model import QwenPlanner, StepOutput
 from qwen_fused.monitor import GradientMonitor, Hint
+from qwen_fused.resume import origin
 from qwen_fused.sampler import EpisodeSampler
 from qwen_fused.window import PromptWindow
 
@@ -31,7 +32,11 @@ MOST_OVERFLOWS = 25
 
 
 class TrainingStopped(RuntimeError):
-    """The run had to stop; the message says why and what to do."""
+    """The run had to stop; the message says why and what to do, `metrics` are those of the batch at fault."""
+
+    def __init__(self, reason: str, metrics: dict[str, Any] | None = None):
+        super().__init__(reason)
+        self.metrics = metrics
 
 
 @dataclasses.dataclass
@@ -69,6 +74,7 @@ class Trainer:
         collection = load_tasks(config.dataset)
         self.skipped = collection.skipped
         self.training, self.held_out = split_tasks(collection.tasks, config.val_fraction, config.split_seed)
+        self.origin = origin(self.training, self.held_out)
         self.sampler = EpisodeSampler(
             self.training,
             batch_size=config.batch_size,
@@ -185,10 +191,9 @@ class Trainer:
         gradients = pending.stats.result()
         metrics = dict(zip(SCALARS, pending.values.tolist(), strict=True))
         bad = nonfinite_message(gradients)
+        fault = self._on_nonfinite(pending.step, bad, metrics["loss"]) if bad else None
         if bad is None:
             self.progress.overflows = 0
-        else:
-            self._on_nonfinite(pending.step, bad, metrics["loss"])
         # between flushes Qwen has no gradient to measure: the last one stands
         if pending.flushed:
             self.progress.qwen = {name: row for name, row in gradients.items() if name.split("/")[0] == "qwen"}
@@ -207,6 +212,8 @@ class Trainer:
             name.removeprefix("qwen/"): row["norm"] for name, row in gradients.items() if name.startswith("qwen/")
         }
         self.hints = self.monitor.observe(pending.step, metrics, gradients)
+        if fault:
+            raise TrainingStopped(fault, metrics)
         return metrics
 
     def forward(self, batch: Batch, *, epoch: int) -> tuple[StepOutput, Tensor]:
@@ -216,16 +223,17 @@ class Trainer:
             pooled = self.window.prompts([episode.demonstrations for episode in batch.episodes])
             return self.model(batch, epoch=epoch, pooled=pooled), pooled
 
-    def _on_nonfinite(self, step: int, bad: str, loss: float) -> None:
-        """Count a batch whose gradient is not finite, and stop where the configuration or a stuck scaler says so."""
+    def _on_nonfinite(self, step: int, bad: str, loss: float) -> str | None:
+        """Count a batch whose gradient is not finite; why to stop, where configuration or a stuck scaler says so."""
         self.progress.nonfinite += 1
         self.progress.overflows += 1
         stuck = self.progress.overflows >= MOST_OVERFLOWS
         if stuck or (self.config.on_nonfinite == "stop" and not self.scaler.is_enabled()):
-            raise TrainingStopped(
+            return (
                 f"batch {step}: {bad}; the loss was {loss:.4g}. That batch was not applied. Lower --qwen-lr "
                 "and --agent-lr, or pass --on-nonfinite skip to count such batches and go on."
             )
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bitwise continuation needs; the data order follows from the step alone."""
@@ -237,12 +245,17 @@ class Trainer:
             "window": self.window.state_dict(),
             "monitor": self.monitor.state_dict(),
             "rng": rng_state(self.device),
+            "origin": self.origin,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.model.load_state_dict(state["model"])
+        # rates and decay are the configuration's: the optimizer would take them from the checkpoint
+        given = [{name: group[name] for name in ("peak", "weight_decay")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, given, strict=True):
+            group.update(settings)
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.monitor.load_state_dict(state["monitor"])

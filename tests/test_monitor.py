@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from qwen_fused.gradients import GroupGradNorm
-from qwen_fused.monitor import GradientMonitor
+from qwen_fused.monitor import GradientMonitor, out_of_memory
 
 HEALTHY = {"loss": 4.0, "reward": 0.1, "qwen_grad": 1e-4, "mask_ratio": 0.9, "lr_qwen": 5e-5}
 
@@ -89,19 +89,19 @@ def test_reward_stuck_at_zero():
     ],
 )
 def test_out_of_memory(error):
-    hint = GradientMonitor().explain(error)
+    hint = out_of_memory(error)
     assert hint.symptom == "out of memory" and "--lora-rank" in str(hint)
 
 
 def test_real_allocation_failure_is_recognised():
     with pytest.raises(RuntimeError) as failure:
         torch.empty(2**60, dtype=torch.uint8)
-    assert GradientMonitor().explain(failure.value).symptom == "out of memory"
+    assert out_of_memory(failure.value).symptom == "out of memory"
 
 
 def test_other_errors_are_not_explained():
-    assert GradientMonitor().explain(RuntimeError("shape mismatch")) is None
-    assert GradientMonitor().explain(ValueError("out of memory")) is None
+    assert out_of_memory(RuntimeError("shape mismatch")) is None
+    assert out_of_memory(ValueError("out of memory")) is None
 
 
 def test_per_layer_norms_from_the_fused_measure():
