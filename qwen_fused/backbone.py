@@ -79,6 +79,8 @@ def load_config(qwen: str) -> PretrainedConfig:
             f"qwen: {qwen!r} is neither a folder here nor a model that the hub gives us: check the name "
             f'and the network, pass the path of a downloaded folder, or use "tiny", which needs no download'
         ) from None
+    if getattr(config, "auto_map", None):
+        raise ValueError(f"qwen: {qwen!r} asks for code of its own (auto_map in config.json), which is never run")
     if config.model_type not in FAMILIES:
         raise ValueError(f"qwen must be one of the types {', '.join(FAMILIES)}, got {config.model_type!r} in {qwen!r}")
     return config
@@ -91,6 +93,8 @@ def _load_pretrained(qwen: str, dtype: torch.dtype, attention: str) -> tuple[nn.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"qwen: {qwen!r} has no tokenizer that loads ({_first_line(error)})") from None
+    if tokenizer.init_kwargs.get("auto_map"):
+        raise ValueError(f"qwen: the tokenizer in {qwen!r} asks for code of its own (auto_map), which is never run")
     # without its files a tokenizer may load all the same, and know nothing but its special tokens
     if tokenizer.decode(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]) != SAMPLE:
         raise ValueError(f"qwen: the tokenizer in {qwen!r} cannot spell a grid: are its files all there?")
@@ -108,6 +112,8 @@ def _load_pretrained(qwen: str, dtype: torch.dtype, attention: str) -> tuple[nn.
                 dtype=dtype,
                 attn_implementation=attention,
                 trust_remote_code=False,
+                # a pytorch_model.bin is a pickle
+                use_safetensors=True,
                 output_loading_info=True,
             )
     except Exception as error:

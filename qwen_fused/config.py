@@ -146,6 +146,8 @@ class TrainConfig:
         counts = "lora_rank warmup_batches eval_every seed split_seed weight_decay reversibility"
         for name in counts.split():
             require(getattr(self, name) >= 0, name, "a number of at least 0", getattr(self, name))
+        for name in ("seed", "split_seed"):
+            require(getattr(self, name) < 2**63, name, "a number below 2**63, as generators take", getattr(self, name))
         shares = "augment hard_floor objective_share size_warmup size_weight final_lr early_step_weight"
         for name in shares.split():
             require(0 <= getattr(self, name) <= 1, name, "a number in [0, 1]", getattr(self, name))

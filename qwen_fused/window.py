@@ -101,8 +101,8 @@ class PromptWindow:
     """
 
     def __init__(self, encode: Callable[[list[Any]], Tensor], size: int = 10, *, mode: str = "recompute") -> None:
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"size must be a whole number of at least 1, got {size!r}")
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self.encode, self.size, self.mode = encode, size, mode

@@ -207,8 +207,10 @@ def test_learning_rates_warm_up_then_fall_to_the_end(trainer):
     assert config.final_lr * config.qwen_lr < rates[-1] < 1.2 * config.final_lr * config.qwen_lr
 
 
-def test_gradients_are_clipped_per_group(small_config, tmp_path):
-    trainer = Trainer(small_config(clip=1e-3), tmp_path)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_gradients_are_clipped_per_group(small_config, tmp_path, precision):
+    # under a scaler too: clipped before it is unscaled, a gradient would step far below its bound
+    trainer = Trainer(small_config(clip=1e-3, precision=precision), tmp_path)
     seen = {}
     step = trainer.optimizer.step
 

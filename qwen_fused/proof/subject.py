@@ -97,6 +97,8 @@ class Subject:
         self.source = params
         self.modules = _modules(params)
         self.named = _named(params)
+        if not self.named:
+            raise ValueError("params must have at least one parameter, got none")
         self.optimizers = _optimizers(optimizer)
         self.allow = Allowance(allow)
         self.own_backward = backward is not None
