@@ -21,7 +21,7 @@ def trained(config_in, tmp_path_factory) -> Iterator[Path]:
     """A run of six batches with checkpoints after 2, 4 and 6; in this module no run is evaluated at its end."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "finish", lambda *args: None)
-        yield train.train(config_in(tmp_path_factory.mktemp("runs"), max_batches=6, checkpoint_every=2))
+        yield train.train(config_in(tmp_path_factory.mktemp("runs"), max_batches=6, checkpoint_every=2, qwen_lr=3e-4))
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def test_a_window_gives_qwen_the_mean_gradient_of_its_batches(small_config, tmp_
             out = direct.model(batch, epoch=epoch)
         return out, out.prompt
 
-    direct.norms.clip_, direct.forward, direct.flush = collect, forward, lambda scale: None
+    direct.norms.clip_, direct.forward, direct.window.flush = collect, forward, lambda scale: None
     clip_cached, got = cached.norms.clip_, []
 
     def look(stats, limit):
