@@ -58,6 +58,8 @@ class TrainConfig:
     """Storage type of Qwen's weights. Bytes per trained element, weight + gradient + optimizer: float32 4 + 4 + 8,
     bfloat16 2 + 2 + 12 (the optimizer keeps a float32 master, or small steps would be rounded away); bfloat16 halves
     activations and, under LoRA, the frozen weights."""
+    shard_qwen: bool = False
+    """Under torchrun, shard Qwen and its optimizer over the processes (FSDP2); one process has nothing to shard."""
 
     prompt_dim: int = 256
     """Width D of the prompt embedding."""
@@ -161,6 +163,10 @@ class TrainConfig:
         for name in ("max_batches", "max_minutes"):
             value = getattr(self, name)
             require(value is None or value > 0, name, "a number above 0", value)
+        if self.shard_qwen:
+            # a scaler looks for overflows in each process's own shard; adapters are small, and of another type
+            require(self.precision != "fp16", "precision", "fp32 or bf16 with shard_qwen", self.precision)
+            require(self.lora_rank == 0, "lora_rank", "0 with shard_qwen", self.lora_rank)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to config.yaml."""

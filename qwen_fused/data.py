@@ -163,6 +163,11 @@ class Batch:
         names = ("query", "target", "query_size", "target_size")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of the episodes, on the canvas of all."""
+        names = ("episodes", "query", "target", "query_size", "target_size")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
 
 def collate(episodes: Sequence[Episode], *, canvas: tuple[int, int] | None = None) -> Batch:
     """Put episodes on one canvas.

@@ -96,16 +96,19 @@ class QwenPlanner(nn.Module):
                 groups[owner[id(parameter)]].append((name, parameter))
         return groups
 
-    def forward(self, batch: Batch, *, epoch: int, pooled: Tensor | None = None) -> StepOutput:
+    def forward(
+        self, batch: Batch, *, epoch: int, pooled: Tensor | None = None, noise: Tensor | None = None
+    ) -> StepOutput:
         """Loss of one batch of training episodes; `loss.backward()` reaches every trainable parameter.
 
         Args:
             batch: episodes with answers.
             epoch: for the curriculum.
             pooled: [B, hidden] Qwen's pooled states where a `PromptWindow` has made them; the gradient ends there.
+            noise: [B, D] the policy's noise; drawn when left out.
         """
         encoded = self.prompt([e.demonstrations for e in batch.episodes], pooled)
-        action = self.policy(encoded.prompt, encoded.control, encoded.features, sample=True)
+        action = self.policy(encoded.prompt, encoded.control, encoded.features, sample=True, noise=noise)
         plan = self.agent(
             action.refined, batch.query, batch.query_size, batch.target_size, target=batch.target
         )

@@ -104,16 +104,21 @@ class PromptPolicy(nn.Module):
         nn.init.zeros_(self.mean.bias)
         nn.init.zeros_(self.value.weight)
 
-    def forward(self, prompt: Tensor, control: Tensor, features: Tensor, *, sample: bool) -> Action:
+    def forward(
+        self, prompt: Tensor, control: Tensor, features: Tensor, *, sample: bool, noise: Tensor | None = None
+    ) -> Action:
         """Refine the prompt: with noise for training (`sample=True`), at the mean for evaluation.
 
         Args:
             prompt, control: [B, D] float.
             features: [B, features] float.
+            noise: [B, D] standard normal; drawn here when left out.
         """
         h = self.trunk(torch.cat([prompt, control, features], 1))
         mean, log_std = self.mean(h).float(), self.log_std.float().clamp(-5.0, 1.0)
-        u = mean + log_std.exp() * torch.randn_like(mean) if sample else mean
+        if sample and noise is None:
+            noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise if sample else mean
         delta = self.delta_scale * u.tanh()
         gate = self.gate(h).sigmoid()
         entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).mean().expand(prompt.shape[0])

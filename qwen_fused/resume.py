@@ -27,6 +27,7 @@ FREE = frozenset(
     {
         "max_batches", "max_minutes", "device", "prove", "on_nonfinite", "log_every", "checkpoint_every",
         "keep_checkpoints", "eval_every", "out", "resume", "resume_changed", "trackers",
+        "shard_qwen",
     }
 )  # fmt: skip
 ASIDE = "set-aside"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from qwen_fused.checkpoint import list_checkpoints, write_state
 from qwen_fused.config import TrainConfig
 from qwen_fused.data import test_episodes
+from qwen_fused.distributed import Ranks, processes
 from qwen_fused.evaluate import Evaluation, evaluate, write_submission
 from qwen_fused.examples import write_examples
 from qwen_fused.files import claim, write_whole
@@ -20,6 +22,7 @@ from qwen_fused.monitor import out_of_memory
 from qwen_fused.prove_trainer import prove_trainer
 from qwen_fused.report import write_report
 from qwen_fused.resume import Continuation, clear_future, compare_origin, fitting, open_run
+from qwen_fused.run_state import weights_of
 from qwen_fused.runlog import RunLog, log_line
 from qwen_fused.signals import Interrupted, catch_signals
 from qwen_fused.trackers import tracker_names
@@ -30,7 +33,7 @@ TRAINING_TASKS_SHOWN = 100
 
 
 def train(config: TrainConfig) -> Path:
-    """Train, evaluate and report; returns the run folder.
+    """Train, evaluate and report; returns the run folder. Under torchrun every process calls it, the first one writes.
 
     Raises:
         ValueError: the configuration or the data cannot be used.
@@ -39,10 +42,17 @@ def train(config: TrainConfig) -> Path:
         Interrupted: SIGINT, SIGTERM or SIGHUP, after a checkpoint was written.
     """
     trackers = tracker_names(config.trackers)
-    run = open_run(config) if config.resume else None
-    folder = run.folder if run else new_run_folder(config.out)
+    with processes() as ranks, ranks.aside() as scratch:
+        run = open_run(config) if config.resume else None
+        folder = scratch or (run.folder if run else new_run_folder(config.out))
+        run_in(folder, config, run, ranks, trackers if ranks.first else ())
+    return folder
+
+
+def run_in(folder: Path, config: TrainConfig, run: Continuation | None, ranks: Ranks, trackers: Sequence[str]) -> None:
+    """The run from set-up to report, in its folder."""
     with claim(folder):
-        trainer, memory = set_up(config, folder, run)
+        trainer, memory = set_up(config, folder, run, ranks)
         resume_step = run.step if run else None
         log = RunLog(folder, resume_step=resume_step, trackers=trackers, config=config.to_dict())
         try:
@@ -60,14 +70,13 @@ def train(config: TrainConfig) -> Path:
             raise TrainingStopped(reason) from error
         finally:
             log.close()
-    return folder
 
 
-def set_up(config: TrainConfig, folder: Path, run: Continuation | None) -> tuple[Trainer, str]:
+def set_up(config: TrainConfig, folder: Path, run: Continuation | None, ranks: Ranks) -> tuple[Trainer, str]:
     """The trainer at the batch to begin with, and what its memory will be; writes config.yaml."""
     try:
-        memory = check_memory(config, resolve_device(config.device))
-        trainer = Trainer(config, folder)
+        memory = check_memory(config, resolve_device(ranks.device(config.device)))
+        trainer = Trainer(config, folder, ranks)
         if run:
             compare_origin(run, trainer.origin, allow=config.resume_changed)
         if run and run.state and run.checkpoint:
@@ -78,7 +87,9 @@ def set_up(config: TrainConfig, folder: Path, run: Continuation | None) -> tuple
         with suppress(OSError):
             folder.rmdir()
         raise
-    if run:
+    # nothing is put aside before every process has read what it goes on with
+    ranks.agree(0)
+    if run and ranks.first:
         clear_future(run)
     replace(config, resume=None, resume_changed=False).save(folder / "config.yaml")
     return trainer, memory
@@ -105,7 +116,15 @@ def prove_first(trainer: Trainer, log: RunLog) -> None:
     """
     if not trainer.config.prove or trainer.progress.step:
         return
-    report = prove_trainer(trainer)
+    if trainer.sharded:
+        log.say("Not proved: the proof looks at whole weights. `qwen-fused prove` with these settings looks at them.")
+        return
+    # each process proves its own step of the whole batch: sums over processes are no part of it
+    ranks, trainer.ranks = trainer.ranks, Ranks()
+    try:
+        report = prove_trainer(trainer)
+    finally:
+        trainer.ranks = ranks
     write_whole(trainer.folder / "proof.json", json.dumps(report.to_dict(), indent=2))
     log.say(str(report).rstrip())
     if not report.ok:
@@ -134,8 +153,8 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
             advance(progress.step)
             epoch_ends = config.eval_every and progress.step % (per_epoch * config.eval_every) == 0
             saves = progress.step % config.checkpoint_every == 0
-            number = asked_to_end()
-            if epoch_ends or saves or number or clock.is_over():
+            number, is_over = trainer.ranks.agree(asked_to_end() or 0, clock.is_over())
+            if epoch_ends or saves or number or is_over:
                 log_done(trainer, log, pending)
             if epoch_ends and progress.step < last:
                 validate(trainer, log)
@@ -145,7 +164,7 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
             if number:
                 log.say(f"Interrupted after batch {progress.step}; to go on: qwen-fused train --resume {path}")
                 raise Interrupted(number)
-            if clock.is_over():
+            if is_over:
                 log.say(f"Stopping after {config.max_minutes:g} minutes, at batch {progress.step} of {last}.")
                 break
         log_done(trainer, log, pending)
@@ -226,8 +245,10 @@ def validate(trainer: Trainer, log: RunLog) -> Evaluation:
     log.predictions(trainer.progress.step, watched_examples(watched_episodes(trainer.held_out), result))
     if result.cell_accuracy > trainer.progress.best_accuracy:
         trainer.progress.best_accuracy = result.cell_accuracy
+        weights = weights_of(trainer)
         (trainer.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_state(trainer.folder / "checkpoints" / "best.safetensors", {"model": trainer.model.state_dict()})
+        if trainer.ranks.first:
+            write_state(trainer.folder / "checkpoints" / "best.safetensors", {"model": weights})
     return result
 
 
@@ -239,10 +260,13 @@ def finish(trainer: Trainer, log: RunLog) -> None:
     some = trainer.training[:: -(-len(trainer.training) // TRAINING_TASKS_SHOWN)]
     training = evaluate(model, test_episodes(some), batch_size=batch_size)
     log.say(f"Unseen test pairs of {len(some)} training tasks: {describe_evaluation(training)}")
+    shown = chosen_examples(model, trainer.held_out, validation)
+    if not trainer.ranks.first:
+        return
     evaluation = {"validation": validation.to_dict(), "training": training.to_dict()}
     write_whole(folder / "evaluation.json", json.dumps(evaluation))
     write_submission(folder / "submission.json", trainer.held_out, validation.predictions)
-    write_examples(folder / "examples.json", chosen_examples(model, trainer.held_out, validation))
+    write_examples(folder / "examples.json", shown)
     log.say(f"Report: {write_report(folder)}")
 
 

@@ -5,22 +5,28 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qwen_fused.checkpoint import rng_state, save_checkpoint, set_rng_state
+from qwen_fused.checkpoint import save_checkpoint
 from qwen_fused.config import TrainConfig
 from qwen_fused.data import Batch, Episode, collate, load_tasks, split_tasks
+from qwen_fused.distributed import Part, Ranks
 from qwen_fused.gradients import GradStats, GroupGradNorm, PendingStats, nonfinite_message
 from qwen_fused.masters import MasterAdamW
 from qwen_fused.model import QwenPlanner, StepOutput
 from qwen_fused.monitor import GradientMonitor, Hint
 from qwen_fused.resume import origin
+from qwen_fused.run_state import load_state, state_of
 from qwen_fused.sampler import EpisodeSampler
 from qwen_fused.window import PromptWindow
+
+if TYPE_CHECKING:
+    from qwen_fused.fsdp import ShardedQwen
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALARS = (
@@ -66,11 +72,17 @@ class PendingBatch:
 
 
 class Trainer:
-    """Model, optimizer and data of a run, built from its configuration; `run()` is the loop."""
+    """Model, optimizer and data of a run, built from its configuration; `train.run_batches` is the loop.
 
-    def __init__(self, config: TrainConfig, folder: Path):
-        self.config, self.folder = config, folder
-        self.device = resolve_device(config.device)
+    Args:
+        config: of the run.
+        folder: of the run.
+        ranks: this process among those that train together.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path, ranks: Ranks | None = None):
+        self.config, self.folder, self.ranks = config, folder, ranks or Ranks()
+        self.device = resolve_device(self.ranks.device(config.device))
         collection = load_tasks(config.dataset)
         self.skipped = collection.skipped
         self.training, self.held_out = split_tasks(collection.tasks, config.val_fraction, config.split_seed)
@@ -86,6 +98,13 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = QwenPlanner(config).to(self.device).train()
         self.window = PromptWindow(self.model.prompt.pooled, config.prompt_window, mode=config.window_mode)
+        self.sharded: ShardedQwen | None = None
+        if config.shard_qwen and self.ranks.size > 1:
+            # a second of imports that one process has no use for
+            from qwen_fused.fsdp import ShardedQwen
+
+            self.sharded = ShardedQwen(self.model.prompt.backbone, self.device, self.ranks.size)
+            self.window.parameters = self.sharded.shards
         self.groups = self.model.groups()
         self.optimizer = self._optimizer()
         self.norms = GroupGradNorm({**self.groups, "qwen": by_layer(self.groups["qwen"])})
@@ -138,19 +157,21 @@ class Trainer:
             What `read` turns into the batch's metrics, best asked for when the next batch is under way.
         """
         rates = self.set_learning_rates(self.progress.step)
-        batch = collate(episodes).to(self.device)
+        batch, part = collate(episodes).to(self.device), self.ranks.part(len(episodes))
         self.optimizer.zero_grad(set_to_none=True)
-        out, pooled = self.forward(batch, epoch=epoch)
+        out, pooled = self.forward(batch[part.rows], epoch=epoch, part=part)
         out.prompt.retain_grad()
-        loss_scale = self.backward(out.loss, [pooled])
-        prompt_grad = out.prompt.grad.float().norm() / loss_scale
+        loss_scale = self.backward(out.loss * part.share, [pooled])
+        prompt_grad = self.ranks.norm(out.prompt.grad.float().norm() / loss_scale)
         if flush:
-            # the mean over the window's batches
-            self.window.flush(loss_scale / self.window.batches)
+            with self.sharded.flushing() if self.sharded else nullcontext():
+                # the mean over the window's batches
+                self.window.flush(loss_scale / self.window.batches)
+        self.ranks.sum_gradients(self.norms.parameters)
         stats = self.step()
-        self.model.objective.update_anchor(batch.target, out.score.efe.solved)
+        self.model.objective.update_anchor(batch.target, self.ranks.gather(out.score.efe.solved, part))
         self.progress.step += 1
-        values = to_host(_scalars(out, prompt_grad))
+        values = to_host(self.ranks.sum(_scalars(out, prompt_grad) * part.share))
         return PendingBatch(self.progress.step, epoch, len(episodes), flush, rates, values, stats.read_later())
 
     def backward(self, loss: Tensor, pooled: Sequence[Tensor]) -> Tensor:
@@ -162,7 +183,7 @@ class Trainer:
         self.scaler.scale(loss).backward()
         loss_scale = self.scaler.scale(torch.ones((), device=self.device))
         for leaf in pooled:
-            keep_finite(leaf, loss_scale)
+            keep_finite(leaf, loss_scale, self.ranks)
         return loss_scale
 
     def step(self) -> GradStats:
@@ -216,12 +237,22 @@ class Trainer:
             raise TrainingStopped(fault, metrics)
         return metrics
 
-    def forward(self, batch: Batch, *, epoch: int) -> tuple[StepOutput, Tensor]:
-        """The model's forward under the run's precision, and the window's leaf [B, hidden] that it starts from."""
-        dtype = AUTOCAST[self.config.precision]
+    def forward(self, batch: Batch, *, epoch: int, part: Part | None = None) -> tuple[StepOutput, Tensor]:
+        """The model's forward under the run's precision, and the window's leaf [B, hidden] that it starts from.
+
+        Args:
+            batch: episodes.
+            epoch: for the curriculum.
+            part: where they are part of a larger batch: which.
+        """
+        dtype, noise = AUTOCAST[self.config.precision], None
+        if self.sharded:
+            self.sharded.gather()
+        if part is not None and self.ranks.size > 1:
+            noise = part.of(torch.randn(part.whole, self.config.prompt_dim, device=self.device))
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             pooled = self.window.prompts([episode.demonstrations for episode in batch.episodes])
-            return self.model(batch, epoch=epoch, pooled=pooled), pooled
+            return self.model(batch, epoch=epoch, pooled=pooled, noise=noise), pooled
 
     def _on_nonfinite(self, step: int, bad: str, loss: float) -> str | None:
         """Count a batch whose gradient is not finite; why to stop, where configuration or a stuck scaler says so."""
@@ -236,40 +267,19 @@ class Trainer:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a bitwise continuation needs; the data order follows from the step alone."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "progress": dataclasses.asdict(self.progress),
-            "window": self.window.state_dict(),
-            "monitor": self.monitor.state_dict(),
-            "rng": rng_state(self.device),
-            "origin": self.origin,
-        }
+        """See `run_state.state_of`."""
+        return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self.model.load_state_dict(state["model"])
-        # rates and decay are the configuration's: the optimizer would take them from the checkpoint
-        given = [{name: group[name] for name in ("peak", "weight_decay")} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, settings in zip(self.optimizer.param_groups, given, strict=True):
-            group.update(settings)
-        self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        self.monitor.load_state_dict(state["monitor"])
-        epoch, index = divmod(self.progress.step, self.sampler.batches_per_epoch())
-        shown = [self.sampler.batch(epoch, k) for k in range(self.sampler.window_start(index), index)]
-        keys = [episode.demonstrations for batch in shown for episode in batch]
-        self.window.load_state_dict(state["window"], keys, self.device)
-        set_rng_state(state["rng"], self.device)
+        load_state(self, state)
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment."""
-        return save_checkpoint(
-            self.folder / "checkpoints", self.progress.step, self.state_dict(), keep=self.config.keep_checkpoints
-        )
+        """Write a checkpoint of this moment; every process must call it, and the first one writes."""
+        state, folder = self.state_dict(), self.folder / "checkpoints"
+        if not self.ranks.first:
+            return folder
+        return save_checkpoint(folder, self.progress.step, state, keep=self.config.keep_checkpoints)
 
 
 def _scalars(out: StepOutput, prompt_grad: Tensor) -> Tensor:
@@ -290,12 +300,12 @@ def _scalars(out: StepOutput, prompt_grad: Tensor) -> Tensor:
     return torch.stack([values[name].detach().float() for name in SCALARS])
 
 
-def keep_finite(pooled: Tensor, loss_scale: Tensor) -> None:
+def keep_finite(pooled: Tensor, loss_scale: Tensor, ranks: Ranks) -> None:
     """Take a batch's loss scale off its leaf's gradient; a batch that overflowed leaves the window without a trace."""
     if pooled.grad is None:
         return
     gradient = pooled.grad / loss_scale
-    pooled.grad = torch.where(gradient.isfinite().all(), gradient, torch.zeros_like(gradient))
+    pooled.grad = torch.where(ranks.all(gradient.isfinite().all()), gradient, torch.zeros_like(gradient))
 
 
 def to_host(values: Tensor) -> Tensor:

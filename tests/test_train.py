@@ -124,7 +124,7 @@ def test_a_window_gives_qwen_the_mean_gradient_of_its_batches(small_config, tmp_
             p.grad = None
         clip(stats, limit)
 
-    def forward(batch, *, epoch):
+    def forward(batch, *, epoch, part):
         with torch.autocast("cpu", torch.float16, enabled=precision == "fp16"):
             out = direct.model(batch, epoch=epoch)
         return out, out.prompt

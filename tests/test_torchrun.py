@@ -1,0 +1,56 @@
+"""The command line under torchrun: one run folder, the curve of one process, and any number of processes goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qwen_fused.config import TrainConfig
+from qwen_fused.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def torchrun(config: TrainConfig, folder: Path, processes: int = 2) -> subprocess.CompletedProcess:
+    """`torchrun -m qwen_fused train` with a configuration; one thread each."""
+    config.save(folder / "settings.yaml")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*launcher, "-m", "qwen_fused", "train", "--config", str(folder / "settings.yaml")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("shard_qwen", [False, True], ids=["whole", "sharded"])
+def test_two_processes_then_one(small_config, tmp_path: Path, shard_qwen: bool) -> None:
+    config = small_config(max_batches=5, batch_size=5, prompt_window=2, keep_checkpoints=2)
+    straight = train(replace(config, out=tmp_path / "one"))
+    done = torchrun(replace(config, max_batches=3, out=tmp_path / "two", shard_qwen=shard_qwen), tmp_path)
+    # the second process leaves nothing, and says nothing
+    (folder,) = (tmp_path / "two").iterdir()
+    assert done.stdout.count("Trainable parameters") == done.stdout.count("Report: ") == 1
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-000003.safetensors"]
+    assert (folder / "checkpoints" / "best.safetensors").exists() and (folder / "report.html").exists()
+    # the checkpoint is in the middle of a window
+    train(replace(config, resume=folder))
+    expected, found = rows(straight), rows(folder)
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ("loss", "efe", "policy_loss", "reward", "agent_grad", "prompt_grad", "mask_ratio", "accuracy"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), (ours["step"], name)
+        assert ours["qwen_grad"] == (theirs["qwen_grad"] and pytest.approx(theirs["qwen_grad"], rel=1e-5))
