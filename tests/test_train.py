@@ -226,7 +226,7 @@ def test_gradients_are_clipped_per_group(small_config, tmp_path, precision):
 
 
 def plant_nan(trainer: Trainer) -> str:
-    name, parameter = next((n, p) for n, p in trainer.groups["qwen"] if "layers.1" in n and p.ndim == 2)
+    name, parameter = next((n, p) for n, p in trainer.groups["qwen"] if "layers.3" in n and p.ndim == 2)
     parameter.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), float("nan")))
     return name
 
