@@ -148,7 +148,8 @@ def soak(root: Path, options: argparse.Namespace) -> int:
     length = time.time() - started
     unbroken = only_run(root / "unbroken")
     assert unbroken is not None
-    training = list_checkpoints(unbroken / "checkpoints")[-1].stat().st_mtime - started
+    last = list_checkpoints(unbroken / "checkpoints")[-1].name
+    training = (unbroken / "checkpoints" / last).stat().st_mtime - started
     print(f"unbroken: {len(rows(unbroken))} batches in {training:.1f} s, {length:.1f} s with evaluation and report")
 
     kills, runs, resumes = 0, 0, 0
@@ -159,7 +160,9 @@ def soak(root: Path, options: argparse.Namespace) -> int:
             folder = only_run(out)
             resumes += folder is not None
             process = work.start(*(["--resume", str(folder)] if folder else ["--out", str(out)]))
-            if kills >= options.kills:
+            trained = folder is not None and (folder / "checkpoints" / last).exists()
+            # most kills should come while it trains, and none keep a run from its end for ever
+            if kills >= options.kills or (trained and random_moment.random() < 0.75):
                 work.finish(process)
                 finished = True
                 continue
@@ -181,8 +184,8 @@ def soak(root: Path, options: argparse.Namespace) -> int:
         print(f"run {runs} is the unbroken run, bit for bit")
     moments = ", ".join(f"{count} {moment}" for moment, count in work.where.items())
     print(
-        f"{kills} kills ({moments}), {resumes} resumes, {runs} runs of {options.batches} batches: weights, optimizer, "
-        f"generators, metrics, evaluation and submission equal bit for bit; {time.monotonic() - began:.0f} s"
+        f"{kills} kills ({moments}), {resumes} resumes, {runs} run(s) of {options.batches} batches: weights, "
+        f"optimizer, generators, metrics, evaluation and submission equal bit for bit; {time.monotonic() - began:.0f} s"
     )
     return 0
 

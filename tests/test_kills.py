@@ -161,7 +161,7 @@ def test_soak():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = done.stdout.splitlines()[-1]
-    assert re.match(r"5 kills \(.*\), \d+ resumes, \d+ runs? of 16 batches: .* equal bit for bit", figures), figures
+    assert re.match(r"5 kills \(.*\), \d+ resumes, \d+ run\(s\) of 16 batches: .* equal bit for bit", figures), figures
 
 
 def test_soak_sees_one_bit():
