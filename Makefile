@@ -28,6 +28,7 @@ $(STAMP): setup.py pyproject.toml $(wildcard csrc/*) | $(BIN)/python
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror csrc/*
 
 bench: $(STAMP)

@@ -213,7 +213,7 @@ def _backward(
     wanted = tuple(need and use for need, use in zip(needs, used, strict=True))
     empty = B * H * W == 0
     d_plan, d_back, d_preference, d_obs_entropy, d_prompt_colors = grads = tuple(
-        (torch.zeros_like(x) if empty else torch.empty_like(x)) if want else plan.new_empty(0)
+        (torch.zeros_like(x) if empty else torch.empty_like(x)) if want and x is not None else plan.new_empty(0)
         for x, want in zip(inputs, wanted, strict=True)
     )
     if empty or not any(wanted):

@@ -6,11 +6,19 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from qwen_fused.tiny import seeded, tiny_qwen
@@ -86,7 +94,7 @@ def load_config(qwen: str) -> PretrainedConfig:
     return config
 
 
-def _load_pretrained(qwen: str, dtype: torch.dtype, attention: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def _load_pretrained(qwen: str, dtype: torch.dtype, attention: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = load_config(qwen)
     source, _ = _source(qwen)
     try:
@@ -124,7 +132,7 @@ def _load_pretrained(qwen: str, dtype: torch.dtype, attention: str) -> tuple[nn.
     return model, tokenizer
 
 
-def add_lora(backbone: nn.Module, rank: int) -> nn.Module:
+def add_lora(backbone: PreTrainedModel, rank: int) -> PeftModel:
     """Freeze `backbone` and put trainable low-rank adapters on its linear layers, both factors non-zero."""
     # the task lets peft's Auto classes load the saved adapters
     config = LoraConfig(
@@ -150,7 +158,7 @@ def load_backbone(
     attention: str = "sdpa",
     seed: int = 0,
     whole: Sequence[str] = (),
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Load a Qwen backbone (no language-model head) and its tokenizer, ready to train.
 
     Args:
@@ -173,6 +181,8 @@ def load_backbone(
     if lora_rank < 0:
         raise ValueError(f"lora_rank must be 0 or more, got {lora_rank}")
     check_attention(attention)
+    backbone: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     if qwen == "tiny":
         backbone, tokenizer = tiny_qwen(seed, whole=whole, dtype=dtype, attention=attention)
     else:
@@ -180,14 +190,17 @@ def load_backbone(
             backbone, tokenizer = _load_pretrained(qwen, dtype, attention)
     if gradient_checkpointing:
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    adapted: PreTrainedModel | PeftModel = backbone
     if lora_rank:
         with seeded(seed):
-            backbone = add_lora(backbone, lora_rank)
+            adapted = add_lora(backbone, lora_rank)
     # from_pretrained hands models out in eval mode
-    return backbone.train(), tokenizer
+    return adapted.train(), tokenizer
 
 
-def save_backbone(backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
+def save_backbone(
+    backbone: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str
+) -> None:
     """Save a trained backbone for plain transformers, or its LoRA adapters for plain peft, and the tokenizer.
 
     Adapters name the base that they belong to; the tiny Qwen, which is nowhere else, is saved beside them.
@@ -199,16 +212,16 @@ def save_backbone(backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, folde
     """
     folder = Path(folder)
     tokenizer.save_pretrained(folder)
-    config = backbone.active_peft_config if isinstance(backbone, PeftModel) else None
-    if config is None or config.base_model_name_or_path:
-        backbone.save_pretrained(folder)
+    if not isinstance(backbone, PeftModel) or backbone.active_peft_config.base_model_name_or_path:
+        backbone.save_pretrained(str(folder))
         return
-    base = backbone.get_base_model()
+    config = backbone.active_peft_config
+    base: Any = backbone.get_base_model()
     plain = {name.replace(".base_layer", ""): value for name, value in base.state_dict().items() if "lora_" not in name}
     base.save_pretrained(folder / "base", state_dict=plain)
     tokenizer.save_pretrained(folder / "base")
     config.base_model_name_or_path = str((folder / "base").resolve())
     try:
-        backbone.save_pretrained(folder)
+        backbone.save_pretrained(str(folder))
     finally:
         config.base_model_name_or_path = ""

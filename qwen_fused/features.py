@@ -116,10 +116,12 @@ def demonstration_features(pairs: Sequence[Pair]) -> np.ndarray:
     """
     if len(pairs) == 0:
         raise ValueError("demonstrations must hold at least one pair, got none")
+    rows = []
     for number, pair in enumerate(pairs):
         if pair.output is None:
             raise ValueError(f"a demonstration needs its output grid, pair {number} has none")
-    return np.mean([pair_features(pair.input, pair.output) for pair in pairs], axis=0, dtype=np.float32)
+        rows.append(pair_features(pair.input, pair.output))
+    return np.stack(rows).mean(0, dtype=np.float32)
 
 
 def operators(grid: np.ndarray) -> np.ndarray:

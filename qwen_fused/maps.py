@@ -87,7 +87,10 @@ def draw_sizes(records: Sequence[Mapping[str, Any]]) -> Figure | None:
             right = pairs[:, 0] == pairs[:, 1]
             axes.plot([0, 31], [0, 31], color=INK["rule"], linewidth=0.8, zorder=0)
             for chosen, color in ((right, "series-2"), (~right, "series-3")):
-                axes.scatter(*pairs[chosen].T, s=14 * counts[chosen], color=INK[color], alpha=0.75, linewidths=0)
+                height_or_width, guess = pairs[chosen].T
+                axes.scatter(
+                    height_or_width, guess, s=14 * counts[chosen], color=INK[color], alpha=0.75, linewidths=0
+                )
             share = np.mean(true[:, side] == predicted[:, side])
             axes.set_title(f"{name}: {100 * share:.0f} % right", fontsize=9, loc="left", color=INK["ink"])
             axes.set(xlim=(0, 31), ylim=(0, 31), xlabel="true", ylabel="predicted" if side == 0 else "")
@@ -128,8 +131,10 @@ def draw_tasks(records: Sequence[Mapping[str, Any]]) -> Figure | None:
         axes.scatter(place, copied, s=12, color=INK["muted"], alpha=0.6, linewidths=0, label="copying the input")
         axes.scatter(place, cells, s=20, color=INK["series-1"], linewidths=0, label="first attempt", zorder=3)
         if solved.any():
-            ring = {"facecolors": "none", "edgecolors": INK["series-2"], "zorder": 4}
-            axes.scatter(place[solved], cells[solved], s=46, label="solved", **ring)
+            ring = INK["series-2"]
+            axes.scatter(
+                place[solved], cells[solved], s=46, label="solved", facecolors="none", edgecolors=ring, zorder=4
+            )
         axes.set(ylim=(-0.02, 1.04), xlabel="held-out tasks, hardest first")
         axes.set_xticks([])
         axes.margins(x=0.02)

@@ -61,10 +61,11 @@ class MasterAdamW(torch.optim.AdamW):
 
     def _step(self, members: list[Tensor], group: Mapping[str, Any]) -> None:
         states = [self._state(p) for p in members]
+        gradients = [p.grad for p in members if p.grad is not None]
         beta1, beta2 = group["betas"]
         adamw(
             [state.get(MASTER, p) for p, state in zip(members, states, strict=True)],
-            [p.grad.float() if p.dtype in HALF else p.grad for p in members],
+            [gradient.float() if gradient.dtype in HALF else gradient for gradient in gradients],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -83,7 +84,7 @@ class MasterAdamW(torch.optim.AdamW):
         half = [(p, state[MASTER]) for p, state in zip(members, states, strict=True) if MASTER in state]
         if half:
             # a step that was skipped leaves the masters, and so their rounding, as they were
-            torch._foreach_copy_(*map(list, zip(*half, strict=True)))
+            torch._foreach_copy_([p for p, _ in half], [master for _, master in half])
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]

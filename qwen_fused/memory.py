@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -163,7 +163,7 @@ def advise(available: int, qwen: str = "tiny", **arguments) -> str | None:
     if estimate.total <= available:
         return None
     batch = max(arguments.get("batch_size", 16) // 4, 1)
-    measures = {
+    measures: dict[str, dict[str, Any]] = {
         "--attention sdpa": dict(attention="sdpa"),
         "--gradient-checkpointing": dict(gradient_checkpointing=True),
         f"--batch-size {batch}": dict(batch_size=batch),
@@ -213,7 +213,7 @@ def check_memory(config: TrainConfig, device: torch.device) -> str:
     estimate = estimate_memory(config.qwen, **arguments)
     available = available_memory(device)
     advice = None if available is None else advise(available, config.qwen, **arguments)
-    if advice is None:
+    if available is None or advice is None:
         return str(estimate)
     if estimate.certain > available:
         raise ValueError(f"not enough memory on {device} before any activation is kept: {advice}")

@@ -44,6 +44,9 @@ class PlanObjective(nn.Module):
         backend: backend of `qwen_fused.efe_loss`.
     """
 
+    step_weight: Tensor  # [T]
+    anchor: Tensor  # [C, H, W]
+
     def __init__(
         self,
         *,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ def efe_loss(
         "anchor": weights.anchor != 0 and preference_logits is not None and anchor_log_probs is not None,
         "prompt": weights.prompt != 0 and prompt_colors is not None,
     }
-    inputs = dict(
+    inputs: dict[str, Any] = dict(
         back=back_logits if on["agreement"] else None,
         preference=preference_logits if on["risk"] or on["anchor"] else None,
         anchor=anchor_log_probs if on["anchor"] else None,
@@ -155,8 +155,12 @@ def efe_loss(
     )
     named = {name: getattr(weights, name) for name in on}
     if backend == "reference":
-        options = dict(hard_floor=hard_floor, hard_mode=hard_mode, ignore_index=ignore_index)
-        return EFEOutput(*efe_loss_reference(plan_logits, target, **inputs, weights=named, **options))
+        return EFEOutput(
+            *efe_loss_reference(
+                plan_logits, target, **inputs, weights=named,
+                hard_floor=hard_floor, hard_mode=hard_mode, ignore_index=ignore_index,
+            )
+        )  # fmt: skip
     op = torch.ops.qwen_fused.efe_loss if backend == "cpp" else torch.ops.qwen_fused.efe_loss_triton
     loss, reported, solved, predicted, *_ = op(
         plan_logits, target, *inputs.values(), [*named.values()], hard_floor, HARD_MODE[hard_mode], ignore_index

@@ -83,6 +83,10 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _mean_features(pairs: Sequence[EncodedPair]) -> np.ndarray:
+    return np.stack([pair.features for pair in pairs]).mean(0, dtype=np.float32)
+
+
 def similar_lengths(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Split indices into groups of like lengths, longest first, each of at most `budget` cells with its padding."""
     groups: list[list[int]] = []
@@ -178,16 +182,16 @@ class QwenPrompt(nn.Module):
         """
         encoded = self._encode(demonstrations)
         rows, dropped, cut = zip(*map(self._ids, encoded), strict=True)
-        shape = (len(rows), self.projection[0].in_features)
+        weight = self._first_weight
+        shape = (len(rows), weight.shape[1])
         if pooled is None:
             pooled = self._read(rows)
         elif pooled.shape != shape:
             raise ValueError(f"pooled must be {list(shape)}, got {tuple(pooled.shape)}")
-        means = [np.mean([pair.features for pair in pairs], axis=0, dtype=np.float32) for pairs in encoded]
+        means = [_mean_features(pairs) for pairs in encoded]
         features = torch.from_numpy(normalise(np.stack(means))).to(pooled.device, non_blocking=True)
-        dtype = self.projection[0].weight.dtype
-        text = at_least_float32(self.projection(pooled.to(dtype)))
-        control = at_least_float32(self.control(features.to(dtype)))
+        text = at_least_float32(self.projection(pooled.to(weight.dtype)))
+        control = at_least_float32(self.control(features.to(weight.dtype)))
         return PromptOutput(
             prompt=0.5 * text + 0.5 * control,
             text=text,
@@ -214,6 +218,11 @@ class QwenPrompt(nn.Module):
         yield from self.projection.parameters()
         yield from self.control.parameters()
 
+    @property
+    def _first_weight(self) -> nn.Parameter:
+        """The projection's weight, [D, hidden]: where, and in which dtype, what comes after Qwen computes."""
+        return next(self.projection.parameters())
+
     def _tokenise(self, texts: list[str]) -> list[np.ndarray]:
         batch = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
         return [np.asarray(ids, dtype=np.int64) for ids in batch["input_ids"]]
@@ -223,7 +232,7 @@ class QwenPrompt(nn.Module):
         if len(demonstrations) == 0:
             raise ValueError("demonstrations must hold at least one episode, got none")
         keys: list[list[str]] = []
-        new: dict[str, tuple[str, str, Pair]] = {}
+        new: dict[str, tuple[str, str, np.ndarray]] = {}
         for index, pairs in enumerate(demonstrations):
             if len(pairs) == 0:
                 raise ValueError(f"an episode needs at least one demonstration, episode {index} has none")
@@ -232,13 +241,13 @@ class QwenPrompt(nn.Module):
                 if pair.output is None:
                     raise ValueError(f"a demonstration needs its output grid, episode {index} has one without")
                 texts = INPUT + grid_text(pair.input), OUTPUT + grid_text(pair.output)
-                keys[-1].append("".join(texts))
-                if keys[-1][-1] not in self._cache:
-                    new[keys[-1][-1]] = (*texts, pair)
+                key = "".join(texts)
+                keys[-1].append(key)
+                if key not in self._cache and key not in new:
+                    new[key] = (*texts, pair_features(pair.input, pair.output))
         if new:
             ids = self._tokenise([text for first, second, _ in new.values() for text in (first, second)])
-            for number, (key, (_, _, pair)) in enumerate(new.items()):
-                features = pair_features(pair.input, pair.output)
+            for number, (key, (_, _, features)) in enumerate(new.items()):
                 self._cache[key] = EncodedPair(ids[2 * number], ids[2 * number + 1], features)
         encoded = [[self._cache[key] for key in episode] for episode in keys]
         for episode in keys:
@@ -250,8 +259,7 @@ class QwenPrompt(nn.Module):
 
     def _ids(self, pairs: list[EncodedPair]) -> tuple[np.ndarray, int, bool]:
         """Token ids of one episode, how many pairs were dropped, and whether the first one was cut."""
-        mean = np.mean([pair.features for pair in pairs], axis=0, dtype=np.float32)
-        pieces = [self.rule_ids[rule_sentence(mean)]]
+        pieces = [self.rule_ids[rule_sentence(_mean_features(pairs))]]
         room = self.max_prompt_tokens - len(pieces[0])
         for shown, pair in enumerate(pairs):
             length = len(pair.input_ids) + len(pair.output_ids)
@@ -263,7 +271,7 @@ class QwenPrompt(nn.Module):
 
     def _read(self, rows: Sequence[np.ndarray]) -> Tensor:
         """Pooled hidden states [B, hidden] of token rows, prompts of like length together."""
-        budget = GROUP_TOKENS.get(self.projection[0].weight.device.type, GROUP_TOKENS["cuda"])
+        budget = GROUP_TOKENS.get(self._first_weight.device.type, GROUP_TOKENS["cuda"])
         groups = similar_lengths([len(row) for row in rows], budget)
         pooled = torch.cat([self._pool([rows[index] for index in group]) for group in groups])
         # back from the groups' order to the batch's
@@ -275,7 +283,7 @@ class QwenPrompt(nn.Module):
         ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
         for index, row in enumerate(rows):
             ids[index, : len(row)] = row
-        device = self.projection[0].weight.device
+        device = self._first_weight.device
         # padding is on the right and attention is causal, so no prompt ever sees a pad: without a mask SDPA takes
         # its causal kernel, which skips half of the work
         # transfers wait for nothing: a step on CUDA need not stop for its prompts

@@ -62,7 +62,7 @@ def read_predictions(path: Path) -> dict[int, list[Example]]:
     Raises:
         ValueError: a row's examples are not as the trainer writes them.
     """
-    steps = {row["step"]: row.get("examples") for row in read_rows(path)}
+    steps: dict[int, Any] = {row["step"]: row.get("examples") for row in read_rows(path)}
     for step, content in steps.items():
         if not isinstance(content, list):
             raise ValueError(f"{path}: the examples of step {step} must be a list, got {type(content).__name__}")

@@ -56,7 +56,9 @@ def describe_task(task: Task, model: QwenPlanner | None = None) -> list[Row]:
     """Demonstrations, then each test input: with a model its plan and two attempts, the target, and the errors."""
     rows = []
     for number, pair in enumerate(task.train):
-        grids = [("input", pair.input, ARC_COLORS), ("output", pair.output, ARC_COLORS)]
+        grids: list[Captioned] = [("input", pair.input, ARC_COLORS)]
+        if pair.output is not None:
+            grids.append(("output", pair.output, ARC_COLORS))
         rows.append(Row(f"demonstration {number + 1}", grids))
     for episode in test_episodes([task]):
         grids = [("input", episode.query, ARC_COLORS)]

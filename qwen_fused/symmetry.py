@@ -39,16 +39,19 @@ def turn_episode(episode: Episode, symmetry: int) -> Episode:
 def map_grids(episode: Episode, change: Callable[[np.ndarray], np.ndarray]) -> Episode:
     """An episode with every grid of it changed in the same way; the new grids are read-only, as loaded ones are."""
 
-    def apply(grid: np.ndarray | None) -> np.ndarray | None:
-        if grid is None:
-            return None
+    def apply(grid: np.ndarray) -> np.ndarray:
         changed = change(grid)
         changed.flags.writeable = False
         return changed
 
+    def apply_known(grid: np.ndarray | None) -> np.ndarray | None:
+        return None if grid is None else apply(grid)
+
     return replace(
         episode,
-        demonstrations=tuple(replace(p, input=apply(p.input), output=apply(p.output)) for p in episode.demonstrations),
+        demonstrations=tuple(
+            replace(pair, input=apply(pair.input), output=apply_known(pair.output)) for pair in episode.demonstrations
+        ),
         query=apply(episode.query),
-        answer=apply(episode.answer),
+        answer=apply_known(episode.answer),
     )

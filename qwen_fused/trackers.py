@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -154,7 +155,7 @@ class Trackers:
         self._say = say
         self._working: dict[str, Tracker] = {}
         for name in names:
-            tracker = self._try(name, lambda name=name: TRACKERS[name](folder, config, resume_step))
+            tracker = self._try(name, partial(TRACKERS[name], folder, config, resume_step))
             if tracker is not None:
                 self._working[name] = tracker
 
@@ -176,7 +177,7 @@ class Trackers:
 
     def _each(self, act: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._working.items()):
-            self._try(name, lambda tracker=tracker: act(tracker))
+            self._try(name, partial(act, tracker))
 
     def _try(self, name: str, act: Callable[[], Any]) -> Any:
         # whatever a package of somebody else raises, SystemExit included, is no reason to lose hours of training

@@ -118,7 +118,9 @@ def _reached(nodes: list[Any], parameters: Mapping[str, Tensor]) -> dict[Any, fr
     reached: dict[Any, set[str]] = {}
     for node in nodes:
         name = names.get(id(getattr(node, "variable", None))) if type(node).__name__ == "AccumulateGrad" else None
-        stack = [node] if name is not None else []
+        if name is None:
+            continue
+        stack = [node]
         while stack:
             here = stack.pop()
             if name not in reached.setdefault(here, set()):

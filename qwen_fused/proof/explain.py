@@ -25,7 +25,10 @@ def disconnected(subject: Subject, trace: Trace, missing: list[str]) -> tuple[li
     alive = labels.alive(trace.loss) if isinstance(trace.loss, Tensor) else 0
     fresh = {trace.named_after.get(id(p)): site for p, site in trace.fresh}
     by_line: dict[tuple[str, Frame], tuple[Event, list[str]]] = {}
-    graph, replaced, unused, dropped = [], [], [], []
+    graph: list[str] = []
+    replaced: list[str] = []
+    unused: list[str] = []
+    dropped: list[str] = []
     ends = None
     for name in missing:
         if alive & bit[name]:
@@ -57,9 +60,9 @@ def disconnected(subject: Subject, trace: Trace, missing: list[str]) -> tuple[li
         detail = f"{cut.operation} loses {name_some(names)}{where}"
         findings.append(Finding(cut.kind, detail, tuple(names), cut.frame, cut.inside))
     for line in dict.fromkeys(fresh[name].user for name in replaced):
-        names = tuple(name for name in replaced if fresh[name].user == line)
-        detail = f"{name_some(names)} is replaced by a new parameter when the loss function is called"
-        findings.append(Finding("replaced", detail, names, line, fresh[names[0]].inside))
+        there = tuple(name for name in replaced if fresh[name].user == line)
+        detail = f"{name_some(there)} is replaced by a new parameter when the loss function is called"
+        findings.append(Finding("replaced", detail, there, line, fresh[there[0]].inside))
     if unused:
         detail = f"no operation of the loss function reads {name_some(unused)}"
         findings.append(Finding("unused", detail, tuple(unused)))
@@ -86,7 +89,7 @@ def returning(subject: Subject, trace: Trace, most: int) -> list[Event]:
     seen: set[Any] = set()
     base = None
     for event in reversed(candidates):
-        if event.site.user in seen or len(seen) >= most:
+        if event.slot is None or event.site.user in seen or len(seen) >= most:
             continue
         seen.add(event.site.user)
         try:

@@ -58,11 +58,12 @@ def on_apply(handler: Callable[[type, Callable[..., Any], tuple, dict], Any]) ->
             return original.__func__(cls, *args, **kwargs)
         return handler(cls, lambda *a, **k: original.__func__(cls, *a, **k), args, kwargs)
 
-    torch.autograd.Function.apply = classmethod(apply)
+    # there is no hook for it
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -75,11 +76,11 @@ def on_inference_mode(handler: Callable[[], None]) -> Iterator[None]:
             handler()
         return original(switch)
 
-    torch.inference_mode.__enter__ = enter
+    torch.inference_mode.__enter__ = enter  # type: ignore[method-assign]
     try:
         yield
     finally:
-        torch.inference_mode.__enter__ = original
+        torch.inference_mode.__enter__ = original  # type: ignore[method-assign]
 
 
 @contextmanager

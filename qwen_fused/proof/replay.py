@@ -23,12 +23,12 @@ from qwen_fused.proof.labels import tensors_in
 
 
 class Slot(NamedTuple):
-    """The index-th call of a function from one line of source during an evaluation."""
+    """The number-th call of a function from one line of source during an evaluation."""
 
     name: str
     file: str
     line: int
-    index: int
+    number: int
 
 
 class Slots:

@@ -88,7 +88,7 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace) -
         step.stepped = True
         now = {name: subject.named[name].grad for name in alive}
         step.missing = tuple(name for name, grad in now.items() if grad is None or not grad.any())
-        left = {name: grad for name, grad in now.items() if name not in step.missing}
+        left = {name: grad for name, grad in now.items() if grad is not None and name not in step.missing}
         step.changed = tuple(name for name, grad in left.items() if _cosine(grad, gradients.of[name]) < 0.5)
         # a fused optimizer takes the loss's scale off by itself
         taken_off = float(getattr(optimizer, "grad_scale", None) or 1.0)

@@ -133,7 +133,7 @@ class Subject:
         with warnings.catch_warnings():
             # torch points them at the proof's own lines; the plain call shows them where they belong
             warnings.simplefilter("ignore")
-            found = trace(self.loss_fn, self.named, on_custom, earlier and earlier.labels)
+            found = trace(self.loss_fn, self.named, on_custom, earlier.labels if earlier is not None else None)
         # calling the modules may have given a name to another parameter
         found.named_after = {id(p): name for name, p in _named(self.source).items()}
         return found
@@ -257,9 +257,11 @@ def _named(params: Any) -> dict[str, Tensor]:
             named[name] = value
         else:
             raise ValueError(f"params[{name!r}] must be a parameter or a module, got {type(value).__name__}")
-    seen: set[int] = set()
+    first: dict[int, str] = {}
+    for name, parameter in named.items():
+        first.setdefault(id(parameter), name)
     # a tied parameter is judged once, under its first name
-    return {name: p for name, p in named.items() if id(p) not in seen and not seen.add(id(p))}
+    return {name: p for name, p in named.items() if first[id(p)] == name}
 
 
 def _optimizers(optimizer: Optimizers) -> list[torch.optim.Optimizer]:

@@ -9,7 +9,7 @@ connected to, that the result's values depend on, and that the result is not con
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,8 @@ class _Tracer:
         self.written: set[Key] = set()
         self.aliases: dict[Key, list[Event]] = {}
         self.sources: dict[Key, list[Event]] = {}
-        self.switch, self.switched_off = "no_grad", None
+        self.switch = "no_grad"
+        self.switched_off: Site | None = None
         self.blocks: dict[int, tuple[str, Site | None]] = {}
         self._lost_memo: dict[int, int] = {}
 
@@ -182,7 +183,8 @@ class _Tracer:
         return id(parameter) in self.labels.bits or any(parameter is known for known, _ in self.trace.fresh)
 
     def _after(
-        self, func: Any, name: str, slot: Slot, ins: list[Tensor], given: tuple, out: Any, seen: tuple[int, int, int]
+        self, func: Any, name: str, slot: Slot, ins: list[Tensor], given: tuple[tuple, dict], out: Any,
+        seen: tuple[int, int, int],
     ) -> None:
         """Label a call's result, and note what the call did to the gradient."""
         alive, values, cuts = seen
@@ -220,11 +222,11 @@ class _Tracer:
         homes = {labels.key(tensor) for tensor in ins}
         results = list(tensors_in(out))
         for key in self.written:
-            for event in self.aliases.get(key, ()):
-                event.aliased = True
+            for alias in self.aliases.get(key, ()):
+                alias.aliased = True
         results += [t for t in ins if labels.key(t) in self.written and not any(t is r for r in results)]
         dead = [(t, alive & labels.values(t) & ~labels.alive(t)) for t in results]
-        event = None
+        event: Event | None = None
         if any(lost for _, lost in dead):
             event = self._note(func, name, dead)
             event.slot, event.behind = slot, cuts
@@ -239,7 +241,7 @@ class _Tracer:
             elif labels.values(tensor):
                 labels.add_values(tensor, 0, through)
 
-    def _note(self, func: Any, name: str, dead: list[tuple[Tensor | None, int]]) -> Event:
+    def _note(self, func: Any, name: str, dead: Sequence[tuple[Tensor | None, int]]) -> Event:
         site, at, lost = frames.locate(), None, 0
         for _, label in dead:
             lost |= label
