@@ -252,7 +252,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 
 def parse(config_class: type, command: str, arguments: Sequence[str], default: object | None = None):
     """Parse one command's flags into its configuration."""
-    options = {"default": default} if default is not None else {}
+    options: dict[str, Any] = {"default": default} if default is not None else {}
     return tyro.cli(config_class, prog=f"qwen-fused {command}", args=list(arguments), **options)
 
 

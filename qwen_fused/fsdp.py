@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 
 class ShardedQwen:
@@ -36,7 +38,7 @@ class ShardedQwen:
         fully_shard(backbone, mesh=mesh, reshard_after_forward=False)
         # what an optimizer changes; the whole weights come and go, and do not show whether it did
         with torch.no_grad():
-            self.shards = [parameter.to_local() for parameter in backbone.parameters()]
+            self.shards = [cast(DTensor, parameter).to_local() for parameter in backbone.parameters()]
         self.modules = [module for module in backbone.modules() if isinstance(module, FSDPModule)]
         for module in self.modules:
             # a loss is scaled by its process's share: gradients are summed, not averaged
@@ -60,5 +62,6 @@ class ShardedQwen:
         (0 * self.backbone(input_ids=token, use_cache=False).last_hidden_state.sum()).backward()
 
     def _exchange(self, now: bool) -> None:
-        self.backbone.set_requires_gradient_sync(now)
-        self.backbone.set_reshard_after_backward(now)
+        # the first is the backbone, which tells the others
+        self.modules[0].set_requires_gradient_sync(now)
+        self.modules[0].set_reshard_after_backward(now)

@@ -44,6 +44,9 @@ class MasterAdamW(torch.optim.AdamW):
         **options: of AdamW: lr, betas, eps, weight_decay, maximize.
     """
 
+    # set by whoever steps, as `torch.amp.GradScaler` does
+    found_inf: Tensor
+
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, fused=True, **options)
 

@@ -83,7 +83,7 @@ class QwenPlanner(nn.Module):
 
     def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trainable parameters by group, each once, with their names in the whole model."""
-        members = {
+        members: dict[str, list[nn.Module]] = {
             "qwen": [self.prompt.backbone],
             "agent": [self.agent, self.prompt.projection, self.prompt.control],
             "policy": [self.policy],

@@ -115,7 +115,7 @@ class GradientMonitor:
             metrics: loss, reward, mask_ratio, lr_qwen and qwen_grad as far as there are any; None is skipped.
             gradients: group or group/part -> row with "norm", as `GradStats.to_dict` gives it; wins over qwen_grad.
         """
-        shows = {}
+        shows: dict[str, str] = {}
         shows |= self._look_at_gradients(metrics, gradients or {})
         shows |= self._look_at_loss(metrics.get("loss"))
         shows |= self._look_at_reward(metrics.get("reward"))

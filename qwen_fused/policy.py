@@ -116,9 +116,9 @@ class PromptPolicy(nn.Module):
         """
         h = self.trunk(torch.cat([prompt, control, features], 1))
         mean, log_std = self.mean(h).float(), self.log_std.float().clamp(-5.0, 1.0)
-        if sample and noise is None:
-            noise = torch.randn_like(mean)
-        u = mean + log_std.exp() * noise if sample else mean
+        u = mean
+        if sample:
+            u = mean + log_std.exp() * (torch.randn_like(mean) if noise is None else noise)
         delta = self.delta_scale * u.tanh()
         gate = self.gate(h).sigmoid()
         entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).mean().expand(prompt.shape[0])

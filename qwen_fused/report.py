@@ -54,7 +54,8 @@ def write_report(run_dir: str | Path) -> Path:
     gradients = read_gradients(run_dir / "gradients.jsonl")
     proof = read_proof(run_dir / "proof.json")
     # the headline's set: what was held out
-    records = next(iter(evaluation.values()), {}).get("records", [])
+    held_out: dict[str, Any] = next(iter(evaluation.values()), {})
+    records = held_out.get("records", [])
     pictures = run_dir / "report"
     pictures.mkdir(exist_ok=True)
     for outdated in pictures.glob("example-*.png"):

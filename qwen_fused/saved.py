@@ -30,12 +30,10 @@ def load_model(
     """
     require((run / "config.yaml").is_file(), "run", "a run folder with a config.yaml", str(run))
     config = TrainConfig.load(run / "config.yaml")
-    path, state, notes = run / "checkpoints" / "best.safetensors", None, []
-    if weights == "best":
-        state = read_state(path)
-    else:
-        path, state, notes = newest_state(run)
-    require(state is not None, "run", "a run folder with a checkpoint", str(run))
+    best = run / "checkpoints" / "best.safetensors"
+    path, state, notes = (best, read_state(best), []) if weights == "best" else newest_state(run)
+    if path is None or state is None:
+        raise ValueError(f"run must be a run folder with a checkpoint, got {str(run)!r}")
     for note in notes:
         say(note)
     model = QwenPlanner(config).to(device)

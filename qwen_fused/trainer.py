@@ -114,7 +114,7 @@ class Trainer:
         self.hints: list[Hint] = []
         self.layer_norms: dict[str, float] = {}
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def _optimizer(self) -> MasterAdamW:
         """AdamW with a rate per group, float32 masters for bfloat16 weights; vectors and scalars are not decayed."""
         peak = {
             "qwen": self.config.qwen_lr,
@@ -162,6 +162,7 @@ class Trainer:
         out, pooled = self.forward(batch[part.rows], epoch=epoch, part=part)
         out.prompt.retain_grad()
         loss_scale = self.backward(out.loss * part.share, [pooled])
+        assert out.prompt.grad is not None
         prompt_grad = self.ranks.norm(out.prompt.grad.float().norm() / loss_scale)
         if flush:
             with self.sharded.flushing() if self.sharded else nullcontext():
@@ -209,20 +210,20 @@ class Trainer:
         Raises:
             TrainingStopped: its gradient was NaN or Inf and the configuration says stop.
         """
-        gradients = pending.stats.result()
-        metrics = dict(zip(SCALARS, pending.values.tolist(), strict=True))
+        gradients: dict[str, dict[str, Any]] = pending.stats.result()
+        measured = dict(zip(SCALARS, pending.values.tolist(), strict=True))
         bad = nonfinite_message(gradients)
-        fault = self._on_nonfinite(pending.step, bad, metrics["loss"]) if bad else None
+        fault = self._on_nonfinite(pending.step, bad, measured["loss"]) if bad else None
         if bad is None:
             self.progress.overflows = 0
         # between flushes Qwen has no gradient to measure: the last one stands
         if pending.flushed:
             self.progress.qwen = {name: row for name, row in gradients.items() if name.split("/")[0] == "qwen"}
         gradients = {name: row for name, row in gradients.items() if name.split("/")[0] != "qwen"} | self.progress.qwen
-        metrics = {
+        metrics: dict[str, Any] = {
             "step": pending.step,
             "epoch": pending.epoch,
-            **metrics,
+            **measured,
             "qwen_grad": self.progress.qwen["qwen"]["norm"] if self.progress.qwen else None,
             **{f"{name}_grad": gradients[name]["norm"] for name in ("agent", "policy")},
             "nonfinite": self.progress.nonfinite,

@@ -79,7 +79,7 @@ def from_plain(cls: type[T], plain: Mapping[str, Any], base: T | None = None, pr
     Raises:
         ValueError: a key is unknown or a value has another type than its field; the message names the key.
     """
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
     values = {name: getattr(base, name) for name in hints} if base is not None else {}
     for name, value in plain.items():
         if name not in hints:
@@ -103,7 +103,7 @@ def check_types(config: Any) -> None:
     Raises:
         ValueError: a value has another type than its field; the message names the field.
     """
-    for name, hint in _hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():  # type: ignore[arg-type]  # a class is hashable
         check_type(name, getattr(config, name), hint)
 
 
@@ -116,7 +116,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
 def _is_union(hint: Any) -> bool:
