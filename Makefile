@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: train test lint bench aot sanitize cuda-check cuda-build clean
+.PHONY: train test lint docs bench aot sanitize cuda-check cuda-build clean
 
 # 6 minutes of training at most, so that the whole stays under 10 on two cores
 train: ARGS ?= --max-minutes 6
@@ -30,6 +30,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror csrc/*
+
+# docs/api.md from the docstrings
+docs: $(STAMP)
+	$(BIN)/python docs/make_api.py
 
 bench: $(STAMP)
 	$(BIN)/qwen-fused bench $(ARGS)

@@ -33,14 +33,19 @@ if backends.has_op("group_grad_norm"):
 class GradStats:
     """What one measurement found, still on the device.
 
-    `columns` names what was measured: first the groups, in order, then "group/part" for each part of a group that was
-    given as a mapping of parts.
+    Args:
+        columns: what was measured, R names: first the G groups, in order, then "group/part" for each part of a group
+            that was given as a mapping of parts.
+        count: G, the number of groups.
+        values: [3, R] float: norm and max_abs, in the gradients' own unit, and inv_scale.
+        counts: [2, R] int64: nonfinite, first_nonfinite.
+        tensors: name in `columns` -> names of its tensors.
     """
 
     columns: tuple[str, ...]
-    count: int  # G, the number of groups
-    values: Tensor  # [3, R] norm, max_abs, inv_scale
-    counts: Tensor  # [2, R] nonfinite, first_nonfinite
+    count: int
+    values: Tensor  # [3, R]
+    counts: Tensor  # [2, R]
     tensors: Mapping[str, Sequence[str]]
 
     @property
@@ -66,7 +71,8 @@ class GradStats:
     def to_dict(self) -> dict[str, dict[str, float | int | str | None]]:
         """Every group's and part's numbers on the host: the only call that waits for the device.
 
-        Returns: name -> norm, max_abs, nonfinite, first_nonfinite, and tensor: the first bad tensor's name or None.
+        Returns:
+            Name -> norm, max_abs, nonfinite, first_nonfinite, and tensor: the first bad tensor's name or None.
         """
         return self._unpack(self._pack().cpu())
 
@@ -102,7 +108,13 @@ class GradStats:
 
 @dataclass(frozen=True)
 class PendingStats:
-    """A `GradStats` on its way to the host."""
+    """A `GradStats` on its way to the host.
+
+    Args:
+        stats: what was measured.
+        packed: [bytes] uint8 on the host: its values, then its counts.
+        event: passed once `packed` is whole; None where nothing had to be copied.
+    """
 
     stats: GradStats
     packed: Tensor
@@ -148,12 +160,16 @@ def _call(name: str, reference: Callable, grads: Sequence[Tensor], *rest):
 class GroupGradNorm:
     """L2 norm, largest element and NaN/Inf count of each group's gradients, in one read of all of them.
 
+    The norm is sqrt(Σ (inv_scale · g)²) over every element of the group's gradients, as
+    `torch.nn.utils.get_total_norm` has it, accumulated in float32 (float64 for float64) and repeatable bit for bit.
+    Parameters of any shape; those without a gradient are skipped. DTensors are measured whole: a collective.
+
     Args:
         groups: name -> a module, its parameters, or (name, parameter) pairs as `named_parameters()` gives; or a
             mapping of such, whose parts are then measured too, at no further cost.
+
     Raises:
-        ValueError: when a parameter appears twice, or at `measure` when the gradients lie on several devices, are
-            sparse, or are not float16, bfloat16, float32 or float64.
+        ValueError: a parameter appears twice, or a group is no list of parameters.
     """
 
     def __init__(self, groups: Mapping[str, Tensors | Mapping[str, Tensors]]):
@@ -210,9 +226,14 @@ class GroupGradNorm:
         Args:
             inv_scale: what to multiply the gradients with, 1 / the loss scale: a number, or a tensor of one element on
                 the gradients' device. Norm and max_abs are of the product; NaN and Inf are counted before it.
+
         Returns:
             GradStats on the gradients' device. A finite gradient whose square leaves float32's range still has a finite
             norm; where an element is not finite, the norm is Inf or NaN as the element is.
+
+        Raises:
+            ValueError: the gradients lie on several devices, are sparse, or are not float16, bfloat16, float32 or
+                float64.
         """
         grads, rows, position = self._gather(self._ranges, self._all_rows)
         factor, factor_tensor = (1.0, inv_scale) if isinstance(inv_scale, Tensor) else (inv_scale, None)
@@ -237,7 +258,11 @@ class GroupGradNorm:
 
         Args:
             stats: what `measure` found for the gradients as they are now.
-            max_norm: one bound for every group, or name -> bound; a group left out is unscaled and not clipped.
+            max_norm: one bound for every group, or name -> bound, in the unit of `GradStats.norm`; a group left out is
+                unscaled and not clipped.
+
+        Raises:
+            ValueError: a bound is negative or no number, or for a group that there is not.
         """
         if isinstance(max_norm, Mapping):
             unknown = set(max_norm) - set(self.groups)

@@ -29,7 +29,14 @@ BACKENDS = ("auto", "triton", "cpp", "reference")
 
 @dataclass(frozen=True, kw_only=True)
 class EFEWeights:
-    """Weight of each term of the loss; a weight of exactly 0 drops the term's computation."""
+    """Weight of each term of the loss, a number without unit; exactly 0 drops the term's computation.
+
+    The terms are in nats per cell, but for `prompt`, a cosine; their formulas are at the head of
+    `qwen_fused.kernels.reference`.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
 
     ce: float = 1.0
     """Cross-entropy of the plan against the target."""
@@ -52,12 +59,15 @@ class EFEWeights:
 
 
 class EFEOutput(NamedTuple):
-    """What one pass over the plan gives; only `loss` carries a gradient."""
+    """What one pass over the plan gives; only `loss` carries a gradient.
+
+    Formulas are at the head of `qwen_fused.kernels.reference`.
+    """
 
     loss: Tensor
-    """0-d, float64 for float64 input and float32 otherwise."""
+    """0-d, in nats; float64 for float64 input and float32 otherwise, as everything but `solved` and `predicted` is."""
     terms: dict[str, Tensor]
-    """Name of each term computed -> [B], unweighted; "ce" and "hard" are always there."""
+    """Name of each term computed -> [B], unweighted, in nats per cell; "ce" and "hard", a share, are always there."""
     hard_ratio: Tensor
     """[B] share of the valid cells that the last step gets wrong."""
     accuracy: Tensor

@@ -43,12 +43,13 @@ def prove(
 ) -> ProofReport:
     """Prove that the gradient of a loss reaches parameters, is right, and moves them; or say where it is lost.
 
-    Model, optimizer state, random state, modes and `.grad` are as before afterwards.
+    Model, optimizer state, random state, modes and `.grad` are as before afterwards. How each rung is judged, and what
+    can't be seen, is in docs/proof.md.
 
     Args:
         loss_fn: called without arguments, about fifteen times; returns the loss of one fixed batch, a 0-d tensor.
         params: a module, or a mapping of names to parameters or modules. Modules' buffers and modes are kept too.
-        optimizer: the optimizer, or several; without one nothing is stepped.
+        optimizer: a torch optimizer, or several; without one nothing is stepped, and the last rung is not asked.
         allow: what is intended: names of parameters that may go without gradient; of functions, files and lines where a
             value may lose it (a hard mask, a reward); of custom operations to take at their word. `*` and `?` are wild.
             An operation allowed never excuses a parameter that is left without any gradient: that takes the parameter's

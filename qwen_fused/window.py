@@ -87,11 +87,14 @@ class PromptWindow:
                 qwen_optimizer.step()
                 qwen_optimizer.zero_grad()
 
+    The sum is exact, by the chain rule: see the head of `qwen_fused.window`.
+
     Args:
         encode: takes n different keys as a list and returns [n, D], differentiably. Everything it trains must stand
             still inside a window; what steps at every batch belongs behind the window.
         size: batches per window, at least 1.
-        mode: "recompute" or "retain", see the module's text.
+        mode: "recompute" runs encode without a graph, and again in `flush` under the same random state, with the memory
+            of one call's graph; "retain" keeps all graphs, and runs it once.
 
     Raises:
         ValueError: size or mode out of range.
@@ -197,7 +200,12 @@ class PromptWindow:
         self._begin()
 
     def state_dict(self) -> dict[str, Any]:
-        """The window as it stands, in tensors and plain values: everything but the keys and the graphs."""
+        """The window as it stands, in tensors and plain values: everything but the keys and the graphs.
+
+        Returns:
+            batches so far; for each call of encode, its outputs [n, D], random state and autocast; and gradient, the
+            sum so far [keys, D], None before the first batch.
+        """
         return {
             "batches": self.batches,
             "starts": [chunk.start for chunk in self.chunks],

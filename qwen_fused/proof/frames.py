@@ -24,7 +24,13 @@ _LIBRARIES = ("transformers", "peft", "accelerate", "numpy")
 
 @dataclass(frozen=True)
 class Frame:
-    """One line of source: file, line number and function."""
+    """One line of source.
+
+    Args:
+        file: path, as Python knows it.
+        line: number, from 1.
+        function: qualified name of the function that it is in.
+    """
 
     file: str
     line: int

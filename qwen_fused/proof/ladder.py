@@ -49,7 +49,15 @@ class Finding:
 
 @dataclass
 class Rung:
-    """One rung: ok is True, False, or None (not judged); `asked` is False where the caller gave nothing to judge."""
+    """One rung of the ladder.
+
+    Args:
+        name: declared, connected, nonzero, correct or applied.
+        ok: True, False, or None where it could not be judged.
+        detail: one line of what was found.
+        findings: the faults, none where it holds.
+        asked: False where the caller gave nothing to judge, such as no optimizer.
+    """
 
     name: str
     ok: bool | None
@@ -72,7 +80,8 @@ class ProofReport:
         cut: the first operation that loses the gradient of a named parameter, or None.
         notes: no faults, but worth knowing: partial cuts, places not seen through, allowances that matched nothing.
         allowed: entry of `allow` -> how many cuts and parameters it matched.
-        layers: per layer: number of parameters, gradient norm, largest element, tensors that are zero or not finite.
+        layers: per layer: number of parameters, gradient norm, largest element, tensors that are zero or not finite;
+            of the gradient without its loss scale.
         parameters: how many parameters were judged.
         loss: value of the loss, None when it is no number.
         evaluations: how often the loss function was called.
