@@ -128,10 +128,10 @@ def run_eval(arguments: Sequence[str]) -> int:
     """`qwen-fused eval`."""
     config = parse(EvalConfig, "eval", arguments)
     from qwen_fused.data import load_tasks, shared_tasks, split_tasks, test_episodes
+    from qwen_fused.device import resolve_device
     from qwen_fused.evaluate import evaluate, write_submission
     from qwen_fused.saved import load_model
     from qwen_fused.train import describe_evaluation
-    from qwen_fused.trainer import resolve_device
 
     model = load_model(config.run, config.weights, resolve_device(config.device))
     trained = model.config
@@ -215,8 +215,8 @@ def run_show(arguments: Sequence[str]) -> int:
     # the task first: a wrong name is told before a model is built
     task = find_task(dataset, config.task)
     if config.run is not None:
+        from qwen_fused.device import resolve_device
         from qwen_fused.saved import load_model
-        from qwen_fused.trainer import resolve_device
 
         model = load_model(config.run, config.weights, resolve_device(config.device))
         png = png or config.run / "show" / f"{task.id}.png"

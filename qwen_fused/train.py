@@ -13,6 +13,7 @@ from pathlib import Path
 from qwen_fused.checkpoint import list_checkpoints, write_state
 from qwen_fused.config import TrainConfig
 from qwen_fused.data import test_episodes
+from qwen_fused.device import resolve_device
 from qwen_fused.distributed import Ranks, processes
 from qwen_fused.evaluate import Evaluation, evaluate, write_submission
 from qwen_fused.examples import write_examples
@@ -26,7 +27,7 @@ from qwen_fused.run_state import weights_of
 from qwen_fused.runlog import RunLog, log_line
 from qwen_fused.signals import Interrupted, catch_signals
 from qwen_fused.trackers import tracker_names
-from qwen_fused.trainer import PendingBatch, Trainer, TrainingStopped, resolve_device
+from qwen_fused.trainer import PendingBatch, Trainer, TrainingStopped
 from qwen_fused.watched import chosen_examples, watched_episodes, watched_examples
 
 TRAINING_TASKS_SHOWN = 100

@@ -15,6 +15,7 @@ from torch import Tensor
 from qwen_fused.checkpoint import save_checkpoint
 from qwen_fused.config import TrainConfig
 from qwen_fused.data import Batch, Episode, collate, load_tasks, split_tasks
+from qwen_fused.device import resolve_device, to_host
 from qwen_fused.distributed import Part, Ranks
 from qwen_fused.gradients import GradStats, GroupGradNorm, PendingStats, nonfinite_message
 from qwen_fused.masters import MasterAdamW
@@ -309,13 +310,6 @@ def keep_finite(pooled: Tensor, loss_scale: Tensor, ranks: Ranks) -> None:
     pooled.grad = torch.where(ranks.all(gradient.isfinite().all()), gradient, torch.zeros_like(gradient))
 
 
-def to_host(values: Tensor) -> Tensor:
-    """A copy on the host, on its way: complete once an event recorded later has passed."""
-    if values.device.type != "cuda":
-        return values
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-
-
 def by_layer(members: Sequence[tuple[str, torch.nn.Parameter]]) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
     """Named parameters by Qwen layer: layer 0 .. n - 1, and the rest (embedding, last norm) as "other"."""
     parts: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
@@ -323,21 +317,3 @@ def by_layer(members: Sequence[tuple[str, torch.nn.Parameter]]) -> dict[str, lis
         layer = re.search(r"\blayers\.(\d+)\.", name)
         parts.setdefault(f"layer {layer[1]}" if layer else "other", []).append((name, parameter))
     return parts
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that `--device` means; auto takes CUDA when there is one.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda needs a CUDA build of torch and a visible GPU, got neither; pass --device cpu")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device must be below cuda:{torch.cuda.device_count()}, got {name!r}")
-    return torch.device(name)

@@ -14,11 +14,12 @@ import torch
 
 from qwen_fused.checkpoint import list_checkpoints, read_state
 from qwen_fused.data import test_episodes
+from qwen_fused.device import resolve_device
 from qwen_fused.monitor import GradientMonitor
 from qwen_fused.prompt import QwenPrompt
 from qwen_fused.runlog import METRICS, RunLog
 from qwen_fused.train import new_run_folder, train, validate
-from qwen_fused.trainer import Trainer, TrainingStopped, by_layer, resolve_device
+from qwen_fused.trainer import Trainer, TrainingStopped, by_layer
 
 
 def rows(folder: Path) -> list[dict]:
