@@ -17,12 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen_fused.checkpoint import find_checkpoint, read_state
-from qwen_fused.config import TrainConfig
 from qwen_fused.data import Episode, load_tasks, split_tasks, test_episodes
 from qwen_fused.evaluate import evaluate
 from qwen_fused.model import QwenPlanner
 from qwen_fused.prompt import PromptOutput
+from qwen_fused.saved import load_model
 
 
 def exchanged(x: Tensor) -> Tensor:
@@ -41,13 +40,6 @@ WAYS: dict[str, Callable[[PromptOutput], PromptOutput]] = {
     "both exchanged": lambda out: put_together(out, exchanged(out.text), exchanged(out.control)),
     "both left out": lambda out: put_together(out, torch.zeros_like(out.text), torch.zeros_like(out.control)),
 }
-
-
-def load(run: Path) -> tuple[QwenPlanner, TrainConfig]:
-    config = TrainConfig.load(run / "config.yaml")
-    model = QwenPlanner(config)
-    model.load_state_dict(read_state(find_checkpoint(run))["model"])
-    return model.eval(), config
 
 
 def figures(model: QwenPlanner, episodes: Sequence[Episode], way: str, batch_size: int) -> tuple[float, float, int]:
@@ -84,7 +76,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: dict[str, list[tuple[float, float, int]]] = {way: [] for way in WAYS}
     for run in arguments.runs:
-        model, config = load(run)
+        model = load_model(run).eval()
+        config = model.config
         training, held_out = split_tasks(load_tasks(config.dataset).tasks, config.val_fraction, config.split_seed)
         episodes = test_episodes(held_out if arguments.split == "validation" else training[::4])
         for way, found in rows.items():
