@@ -16,6 +16,7 @@ from qwen_fused.kernels.reference import accumulate_dtype
 HARD_MODE = {"episode": 0, "cell": 1, "none": 2}
 # columns of the terms an op returns
 COLUMNS = ("ce", "risk", "ambiguity", "agreement", "anchor", "prompt", "hard", "accuracy")
+WEIGHTS = 6
 TENSOR_INPUTS = 9
 # places of plan, back, preference, obs_entropy and prompt_colors in the schema
 DIFFERENTIABLE = (0, 2, 3, 5, 6)
@@ -35,6 +36,8 @@ def _fake_forward(
     plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight, weights, *options
 ):  # fmt: skip
     B, T, C, _, _ = plan.shape
+    if len(weights) != WEIGHTS:
+        raise ValueError(f"weights must hold {WEIGHTS} numbers, got {len(weights)}")
     dtype = accumulate_dtype(plan, back, preference, obs_entropy, prompt_colors)
     ambiguity = obs_entropy is not None and weights[2] != 0
     prompt = prompt_colors is not None and weights[5] != 0

@@ -193,7 +193,11 @@ def test_gradient_norm_and_clip(grads, data):
     except (ValueError, NotImplementedError) as error:
         assert str(error)
         return
-    assert fits and counts.shape == (2, len(rows))
+    assert counts.shape == (2, len(rows))
+    if any(x.is_meta for x in grads):
+        # shapes alone: there is no number to be right
+        return
+    assert fits
     for column, (begin, end, _) in enumerate(rows):
         parts = [x.double().flatten() for x in before[begin:end]]
         whole = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
