@@ -76,6 +76,7 @@ def on_inference_mode(handler: Callable[[], None]) -> Iterator[None]:
             handler()
         return original(switch)
 
+    # nor for this
     torch.inference_mode.__enter__ = enter  # type: ignore[method-assign]
     try:
         yield
