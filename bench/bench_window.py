@@ -106,7 +106,7 @@ def comparisons(level: str, device: torch.device) -> Iterator[Comparison]:
     for visits in (TrainConfig().prompt_visits, 1):
         yield compare(model, "tiny", visits, 16, device)
     del model
-    batch_size, tokens = (16, 256) if device.type == "cuda" else (2, 48)
+    batch_size, tokens = (16, 256) if device.type == "cuda" else (2, 80)
     with tempfile.TemporaryDirectory() as folder:
         model = planner(save_qwen(Path(folder), HALF_BILLION), tokens, device)
     yield compare(model, f"Qwen2.5-0.5B's shape, {tokens} tokens", TrainConfig().prompt_visits, batch_size, device)
