@@ -99,12 +99,14 @@ def _load_pretrained(qwen: str, dtype: torch.dtype, attention: str) -> tuple[Pre
     source, _ = _source(qwen)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        # a wrong value in its files may show at the first text only
+        spelt = tokenizer.decode(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
     except Exception as error:
         raise ValueError(f"qwen: {qwen!r} has no tokenizer that loads ({_first_line(error)})") from None
     if tokenizer.init_kwargs.get("auto_map"):
         raise ValueError(f"qwen: the tokenizer in {qwen!r} asks for code of its own (auto_map), which is never run")
     # without its files a tokenizer may load all the same, and know nothing but its special tokens
-    if tokenizer.decode(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]) != SAMPLE:
+    if spelt != SAMPLE:
         raise ValueError(f"qwen: the tokenizer in {qwen!r} cannot spell a grid: are its files all there?")
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
