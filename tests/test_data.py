@@ -7,21 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_tasks import make_tasks
 
 from qwen_fused import data
-from qwen_fused.data import IGNORE, Episode, Pair, Task, augment, collate, leave_one_out
-
-
-def make_tasks(count: int, seed: int = 0) -> list[Task]:
-    rng = np.random.default_rng(seed)
-
-    def grid() -> np.ndarray:
-        return rng.integers(0, 10, rng.integers(1, 31, size=2)).astype(np.uint8)
-
-    def pairs(number: int) -> tuple[Pair, ...]:
-        return tuple(Pair(grid(), grid()) for _ in range(number))
-
-    return [Task(f"task{i:03d}", pairs(int(rng.integers(2, 6))), pairs(1)) for i in range(count)]
+from qwen_fused.data import IGNORE, Episode, Pair, augment, collate, leave_one_out
 
 
 def test_split_holds_out_whole_tasks_whatever_the_order():

@@ -6,22 +6,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from random_tasks import make_tasks
 
 from qwen_fused import data
 from qwen_fused.data import Episode, Pair, Task, collate
 from qwen_fused.sampler import EpisodeSampler
-
-
-def make_tasks(count: int, seed: int = 0) -> list[Task]:
-    rng = np.random.default_rng(seed)
-
-    def grid() -> np.ndarray:
-        return rng.integers(0, 10, rng.integers(1, 31, size=2)).astype(np.uint8)
-
-    def pairs(number: int) -> tuple[Pair, ...]:
-        return tuple(Pair(grid(), grid()) for _ in range(number))
-
-    return [Task(f"task{i:03d}", pairs(int(rng.integers(2, 6))), pairs(1)) for i in range(count)]
 
 
 def same_episodes(left: list[Episode], right: list[Episode]) -> bool:
