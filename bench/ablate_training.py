@@ -13,17 +13,18 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import torch
 from torch import Tensor
 
 from qwen_fused.config import TrainConfig
 from qwen_fused.prompt import PromptOutput, QwenPrompt
+from qwen_fused.tiny import SHAPE
 from qwen_fused.train import train
 
 WEIGHTS = TrainConfig().weights
@@ -46,6 +47,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "T = 8": {"plan_steps": 8},
     "no augmentation": {"augment": 0.0},
     "all augmented": {"augment": 1.0},
+    "Qwen 2 x 128": {},
+    "Qwen 6 x 256": {},
 }
 
 
@@ -56,28 +59,28 @@ def exchange(x: Tensor) -> Tensor:
 
 PROMPTS: dict[str, Callable[[Tensor], Tensor]] = {
     "prompt exchanged": exchange,
-    "prompt left out": torch.zeros_like,
+    # a product, so that the graph to Qwen is there, with a gradient of zero
+    "prompt left out": lambda x: 0.0 * x,
+}
+
+QWENS: dict[str, dict[str, int]] = {
+    "Qwen 2 x 128": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=384),
+    "Qwen 6 x 256": dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768),
 }
 
 
-class Spoiled:
-    """While it lasts every prompt is another's, or nothing, in training and evaluation alike."""
+@contextmanager
+def changed(name: str) -> Iterator[None]:
+    """While it lasts, what no setting changes: prompts that are another's or nothing, evaluated too; Qwen's size."""
+    forward = QwenPrompt.forward
 
-    def __init__(self, change: Callable[[Tensor], Tensor]):
-        self.change, self.forward = change, QwenPrompt.forward
+    def spoiled(module: QwenPrompt, *args: Any, **options: Any) -> PromptOutput:
+        out = forward(module, *args, **options)
+        return replace(out, **{part: PROMPTS[name](getattr(out, part)) for part in ("prompt", "text", "control")})
 
-    def __enter__(self) -> None:
-        forward, change = self.forward, self.change
-
-        def spoiled(module: QwenPrompt, *args: Any, **options: Any) -> PromptOutput:
-            out = forward(module, *args, **options)
-            parts = {name: change(getattr(out, name)) for name in ("prompt", "text", "control")}
-            return replace(out, **parts)
-
-        QwenPrompt.forward = spoiled
-
-    def __exit__(self, *error: object) -> None:
-        QwenPrompt.forward = self.forward
+    made = spoiled if name in PROMPTS else forward
+    with patch.object(QwenPrompt, "forward", made), patch.dict(SHAPE, QWENS.get(name, {})):
+        yield
 
 
 def row_of(name: str, folder: Path, seconds: float) -> str:
@@ -103,13 +106,10 @@ def main() -> None:
     for name in arguments.only:
         config = TrainConfig(
             **CHANGES[name], out=arguments.out / name.replace(" ", "-"), seed=arguments.seed, prove=False, eval_every=0,
-            max_batches=arguments.batches, checkpoint_every=10**6,
+            epochs=arguments.epochs, checkpoint_every=10**6, log_every=74,
         )  # fmt: skip
-        # the rates fall to their end by the last batch
-        per_epoch = 74
-        config = replace(config, epochs=max(1, round(arguments.batches / per_epoch)))
         started = time.monotonic()
-        with Spoiled(PROMPTS[name]) if name in PROMPTS else nullcontext():
+        with changed(name):
             folder = train(config)
         rows.append(row_of(name, folder, time.monotonic() - started))
         print("\n".join(rows), flush=True)
