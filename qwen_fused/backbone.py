@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +135,14 @@ def _load_pretrained(qwen: str, dtype: torch.dtype, attention: str) -> tuple[Pre
     return model, tokenizer
 
 
+def enable_checkpointing(backbone: PreTrainedModel, *, use_reentrant: bool = False) -> None:
+    """Keep one activation per layer and recompute the rest in the backward pass, by whichever name this version has."""
+    # transformers 5.24 renames gradient_checkpointing_enable
+    new = hasattr(backbone, "activation_checkpointing_enable")
+    enable = backbone.activation_checkpointing_enable if new else backbone.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 def add_lora(backbone: PreTrainedModel, rank: int) -> PeftModel:
     """Freeze `backbone` and put trainable low-rank adapters on its linear layers, both factors non-zero."""
     # the task lets peft's Auto classes load the saved adapters
@@ -144,7 +153,10 @@ def add_lora(backbone: PreTrainedModel, rank: int) -> PeftModel:
         target_modules="all-linear",
         task_type="FEATURE_EXTRACTION",
     )
-    adapted = get_peft_model(backbone, config)
+    with warnings.catch_warnings():
+        # peft asks by a name that transformers gives up
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        adapted = get_peft_model(backbone, config)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=LORA_INIT)
@@ -191,7 +203,7 @@ def load_backbone(
         with seeded(seed):
             backbone, tokenizer = _load_pretrained(qwen, dtype, attention)
     if gradient_checkpointing:
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(backbone)
     adapted: PreTrainedModel | PeftModel = backbone
     if lora_rank:
         with seeded(seed):

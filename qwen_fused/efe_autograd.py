@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qwen_fused.kernels.reference import accumulate_dtype
+from qwen_fused.kernels.reference import HARD_MODES, accumulate_dtype
 
-HARD_MODE = {"episode": 0, "cell": 1, "none": 2}
+HARD_MODE = {name: number for number, name in enumerate(HARD_MODES)}
 # columns of the terms an op returns
 COLUMNS = ("ce", "risk", "ambiguity", "agreement", "anchor", "prompt", "hard", "accuracy")
 WEIGHTS = 6

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,7 @@ from qwen_fused.kernels.reference import HARD_MODES
 MAX_CLASSES = 64
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+LARGEST = sys.float_info.max
 
 
 def check_plan(plan: Tensor, target: Tensor) -> None:
@@ -46,9 +50,15 @@ def check_float(
         raise ValueError(f"{name} must not require grad, as no gradient flows to it, got requires_grad=True")
 
 
+def check_weight(name: str, weight: float) -> None:
+    """Refuse a term's weight that is no cost: below 0 the optimizer would drive the term up without end."""
+    if not isinstance(weight, Real) or not 0 <= weight <= LARGEST:
+        raise ValueError(f"weights.{name} must be a finite number of at least 0, got {weight!r}")
+
+
 def check_options(hard_floor: float, hard_mode: str, ignore_index: int) -> None:
     if hard_mode not in HARD_MODES:
-        raise ValueError(f"hard_mode must be one of {HARD_MODES}, got {hard_mode!r}")
+        raise ValueError(f"hard_mode must be one of {', '.join(HARD_MODES)}, got {hard_mode!r}")
     if not 0.0 <= hard_floor <= 1.0:
         raise ValueError(f"hard_floor must be in [0, 1], got {hard_floor}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):

@@ -165,6 +165,7 @@ def advise(available: int, qwen: str = "tiny", **arguments) -> str | None:
     batch = max(arguments.get("batch_size", 16) // 4, 1)
     measures: dict[str, dict[str, Any]] = {
         "--attention sdpa": dict(attention="sdpa"),
+        "--window-mode recompute": dict(retained_batches=1),
         "--gradient-checkpointing": dict(gradient_checkpointing=True),
         f"--batch-size {batch}": dict(batch_size=batch),
         "--lora-rank 16": dict(lora_rank=16),
@@ -173,6 +174,8 @@ def advise(available: int, qwen: str = "tiny", **arguments) -> str | None:
     # what is on already does not help again
     if arguments.get("attention", "sdpa") != "eager":
         del measures["--attention sdpa"]
+    if arguments.get("retained_batches", 1) == 1:
+        del measures["--window-mode recompute"]
     if arguments.get("lora_rank"):
         del measures["--lora-rank 16"]
     measures = {flag: new for flag, new in measures.items() if not new.items() <= arguments.items()}

@@ -17,11 +17,12 @@ import torch
 REMEDIES = {
     "no gradient": "{group} is not in the loss graph: run `qwen-fused prove`, which names the line that cuts it",
     "dead layers": "these layers get no gradient though others do: `qwen-fused prove --json FILE` has every layer",
-    "not finite": "lower --qwen-lr from 5e-5 to 1e-5, and look at the first bad tensor, which the norms name",
-    "exploding": "lower --qwen-lr from 5e-5 to 1e-5",
+    "not finite": "lower --qwen-lr to a fifth (5e-5 to 1e-5), and look at the first bad tensor, which the norms name",
+    "exploding": "lower --qwen-lr to a fifth (5e-5 to 1e-5)",
     "flat": "check the weighted mask (mask ratio {mask_ratio}), the clipping and the learning rate (qwen {lr_qwen})",
     "no reward": "the policy changes nothing: look at its delta and its gate",
-    "out of memory": "take a smaller --batch-size, --lora-rank 8, or --gradient-checkpointing",
+    "out of memory": "pass --window-mode recompute or --gradient-checkpointing, which cost time alone; else a smaller "
+    "--batch-size or --max-prompt-tokens, --lora-rank 8, or --qwen-dtype bfloat16",
 }
 
 

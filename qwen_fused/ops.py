@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from qwen_fused import backends
 from qwen_fused.efe_autograd import COLUMNS, HARD_MODE, register
-from qwen_fused.efe_checks import check_float, check_options, check_plan, check_target_range
+from qwen_fused.efe_checks import check_float, check_options, check_plan, check_target_range, check_weight
 from qwen_fused.kernels.reference import efe_loss_reference
 
 # asked once: torch.compile can't ask
@@ -26,16 +25,19 @@ if backends.HAS_TRITON:
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
 
+CHECK_TARGETS = False
+"""Debug switch: look for targets out of range on every device, at the price of a host sync."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EFEWeights:
-    """Weight of each term of the loss, a number without unit; exactly 0 drops the term's computation.
+    """Weight of each term of the loss, at least 0 and without unit; exactly 0 drops the term's computation.
 
     The terms are in nats per cell, but for `prompt`, a cosine; their formulas are at the head of
     `qwen_fused.kernels.reference`.
 
     Raises:
-        ValueError: a weight is not finite.
+        ValueError: a weight is negative, not finite, or no number.
     """
 
     ce: float = 1.0
@@ -53,9 +55,10 @@ class EFEWeights:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not math.isfinite(value):
-                raise ValueError(f"weights.{field.name} must be finite, got {value}")
+            check_weight(field.name, getattr(self, field.name))
+
+
+CE_ONLY = EFEWeights(risk=0.0, ambiguity=0.0, agreement=0.0, anchor=0.0, prompt=0.0)
 
 
 class EFEOutput(NamedTuple):
@@ -233,7 +236,7 @@ def hard_cell_cross_entropy(
 def _resolve_backend(backend: str, plan: Tensor) -> str:
     """Name of the implementation to run; "auto" picks the fastest that serves the device of `plan`."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     device = plan.device.type
     if backend == "auto":
         fast = {"cpu": "cpp" if COMPILED else None, "cuda": "triton" if backends.HAS_TRITON else None}
@@ -250,9 +253,3 @@ def _resolve_backend(backend: str, plan: Tensor) -> str:
                 f"got plan_logits on {plan.device}"
             )
     return backend
-
-
-CHECK_TARGETS = False
-"""Debug switch: look for targets out of range on every device, at the price of a host sync."""
-
-CE_ONLY = EFEWeights(risk=0.0, ambiguity=0.0, agreement=0.0, anchor=0.0, prompt=0.0)

@@ -71,9 +71,10 @@ def combine(values: Tensor, counts: Tensor, mesh: DeviceMesh) -> tuple[Tensor, T
     packed = torch.cat([values[:2].double(), counts.double()])
     for dim in range(mesh.ndim):
         ranks = mesh.size(dim)
-        gathered = packed.new_empty(ranks * packed.shape[0], packed.shape[1])
-        torch.distributed.all_gather_into_tensor(gathered, packed, group=mesh.get_group(dim))
-        norms, maxima, nonfinite, first = gathered.view(ranks, 4, -1).unbind(1)
+        gathered = packed.new_empty(ranks, *packed.shape)
+        # by list: the collective into one tensor changes its name between torch 2.10 and 2.14
+        torch.distributed.all_gather([*gathered.unbind()], packed, group=mesh.get_group(dim))
+        norms, maxima, nonfinite, first = gathered.unbind(1)
         largest = norms.amax(0)
         scale = torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
         none = first < 0

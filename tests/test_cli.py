@@ -160,7 +160,8 @@ def test_bad_input_gets_one_sentence(line, named, tmp_path, capsys):
         ("train --agent_lr x", "agent-lr"),
         ("train --no-such-flag 1", "no-such-flag"),
         ("train --batch-size 0", "batch_size must be a number above 0, got 0"),
-        ("train --weights.risk nan", "weights.risk must be finite, got nan"),
+        ("train --weights.risk nan", "weights.risk must be a finite number of at least 0, got nan"),
+        ("train --weights.ce -1", "weights.ce must be a finite number of at least 0, got -1.0"),
         ("eval", "run"),
     ],
 )

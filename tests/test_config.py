@@ -46,6 +46,19 @@ def test_file_and_key_are_named(tmp_path):
         TrainConfig.load(tmp_path / "c.yaml")
 
 
+def test_a_number_beyond_every_float_is_no_finite_number(tmp_path):
+    (tmp_path / "c.yaml").write_text(f"qwen_lr: 1{400 * '0'}\n")
+    with pytest.raises(ValueError, match="c.yaml: qwen_lr must be a finite number, got 10"):
+        TrainConfig.load(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", ".inf"])
+def test_a_weight_below_0_is_refused_with_its_file(value, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"weights: {{ce: {value}}}\n")
+    with pytest.raises(ValueError, match=r"c.yaml: weights.ce must be a finite number"):
+        TrainConfig.load(tmp_path / "c.yaml")
+
+
 @pytest.mark.parametrize("name, value", [("epochs", "3"), ("qwen_lr", True), ("out", "runs"), ("pooling", "max")])
 def test_types_are_checked_on_construction(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be"):

@@ -113,6 +113,13 @@ def test_advice_names_a_smaller_batch_when_checkpointing_is_on():
     assert "with every saving on: take a smaller --qwen." in advise(1, **everything)
 
 
+def test_advice_names_the_windows_graphs_where_they_are_the_problem():
+    fits = estimate_memory(retained_batches=1).total
+    assert "pass --window-mode recompute." in advise(fits, retained_batches=3)
+    # it is on already, or the window has one batch's graphs anyway
+    assert "--window-mode" not in advise(fits - 1, retained_batches=1)
+
+
 def test_advice_names_lora_when_the_optimizer_is_the_problem():
     arguments = dict(batch_size=1, max_prompt_tokens=64)
     need = estimate_memory(**arguments)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
+from qwen_fused.backbone import enable_checkpointing
 from qwen_fused.prove import prove
 
 TINY = dict(
@@ -120,7 +121,7 @@ def test_other_layers(kind):
 def test_qwen(mode):
     model = WithHead(tiny_qwen(attention_dropout=0.2 if mode == "dropout" else 0.0))
     if mode == "checkpointed":
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model.backbone)
     assert_proved(prove(qwen_loss(model, mode), model, optimizer_of(model)))
 
 
@@ -132,7 +133,7 @@ def test_qwen_with_lora(mode):
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], lora_dropout=0.1)
     backbone = get_peft_model(tiny_qwen(), config)
     if mode == "checkpointed":
-        backbone.gradient_checkpointing_enable({"use_reentrant": True})
+        enable_checkpointing(backbone, use_reentrant=True)
         backbone.enable_input_require_grads()
     model = WithHead(backbone)
     report = prove(qwen_loss(model, mode), model, optimizer_of(model))

@@ -85,7 +85,7 @@ def test_flags_reach_the_backbone(small_config, tmp_path):
     save_qwen(tmp_path, "qwen3")
     config = small_config(qwen=str(tmp_path), attention="eager", gradient_checkpointing=True, qwen_dtype="bfloat16")
     backbone = Trainer(config, tmp_path).model.prompt.backbone
-    assert backbone.config._attn_implementation == "eager" and backbone.is_gradient_checkpointing
+    assert backbone.config._attn_implementation == "eager" and backbone.layers[0].gradient_checkpointing
     assert {p.dtype for p in backbone.parameters()} == {torch.bfloat16}
     adapted = Trainer(small_config(qwen=str(tmp_path), lora_rank=2), tmp_path).groups["qwen"]
     assert adapted and all("lora_" in name for name, _ in adapted)

@@ -442,9 +442,14 @@ def test_rejects_bad_input(change, message):
         efe_loss(**{"backend": "reference", **make_case(), **change})
 
 
-def test_rejects_bad_weights_and_flat_input():
-    with pytest.raises(ValueError, match=r"weights\.risk must be finite, got nan"):
-        EFEWeights(risk=float("nan"))
+@pytest.mark.parametrize("value", [-1.0, -1e-9, float("nan"), float("inf"), 10**400, "1", None])
+@pytest.mark.parametrize("name", ["ce", "prompt"])
+def test_rejects_a_weight_that_is_no_cost(name, value):
+    with pytest.raises(ValueError, match=rf"weights\.{name} must be a finite number of at least 0, got {value!r}"):
+        EFEWeights(**{name: value})
+
+
+def test_rejects_bad_flat_input():
     with pytest.raises(ValueError, match=r"logits must be \[N, C\] or \[B, C, H, W\], got \(3,\)"):
         hard_cell_cross_entropy(torch.zeros(3), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"target must be \[N\] for logits of shape \(3, 2\), got \(2,\)"):
