@@ -70,7 +70,7 @@ class Example:
     def backward_row(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
         """The backward plan, each grid where `row` has its forward counterpart."""
         return [
-            (f"back {number}" if number else "input, made back", grid, ARC_COLORS)
+            (f"back {number}" if number else "made back", grid, ARC_COLORS)
             for number, grid in enumerate(self.backward)
         ]
 

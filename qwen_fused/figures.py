@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.ticker import LogFormatter
 
 # css variable -> its light value; the dark ones are in report.html
 INK = {
@@ -111,6 +112,13 @@ def mean_window(steps: int) -> int:
     return max(1, min(50, steps // 10))
 
 
+class ShortLog(LogFormatter):
+    """Ticks of a log axis as numbers that the margin has room for; those inside a decade where few decades show."""
+
+    def __call__(self, value: float, place: int | None = None) -> str:
+        return f"{value:.3g}".replace("e-0", "e-") if super().__call__(value, place) else ""
+
+
 def draw_chart(chart: Chart, metrics: Mapping[str, np.ndarray]) -> Figure | None:
     """The chart of a run's metrics, raw values faint under their running mean; None without any value to show."""
     count = len(_shown(chart, metrics))
@@ -119,7 +127,7 @@ def draw_chart(chart: Chart, metrics: Mapping[str, np.ndarray]) -> Figure | None
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 2.7))
         # room for the legend where there is one
-        plot_chart(figure.add_axes((0.09, 0.16, 0.895, 0.74 if count > 1 else 0.81)), chart, metrics)
+        plot_chart(figure.add_axes((0.1, 0.16, 0.885, 0.74 if count > 1 else 0.81)), chart, metrics)
     return figure
 
 
@@ -135,6 +143,8 @@ def plot_chart(axes: Axes, chart: Chart, metrics: Mapping[str, np.ndarray]) -> N
         axes.plot(steps, running_mean(values, window), color=INK[color], linewidth=1.8, label=label, **few)
     if chart.log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ShortLog())
+        axes.yaxis.set_minor_formatter(ShortLog())
     if chart.share:
         axes.set_ylim(-0.02, 1.02)
     if chart.zero:

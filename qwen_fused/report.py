@@ -94,6 +94,7 @@ def write_report(run_dir: str | Path) -> Path:
         config=config,
         batches=len(metrics["step"]),
         window=figures.mean_window(len(metrics["step"])),
+        recent=_recent(len(metrics["step"])),
         tiles=_tiles(metrics, evaluation),
         course=_course(metrics),
         evaluation=evaluation,
@@ -153,7 +154,7 @@ def _tiles(metrics: Mapping[str, np.ndarray], evaluation: Mapping[str, Any]) -> 
     steps = len(metrics["step"])
     if not steps:
         return tiles
-    last = slice(-min(50, steps), None)
+    last = slice(-_recent(steps), None)
     mean = {key: _mean(values[last]) for key, values in metrics.items()}
     first = _mean(metrics.get("loss", np.full(1, np.nan))[:10])
     grad = metrics.get("qwen_grad", np.full(steps, np.nan))
@@ -180,7 +181,7 @@ def _course(metrics: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """Means over the batches that the expected course names, and over the last 50."""
     steps = len(metrics["step"])
     rows: list[dict[str, Any]] = []
-    spans = [(f"batches {a} to {b}", slice(a, b), expected) for a, b, expected in COURSE if steps >= b]
+    spans = [(f"batches {a + 1} to {b}", slice(a, b), expected) for a, b, expected in COURSE if steps >= b]
     if steps > 110:
         spans.append(("last 50 batches", slice(-50, None), None))
     for label, span, expected in spans:
@@ -191,6 +192,11 @@ def _course(metrics: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
         row["met"] = None if expected is None or row["change"] is None else row["change"] <= -expected
         rows.append(row)
     return rows
+
+
+def _recent(steps: int) -> int:
+    """Batches at a run's end that stand for it: 50, or the second half of a short run."""
+    return min(50, (steps + 1) // 2)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -35,7 +35,7 @@ def test_round_trip(tmp_path):
     assert first.predicted.tolist() == [[3], [5]] and first.plan[0].tolist() == [[0, 0], [0, 0]]
     assert [[grid.tolist() for grid in pair] for pair in first.demonstrations] == [[[[1]], [[2]]]]
     assert [(caption, grid.tolist()) for caption, grid, _ in first.backward_row] == [
-        ("input, made back", [[6, 6]]), ("back 1", [[7], [8]])
+        ("made back", [[6, 6]]), ("back 1", [[7], [8]])
     ]  # fmt: skip
     assert first.why == "hardest" and second.why == "" and second.backward_row == []
     assert second.target is None and second.plan == () and second.demonstrations == ()

@@ -46,6 +46,19 @@ def test_log_chart_leaves_out_zeros():
     np.testing.assert_array_equal(drawn(figure)[0], [np.nan, 1e-5, 1e-3])
 
 
+@pytest.mark.parametrize("low, high", [(0.36, 3.2), (2.1e-5, 2.4e-5), (0.32, 0.35), (1e-7, 1e2), (3e3, 4e5)])
+def test_log_ticks_have_room_in_the_margin(low, high):
+    metrics = {"step": np.arange(1.0, 4), "qwen_grad": np.array([low, high, low])}
+    figure = figures.draw_chart(Chart("g", "g", {"qwen_grad": "Qwen"}, log=True), metrics)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    ticks = [t for minor in (False, True) for t in axes.get_yticklabels(minor=minor) if t.get_text()]
+    shown = [t for t in ticks if axes.get_ylim()[0] <= t.get_position()[1] <= axes.get_ylim()[1]]
+    assert len(shown) >= 2 and min(t.get_window_extent().x0 for t in shown) >= 0
+    # no two of them say the same
+    assert len({t.get_text() for t in shown}) == len(shown)
+
+
 def test_chart_of_nothing_is_none():
     steps = np.arange(3.0)
     chart = Chart("c", "c", {"a": "a", "b": "b"})

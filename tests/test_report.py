@@ -101,16 +101,16 @@ def test_figures_are_those_of_the_run(tmp_path, held_out):
     assert "Loss 4.045 first 10 batches: 4.945" in page
     assert "Qwen_grad 2.00e-05 never 0 after the first batch" in page
     assert "Mask_ratio 0.5" in page and "Reward 0.25" in page and "Episodes/s 12.5" in page
-    # batches 40 to 60 are steps 41 to 60: 4.495 against 4.945; 90 to 110: 3.995
-    assert "batches 40 to 60 4.495 −9.1 % ✗ −11 %" in page
-    assert "batches 90 to 110 3.995 −19.2 % ✓ −19 %" in page
+    # 4.495 against 4.945
+    assert "batches 41 to 60 4.495 −9.1 % ✗ −11 %" in page
+    assert "batches 91 to 110 3.995 −19.2 % ✓ −19 %" in page
     assert "Qwen tiny on arc1, seed 3, batches of 16, fp32. 120 batches logged." in page
 
 
 def test_examples_say_what_was_solved(tmp_path, held_out):
     page = Page(write_report(make_run(tmp_path, held_out))).text
     for number, episode in enumerate(data.test_episodes(held_out)[:12]):
-        verdict = re.search(rf"{episode.task_id} test input {episode.index} (✓ solved|[\d.]+ % of cells right)", page)
+        verdict = re.search(rf"{episode.task_id} test input {episode.index + 1} (✓ solved|[\d.]+ % of cells right)", page)
         assert verdict and (verdict[1] == "✓ solved") == (number % 3 == 0)
     assert page.count("demonstrations") == 12
 
