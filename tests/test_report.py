@@ -110,7 +110,8 @@ def test_figures_are_those_of_the_run(tmp_path, held_out):
 def test_examples_say_what_was_solved(tmp_path, held_out):
     page = Page(write_report(make_run(tmp_path, held_out))).text
     for number, episode in enumerate(data.test_episodes(held_out)[:12]):
-        verdict = re.search(rf"{episode.task_id} test input {episode.index + 1} (✓ solved|[\d.]+ % of cells right)", page)
+        place = f"{episode.task_id} test input {episode.index + 1}"
+        verdict = re.search(rf"{place} (✓ solved|[\d.]+ % of cells right)", page)
         assert verdict and (verdict[1] == "✓ solved") == (number % 3 == 0)
     assert page.count("demonstrations") == 12
 
