@@ -6,7 +6,7 @@ import contextlib
 import itertools
 
 import torch
-from bench_efe_loss import LEAVES, WEIGHTS, both, fused, make_case
+from bench_efe_loss import LEAVES, WEIGHTS, backend_of, both, fused, make_case, shape_of
 from bench_grad_norm import SMALL, make
 from devices import no_sync, record, synchronize
 from efe_cases import ALL_TERMS, DIFFERENTIABLE
@@ -21,13 +21,14 @@ def device_of(arguments) -> torch.device:
     return torch.device("cpu" if arguments.cpu else "cuda")
 
 
-def backend_of(device: torch.device) -> str:
-    return "triton" if device.type == "cuda" else "cpp"
-
-
 def small_case(device: torch.device, dtype: torch.dtype, **shape: int) -> dict[str, Tensor]:
     case = {name: x.to(device) for name, x in make_small(dtype=dtype, **shape).items()}
     return {name: x.requires_grad_() if name in DIFFERENTIABLE else x for name, x in case.items()}
+
+
+def full_size(device: torch.device) -> tuple[dict[str, Tensor], dict]:
+    """A batch's loss, and the gradients of 2000 small tensors in groups."""
+    return make_case(shape_of("arc", device), torch.float32, device), make(SMALL, torch.float32, device)
 
 
 def gradcheck(arguments) -> str:
@@ -47,7 +48,7 @@ def gradcheck(arguments) -> str:
 def repeat(arguments) -> str:
     """The same bits, run after run, on this stream and on another."""
     device = device_of(arguments)
-    case, groups = make_case("arc", torch.float32, device), make(SMALL, torch.float32, device)
+    case, groups = full_size(device)
     norms = GroupGradNorm(groups)
 
     def results() -> list[Tensor]:
@@ -71,7 +72,7 @@ def repeat(arguments) -> str:
 def graph(arguments) -> str:
     """A recorded graph gives, on new inputs, what a fresh call gives."""
     device = device_of(arguments)
-    case, groups = make_case("arc", torch.float32, device), make(SMALL, torch.float32, device)
+    case, groups = full_size(device)
     norms = GroupGradNorm(groups)
     gradients = [p.grad for group in groups.values() for p in group]
 
@@ -120,7 +121,7 @@ def steps(trainer, count: int):
 def sync(arguments) -> str:
     """Loss, norms, clipping and the trainer's step under sync-debug "error"."""
     device = device_of(arguments)
-    case, groups = make_case("arc", torch.float32, device), make(SMALL, torch.float32, device)
+    case, groups = full_size(device)
     norms = GroupGradNorm(groups)
 
     def ops() -> None:
@@ -162,7 +163,7 @@ def small(arguments) -> str:
 def large(arguments) -> str:
     """Each kernel on sizes that fill the device: what ncu reads."""
     device = device_of(arguments)
-    case = make_case("large", torch.float32, device)
+    case = make_case(shape_of("large", device), torch.float32, device)
     efe_loss(**case, weights=WEIGHTS, backend=backend_of(device)).loss.backward()
     groups = make("qwen2.5-0.5b", torch.float32, device)
     norms = GroupGradNorm(groups)
@@ -192,4 +193,3 @@ def profile(arguments) -> str:
     wall = max(e.time_range.end for e in trace.events()) - min(e.time_range.start for e in trace.events())
     first = ", ".join(f"{key[:40]} {100 * time / total:.0f} %" for time, key in times[:3])
     return f"{kind} busy {100 * total / wall:.0f} % of {wall / 3e3:.1f} ms a step; most: {first}"
-

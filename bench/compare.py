@@ -10,17 +10,17 @@ TOLERATED = 1.10
 
 
 def read(path: Path) -> dict:
-    """A result of `qwen-fused bench`.
+    """A result of `qwen-fused bench`, its rows by bench, case and contender.
 
     Raises:
         ValueError: the file is none.
     """
     try:
         record = json.loads(path.read_text())
-        return {**record, "rows": {(r["bench"], r["case"], r["who"]): {**r} for r in record["rows"]}}
+        return {**record, "rows": {(r["bench"], r["case"], r["who"]): r for r in record["rows"]}}
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-        raise ValueError(f"compare must be given two results of qwen-fused bench, got {path} ({reason})") from None
+        raise ValueError(f"{path} must be a result of qwen-fused bench, got what can't be read ({reason})") from None
 
 
 def compare(before: Path, after: Path) -> int:

@@ -12,8 +12,8 @@ from qwen_fused.figures import INK
 # inches of a page that title and caption take
 HEAD = 0.6
 OURS, OTHERS = INK["series-1"], "#b9b7b0"
-# of a bench with several comparisons, what the bars show
-SHOWN = {"efe_loss": (", both",), "grad_norm": (", measure", ", measure + clip"), "window": ("",), "step": ("",)}
+# of a bench with several comparisons of one case, what the bars show
+SHOWN = {"efe_loss": (", both",), "grad_norm": (", measure", ", measure + clip")}
 # less than this is in a cache: no roofline of memory stands above it
 LARGE = 1e7
 
@@ -96,7 +96,7 @@ def short(row: dict) -> str:
 
 def bars(record: dict, to: Path) -> bool:
     """Time of each contender over ours, a panel for each comparison; False where there is none."""
-    shown = [row for row in record["rows"] if row["case"].endswith(SHOWN[row["bench"]])]
+    shown = [row for row in record["rows"] if row["case"].endswith(SHOWN.get(row["bench"], ""))]
     panels = list(dict.fromkeys((row["bench"], row["case"]) for row in shown))
     if not panels:
         return False

@@ -5,7 +5,8 @@
 #
 # Needs CUDA, torch >= 2.10, triton and nvcc, no network. PYTHON names the interpreter, OUT the folder for what comes out
 # (default: campaign): summary.md, summary.json, <device>.json and its pictures, trace.json.gz, logs.tar.gz, none over 16 MB.
-# A stage that fails or runs out of its time leaves the others alone. Exit code: 0 none failed, 1 some did, 2 bad argument.
+# A stage that fails or runs out of its time leaves the others alone; one that needs what is not here is skipped, and says
+# what. Checks share the device; what is timed has it alone. Exit code: 0 none failed, 1 some did, 2 bad argument.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 STAGES="machine build gradcheck repeat graph sync memcheck racecheck tests bench train-half train-tiny profile ncu"
@@ -48,18 +49,26 @@ stage() {
 
 run() { stage "$1" "$2" "$PYTHON" bench/campaign.py "${@:3}" --out "$OUT" "${cpu[@]}"; }
 
+# beside the others: most of a check's time goes into compiling kernels on one core; a dry run's cores are too few for that
+beside() { "$@" & [ ${#cpu[@]} -eq 0 ] || wait; }
+
+# skip NAME REASON
+skip() { stage "$1" 5 bash -c 'echo "figure: $1"; exit 77' skip "$2"; }
+
 # torch's caching allocator would stand between a sanitizer and each allocation; small cases: they are a hundred times slower
 sanitize() {
   if [ ${#cpu[@]} -gt 0 ]; then run "$1" 60 small; return; fi
-  if ! command -v compute-sanitizer >/dev/null; then stage "$1" 5 bash -c 'echo "figure: no compute-sanitizer"; exit 77'; return; fi
-  stage "$1" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
+  command -v compute-sanitizer >/dev/null || { skip "$1" "no compute-sanitizer"; return; }
+  stage "$1" 90 bash -c 'set -o pipefail; "$@" 2>&1 | tee "$0" && exit; code=$?
+    grep -q "Device not supported" "$0" && { echo "figure: compute-sanitizer does not know this device"; exit 77; }; exit $code' \
+    "$OUT/logs/$1.out" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
     "$PYTHON" bench/campaign.py small --out "$OUT"
 }
 
 # the kernels of the ops alone; it reads hardware counters, which not every machine allows
 counters() {
-  if [ ${#cpu[@]} -gt 0 ] || ! command -v ncu >/dev/null; then stage ncu 5 bash -c 'echo "figure: no CUDA, or no ncu"; exit 77'; return; fi
-  stage ncu 45 bash -c 'ncu --clock-control none --csv --kernel-name "regex:efe_|norm|clip" --launch-count 12 \
+  if [ ${#cpu[@]} -gt 0 ] || ! command -v ncu >/dev/null; then skip ncu "no CUDA, or no ncu"; return; fi
+  stage ncu 45 bash -c 'ncu --clock-control none --csv --kernel-name "regex:efe_|measure|finish|clip" --launch-count 12 \
     --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread \
     "$@" || { echo "figure: ncu does not work here"; exit 77; }; echo "figure: logs.tar.gz: logs/ncu.log"' \
     ncu "$PYTHON" bench/campaign.py large --out "$OUT"
@@ -69,19 +78,23 @@ run machine 30 machine
 # for the GPU that is there alone: other architectures are compiled in CI
 [ ${#cpu[@]} -gt 0 ] || export TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' 2>/dev/null)}"
 stage build 150 env QWEN_FUSED_REQUIRE_EXTENSION=1 "$PYTHON" setup.py -q build_ext --inplace
-run gradcheck 45 gradcheck
-run repeat 30 repeat
-run graph 30 graph
-run sync 40 sync
-sanitize memcheck
-sanitize racecheck
-run tests 110 tests
-run bench 120 bench
-run train-half 75 train half
-run train-tiny 45 train tiny
-run profile 30 profile
+beside run gradcheck 60 gradcheck
+beside run repeat 45 repeat
+beside run graph 45 graph
+beside run sync 60 sync
+beside sanitize memcheck
+beside sanitize racecheck
+beside run tests 120 tests
+wait
+run bench 160 bench
+run train-half 90 train half
+run train-tiny 60 train tiny
+run profile 40 profile
 counters
 
+# in the order of the list, whichever ended first
+for name in $STAGES; do grep "^$name	" "$OUT/stages.tsv"; done >"$OUT/ordered.tsv"
+mv "$OUT/ordered.tsv" "$OUT/stages.tsv"
 "$PYTHON" bench/campaign.py summary --out "$OUT"
 code=$?
 tar -czf "$OUT/logs.tar.gz" -C "$OUT" logs && rm -r "$OUT/logs" "$OUT/stages.tsv"

@@ -1,13 +1,15 @@
 """What the benches have in common: contenders timed in turns, summaries, and a wrong result that gets no figure.
 
-A bench yields `Comparison`s: contenders that do the same work. `measure` checks each one's result, then times them in
-turns, round by round, so that what else the machine does in a round slows all of them alike: the ratio to ours is the
-median over rounds of the ratios within a round. Times are medians with the 20th and 80th percentile.
+A bench yields `Comparison`s: contenders that do the same work. `measure` checks each one's result, calls each once for
+the memory that it takes, then times them in turns, round by round, so that what else the machine does in a round slows
+all of them alike: the ratio to ours is the median over rounds of the ratios within a round. Times are medians with the
+20th and 80th percentile.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import statistics
 import sys
@@ -24,7 +26,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-LEVELS = ("quick", "full")
 # seconds for one comparison, and the fewest rounds that give a median and its spread
 SECONDS = {"quick": 2.0, "full": 10.0}
 FEWEST, MOST = 3, 60
@@ -99,20 +100,33 @@ def measure(comparison: Comparison, level: str) -> list[Row]:
         WrongResult: a contender is wrong; nothing was timed.
     """
     errors = {name: comparison.check(name) for name in comparison.calls}
-    times = in_turns(comparison, SECONDS[level])
-    return [row_of(comparison, name, times, errors[name]) for name in comparison.calls]
+    first = {name: first_call(call, comparison.device) for name, call in comparison.calls.items()}
+    times = in_turns(comparison, SECONDS[level], {name: about for name, (about, _) in first.items()})
+    return [row_of(comparison, name, times, errors[name], first[name][1]) for name in comparison.calls]
 
 
-def in_turns(comparison: Comparison, seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of each contender, one entry per round."""
-    calls, device = comparison.calls, comparison.device
-    first = {name: timed(call, device) for name, call in calls.items()}
+def first_call(call: Call, device: torch.device) -> tuple[float, float | None]:
+    """About how many seconds a call takes, and its memory, see `peak_mb`; the call is warm afterwards."""
+    start = time.perf_counter()
+    peak = peak_mb(call, device)
+    about = (time.perf_counter() - start) / call.share
     # what is slow is warm after one call; the first one of what is fast tells nothing of the next
-    first = {name: timed(call, device) if first[name] < 1 else first[name] for name, call in calls.items()}
+    return (about if about >= 1 else timed(call, device)), peak
+
+
+def in_turns(comparison: Comparison, seconds: float, about: dict[str, float]) -> dict[str, list[float]]:
+    """Seconds per call of each contender, one entry per round.
+
+    Args:
+        comparison: whose calls are warm.
+        seconds: for all rounds together, more where the fewest rounds take longer.
+        about: name -> about how many seconds a call takes.
+    """
+    calls, device = comparison.calls, comparison.device
     repeats = {
-        name: 1 if call.prepare else max(1, round(SHORTEST / max(first[name], 1e-6))) for name, call in calls.items()
+        name: 1 if call.prepare else max(1, round(SHORTEST / max(about[name], 1e-6))) for name, call in calls.items()
     }
-    round_trip = sum(first[name] * repeats[name] * calls[name].share for name in calls)
+    round_trip = sum(about[name] * repeats[name] * calls[name].share for name in calls)
     rounds = max(FEWEST, min(MOST, round(seconds / round_trip)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -138,12 +152,16 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def row_of(comparison: Comparison, name: str, times: dict[str, list[float]], error: float | None) -> Row:
+def row_of(
+    comparison: Comparison, name: str, times: dict[str, list[float]], error: float | None, peak: float | None
+) -> Row:
     """Summary of one contender."""
     found, ours = times[name], times[comparison.ours]
     p20, _, _, p80 = statistics.quantiles(found, n=5, method="inclusive")
     median = statistics.median(found)
-    launches, syncs = launches_and_syncs(comparison.calls[name], comparison.device)
+    # whole training runs start tens of thousands: their profile would take longer than they do
+    profiled = comparison.device.type == "cuda" and comparison.episodes is None
+    launches, syncs = launches_and_syncs(comparison.calls[name], comparison.device) if profiled else (None, None)
     return Row(
         bench=comparison.bench,
         case=comparison.case,
@@ -161,18 +179,21 @@ def row_of(comparison: Comparison, name: str, times: dict[str, list[float]], err
         episodes_per_s=comparison.episodes / median if comparison.episodes else None,
         launches=launches,
         syncs=syncs,
-        peak_mb=peak_mb(comparison.calls[name], comparison.device),
+        peak_mb=peak,
     )
 
 
-def launches_and_syncs(call: Call, device: torch.device) -> tuple[int | None, int | None]:
-    """Kernels that one call starts, and times it makes the host wait for the device; None without one."""
-    if device.type != "cuda":
-        return None, None
+def launches_and_syncs(call: Call, device: torch.device) -> tuple[int, int]:
+    """Kernels that one call starts, and times it makes the host wait for the device."""
     value = call.prepare() if call.prepare else None
-    # the profiler and the wait at its end synchronise, too: what an empty call shows is not the call's own
-    idle, busy = device_events(lambda: None, device), device_events(lambda: call.run(value), device)
+    busy, idle = device_events(lambda: call.run(value), device), idle_events(device)
     return busy[0] - idle[0], max(0, busy[1] - idle[1])
+
+
+@functools.cache
+def idle_events(device: torch.device) -> tuple[int, int]:
+    """What an empty call shows: the profiler and the wait at its end synchronise, too."""
+    return device_events(lambda: None, device)
 
 
 def device_events(run: Callable[[], Any], device: torch.device) -> tuple[int, int]:

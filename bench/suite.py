@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import NoReturn
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"
-BENCHES = ("efe_loss", "grad_norm", "window", "step")
+BENCHES = ("efe_loss", "grad_norm", "window", "window_qwen", "step")
 # what the benches import beside this file, and the checkout's own package
 sys.path[:0] = [str(BENCH), str(BENCH.parent)]
 
@@ -100,9 +101,11 @@ def kept(path: Path, record: dict, renewed: list[str]) -> list[dict]:
     """Rows of the benches that this run leaves out, where the file is of the same device and torch."""
     if len(renewed) == len(BENCHES) or not path.is_file():
         return []
-    before = json.loads(path.read_text())
+    from compare import read
+
+    before = read(path)
     same = all(before["machine"][key] == record["machine"][key] for key in ("device", "threads", "torch"))
-    return [row for row in before["rows"] if row["bench"] not in renewed] if same else []
+    return [row for row in before["rows"].values() if row["bench"] not in renewed] if same else []
 
 
 def describe(record: dict) -> str:
@@ -117,7 +120,10 @@ def describe(record: dict) -> str:
 
 
 def draw(path: Path) -> None:
-    """The pictures beside a result."""
+    """The pictures beside a result, where there is something to draw them with."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("not drawn: matplotlib is not installed")
+        return
     from draw import bars, roofline
 
     record = json.loads(path.read_text())

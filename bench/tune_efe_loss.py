@@ -19,31 +19,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_efe_loss import LEAVES, both, fused, graphed
-from harness import Call, Comparison, in_turns, refuse
+from bench_efe_loss import LEAVES, TOLERANCE, both, fused, graphed, make_case
+from harness import Call, Comparison, first_call, in_turns, refuse
 
 from qwen_fused.kernels import efe_launch, efe_loss
 from qwen_fused.kernels.efe_launch import Launch, Row, capability_of, launch_row
 
 CELLS, WARPS = (16, 32, 64, 128, 256, 512), (1, 2, 4, 8)
 DIRECTIONS = ("forward", "backward")
-# sums over tiles of other sizes are added up in another order
-LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 def candidates() -> list[Launch]:
     """At least half a cell and at most four a thread; time tells which of them spill."""
     return [Launch(cells, warps) for cells, warps in itertools.product(CELLS, WARPS) if 16 <= cells / warps <= 128]
-
-
-def make_case(B: int, C: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    """The trainer's terms on full canvases."""
-    shapes = {"plan_logits": (B, 5, C, 30, 30), "back_logits": (B, 5, C, 30, 30), "preference_logits": (B, C, 30, 30)}
-    case = {name: torch.randn(shape, device=device).to(dtype) for name, shape in shapes.items()}
-    case["prompt_colors"] = torch.randn(B, C, device=device).to(dtype)
-    case |= {"target": torch.randint(0, C, (B, 30, 30), device=device)}
-    case |= {"anchor_log_probs": torch.randn(C, 30, 30, device=device).log_softmax(0)}
-    return {name: x.requires_grad_() if name in LEAVES else x for name, x in case.items()}
 
 
 def use(forward: Launch, backward: Launch) -> None:
@@ -75,14 +63,16 @@ def times(
             # too many registers, or too much shared memory: Triton's and the driver's errors are many
             print(f"  {launch}: {type(error).__name__}", file=sys.stderr)
             continue
-        limit = LIMIT[case["plan_logits"].dtype]
+        # sums over tiles of other sizes are added up in another order
+        limit = TOLERANCE[case["plan_logits"].dtype]
         for one, two in zip(found, right, strict=True):
             refuse(str(launch), ((one - two).abs().max() / two.abs().max()).item(), limit)
         # small ones would show the host's time, large ones' gradients would fill the device if each had a graph
         graph = graphed(case, device) if case["plan_logits"].numel() < 1e7 else None
         calls[str(launch)] = graph or Call(lambda _, launch=launch: run(launch))
     comparison = Comparison("tune", direction, calls, str(getattr(present, direction)), device, lambda _: None)
-    measured = in_turns(comparison, seconds)
+    about = {name: first_call(call, device)[0] for name, call in calls.items()}
+    measured = in_turns(comparison, seconds, about)
     return {launch: statistics.median(measured[str(launch)]) for launch in tried if str(launch) in measured}
 
 
@@ -113,7 +103,7 @@ def main() -> int:
         by_case = []
         for B, dtype in itertools.product(arguments.episodes, arguments.dtype):
             use(present.forward, present.backward)
-            case = make_case(B, classes, getattr(torch, dtype), device)
+            case = make_case((B, 5, classes, 30, 30), getattr(torch, dtype), device)
             found = times(case, direction, present, candidates(), arguments.seconds)
             by_case.append(found)
             print(f"\n{direction}, B={B}, C={classes}, {dtype}: ms")

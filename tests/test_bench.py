@@ -75,6 +75,17 @@ def test_a_wrong_result_is_not_timed(error):
     assert not calls
 
 
+def test_each_contender_is_called_no_more_than_it_must(monkeypatch):
+    import harness
+    from harness import Call, measure
+
+    calls = []
+    monkeypatch.setattr(harness, "first_call", lambda call, device: (call.run(None) or 5.0, None))
+    measure(comparison(calls={"ours": Call(lambda _: calls.append("ours"))}), "quick")
+    # what takes seconds: once for its memory and to be warm, then the fewest rounds
+    assert len(calls) == 1 + harness.FEWEST
+
+
 def test_the_losses_are_refused_when_wrong(monkeypatch):
     import bench_efe_loss
     from harness import WrongResult
@@ -83,7 +94,8 @@ def test_the_losses_are_refused_when_wrong(monkeypatch):
     (forward, *_) = bench_efe_loss.compare("arc", torch.float32, CPU)
     assert forward.check("eager") < 1e-5
     right = bench_efe_loss.eager
-    monkeypatch.setattr(bench_efe_loss, "contenders", lambda device: {"eager": lambda **case: 1.001 * right(**case)})
+    wrong = {"eager": lambda **case: 1.001 * right(**case)}
+    monkeypatch.setattr(bench_efe_loss, "contenders", lambda device, launches_tell: wrong)
     (forward, *_) = bench_efe_loss.compare("arc", torch.float32, CPU)
     with pytest.raises(WrongResult):
         forward.check("eager")
@@ -213,10 +225,20 @@ def test_peak_memory_is_that_of_the_call():
 
 
 def test_a_part_renewed_keeps_the_rest(tmp_path):
-    from suite import kept
+    from suite import BENCHES, kept
 
     path = tmp_path / "x.json"
-    path.write_text(json.dumps(record([{"bench": "window"}, {"bench": "step"}])))
-    assert kept(path, record([]), ["step"]) == [{"bench": "window"}]
+    window, step = ({"bench": name, "case": "a case", "who": "ours"} for name in ("window", "step"))
+    path.write_text(json.dumps(record([window, step])))
+    assert kept(path, record([]), ["step"]) == [window]
     assert kept(path, record([], torch="3"), ["step"]) == []
-    assert kept(path, record([]), ["efe_loss", "grad_norm", "window", "step"]) == []
+    assert kept(path, record([]), list(BENCHES)) == []
+
+
+def test_what_is_no_result_is_not_built_on(tmp_path, capfd):
+    path = tmp_path / "x.json"
+    path.write_text('{"rows": 1}')
+    line = ["bench", "--quick", "--device", "cpu", "--only", "grad_norm", "--out", str(path)]
+    assert cli.main(line) == 2 and path.read_text() == '{"rows": 1}'
+    error = capfd.readouterr().err
+    assert error.startswith("qwen-fused: ") and str(path) in error and len(error.strip().splitlines()) == 1

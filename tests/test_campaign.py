@@ -44,6 +44,36 @@ def test_a_failed_stage_leaves_the_others_alone(tmp_path):
     assert stages["ncu"]["status"] == "skipped"
 
 
+def without(folder: Path, *modules: str) -> str:
+    """A folder for PYTHONPATH under which the modules are as if they were not installed."""
+    lines = [f"sys.modules[{module!r}] = None" for module in modules]
+    (folder / "sitecustomize.py").write_text("\n".join(["import sys", *lines]))
+    return str(folder)
+
+
+def test_what_a_stage_lacks_is_named_and_the_stage_skipped(tmp_path):
+    path = without(tmp_path, "peft", "rich", "tyro")
+    code, out, stages = campaign(tmp_path / "out", "--cpu", "machine", "sync", "train-tiny", PYTHONPATH=path)
+    assert code == 0, out
+    assert [stage["status"] for stage in stages.values()] == ["passed", "skipped", "skipped"]
+    assert "missing: tyro" in stages["machine"]["figure"]
+    assert stages["sync"]["figure"] == "for want of peft" and stages["train-tiny"]["figure"] == "for want of peft, rich"
+
+
+def test_test_files_that_lack_a_module_are_left_out_and_slips_are_not(tmp_path):
+    (tmp_path / "test_a.py").write_text("import tyro\n\ndef test_a(): pass\n")
+    (tmp_path / "test_b.py").write_text("def test_b(): pass\n")
+    (tmp_path / "test_c.py").write_text("import no_such_helper\n")
+    path = os.pathsep.join([without(tmp_path, "tyro"), str(ROOT / "bench"), str(ROOT)])
+    line = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "left_out", "--continue-on-collection-errors"]
+    done = subprocess.run(
+        [*line, "--rootdir", str(tmp_path), str(tmp_path)], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path,
+    )  # fmt: skip
+    assert "left out for want of tyro" in done.stdout and "1 passed, 1 skipped, 1 error" in done.stdout, done.stdout
+    assert "no_such_helper" in done.stdout
+
+
 def test_bad_arguments_get_one_sentence(tmp_path):
     code, out, stages = campaign(tmp_path, "--gpu")
     assert code == 2 and not stages
