@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen_fused.proof import frames, kinds, modes
-from qwen_fused.proof.frames import NOWHERE, Site
+from qwen_fused.proof.frames import Site
 from qwen_fused.proof.labels import graph_nodes, tensors_in
 
 FINE, NONE, ZERO, NONFINITE = "fine", "none", "zero", "non-finite"
@@ -127,6 +127,3 @@ def _reached(nodes: list[Any], parameters: Mapping[str, Tensor]) -> dict[Any, fr
                 reached[here].add(name)
                 stack += parents.get(here, ())
     return {node: frozenset(found) for node, found in reached.items()}
-
-
-__all__ = ["Break", "NOWHERE", "first_nonfinite", "follow_backward"]

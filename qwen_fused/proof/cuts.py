@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qwen_fused.proof.frames import Frame, Site
-from qwen_fused.proof.labels import Key, Labels
+from qwen_fused.proof.labels import Labels
 from qwen_fused.proof.replay import Record, Slot
 
 
@@ -61,7 +61,6 @@ class Event:
     slot: Slot | None = None
     record: Record | None = None
     behind: int = 0  # cuts upstream
-    source: Key | None = None  # storage that a departure read
     continues: bool = False  # whether that storage was used as a tensor later
     carried: bool = False  # whether it became a leaf that the user's own backward can carry on from
     aliased: bool = False  # whether its result was written through later

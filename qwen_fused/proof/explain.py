@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -105,57 +106,58 @@ def returning(subject: Subject, trace: Trace, most: int) -> list[Event]:
 def _in_backward(subject: Subject, names: list[str]) -> tuple[list[Finding], list[Cut]]:
     """Parameters in the graph that backward gives nothing to: some operation's backward returns None."""
     findings, cuts = [], []
-    left = set(names)
-    for brk in _breaks(subject):
-        hit = tuple(name for name in names if name in brk.parameters and name in left)
-        if brk.status == backtrace.NONE and hit:
-            left -= set(hit)
-            kind = "custom function" if brk.is_custom else "non-differentiable"
-            user = brk.site.user
-            cuts.append(Cut(kind, brk.operation, user.file, user.line, user.function, hit, brk.site.inside))
-            detail = f"the backward of {brk.operation} returns None for {name_some(hit)}"
-            findings.append(Finding(kind, detail, hit, user, brk.site.inside))
-    if left:
-        rest = tuple(name for name in names if name in left)
+    broken, rest = _breaks(subject, names, backtrace.NONE)
+    for brk, hit in broken:
+        kind = "custom function" if brk.is_custom else "non-differentiable"
+        user = brk.site.user
+        cuts.append(Cut(kind, brk.operation, user.file, user.line, user.function, hit, brk.site.inside))
+        detail = f"the backward of {brk.operation} returns None for {name_some(hit)}"
+        findings.append(Finding(kind, detail, hit, user, brk.site.inside))
+    if rest:
         detail = f"{name_some(rest)} is in the graph, yet backward delivers nothing; what swallows it can't be seen"
         findings.append(Finding("unseen", detail, rest))
     return findings, cuts
 
 
-def _breaks(subject: Subject) -> list[backtrace.Break]:
+def _breaks(
+    subject: Subject, names: Iterable[str], status: str
+) -> tuple[list[tuple[backtrace.Break, tuple[str, ...]]], tuple[str, ...]]:
+    """The breaks of one status, each with those of the names that it is the first to stop, and the names left over."""
     found = subject.watched_call(backtrace.follow_backward, subject.trainable, subject.backward)
     subject.snapshot.clear_gradients()
-    return found
+    broken, left = [], tuple(names)
+    for brk in found:
+        hit = tuple(name for name in left if name in brk.parameters)
+        if brk.status == status and hit:
+            broken.append((brk, hit))
+            left = tuple(name for name in left if name not in hit)
+    return broken, left
 
 
 def zero(subject: Subject, dead: tuple[str, ...]) -> list[Finding]:
-    findings, left = [], set(dead)
-    for brk in _breaks(subject):
-        hit = tuple(name for name in dead if name in brk.parameters and name in left)
-        if brk.status == backtrace.ZERO and hit:
-            left -= set(hit)
-            detail = f"{brk.operation} passes only zeros on to {name_some(hit)}, and still does one step on"
-            findings.append(Finding("zero", detail, hit, brk.site.user, brk.site.inside))
-    if left:
-        rest = tuple(name for name in dead if name in left)
+    """Which operation gives each of the parameters zeros, here and one small step on."""
+    broken, rest = _breaks(subject, dead, backtrace.ZERO)
+    findings = []
+    for brk, hit in broken:
+        detail = f"{brk.operation} passes only zeros on to {name_some(hit)}, and still does one step on"
+        findings.append(Finding("zero", detail, hit, brk.site.user, brk.site.inside))
+    if rest:
         findings.append(Finding("zero", f"{name_some(rest)} is connected, with a gradient of exactly zero", rest))
     return findings
 
 
 def nonfinite(subject: Subject, bad: tuple[str, ...], loss: Any) -> list[Finding]:
+    """Which operation first gives NaN or Inf: of the forward pass where the loss is either, else of the backward."""
     if isinstance(loss, Tensor) and not loss.isfinite():
         found = subject.watched_call(backtrace.first_nonfinite)
         operation, site = found or ("the loss", NOWHERE)
         detail = f"{operation} first gave NaN or Inf; the loss is {as_float(loss)}, and {name_some(bad)} got no better"
         return [Finding("non-finite", detail, bad, site.user if found else None, site.inside)]
-    findings, left = [], set(bad)
-    for brk in _breaks(subject):
-        hit = tuple(name for name in bad if name in brk.parameters and name in left)
-        if brk.status == backtrace.NONFINITE and hit:
-            left -= set(hit)
-            detail = f"the backward of {brk.operation} gives NaN or Inf to {name_some(hit)}"
-            findings.append(Finding("non-finite", detail, hit, brk.site.user, brk.site.inside))
-    if left:
-        rest = tuple(name for name in bad if name in left)
+    broken, rest = _breaks(subject, bad, backtrace.NONFINITE)
+    findings = []
+    for brk, hit in broken:
+        detail = f"the backward of {brk.operation} gives NaN or Inf to {name_some(hit)}"
+        findings.append(Finding("non-finite", detail, hit, brk.site.user, brk.site.inside))
+    if rest:
         findings.append(Finding("non-finite", f"the gradient of {name_some(rest)} has NaN or Inf", rest))
     return findings

@@ -6,13 +6,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
-
-from rich.console import Console
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from qwen_fused.proof.cuts import Cut
 from qwen_fused.proof.frames import NOWHERE, Frame
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 RUNGS = ("declared", "connected", "nonzero", "correct", "applied")
 
@@ -144,6 +144,9 @@ class ProofReport:
         return {"ok": self.ok, "verdict": self.verdict, "rungs": rungs, "cut": cut, **rest}
 
     def __rich__(self) -> Text:
+        # here, as the ops that share the package do without it
+        from rich.text import Text
+
         text = Text()
         colour = {"proved": "bold green", "broken": "bold red", "not proved": "bold yellow"}[self.verdict]
         text.append(f"gradient {self.verdict}", colour)
@@ -156,6 +159,8 @@ class ProofReport:
         return text
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=200, no_color=True, highlight=False, force_terminal=False)
         with console.capture() as capture:
             console.print(self.__rich__(), soft_wrap=True)

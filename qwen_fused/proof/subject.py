@@ -102,7 +102,8 @@ class Subject:
         self.optimizers = _optimizers(optimizer)
         self.allow = Allowance(allow)
         self.own_backward = backward is not None
-        self._backward = backward or (lambda loss: loss.backward())
+        # how the caller's loop sends the loss back
+        self.backward = backward or (lambda loss: loss.backward())
         self._step = step
         self.evaluations = 0
         self.snapshot = Snapshot(self.named.values(), self.modules.values(), self.optimizers, loss_fn)
@@ -145,10 +146,6 @@ class Subject:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return function(self.loss_fn, *args)
-
-    def backward(self, loss: Tensor) -> None:
-        """Send the loss back as the caller's loop does."""
-        self._backward(loss)
 
     def step(self) -> None:
         """Step as the caller's loop does."""
