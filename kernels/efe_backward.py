@@ -17,7 +17,7 @@ import triton.language as tl
 from .efe_tile import LN_2, LOG2_E, TINY, cells, labels, load_classes, log2, softmax
 
 
-@triton.jit(do_not_specialize=["ignore_index", "B", "T"])
+@triton.jit(do_not_specialize=["ignore_index", "B", "T", "tiles"])
 def efe_backward_kernel(
     plan,
     target,
@@ -57,6 +57,7 @@ def efe_backward_kernel(
     P,
     W,
     T,
+    tiles,
     C: tl.constexpr,
     RISK: tl.constexpr,
     AMBIGUITY: tl.constexpr,
@@ -76,13 +77,15 @@ def efe_backward_kernel(
     FAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    b = tl.program_id(1).to(tl.int64)
-    cell = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    # in one dimension, as forward
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    cell = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     cell_in = cell < P
     target = cells(target + b * target_stride[0], target_stride[1], target_stride[2], cell, W, FLAT)
     valid, known, label, kappa = labels(target, cell_in, ignore_index, class_weight, C, CLASS_WEIGHT, ACC)
     scale = tl.load(upstream).to(ACC) * tl.load(coef + 2 * B)
-    if tl.program_id(0) == 0:
+    if tile == 0:
         for c in tl.static_range(C):
             if D_PROMPT_COLORS:
                 tl.store(d_prompt_colors + b * C + c, scale * tl.load(prompt_colors_share + b * C + c))

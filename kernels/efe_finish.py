@@ -126,7 +126,7 @@ def efe_finish_kernel(
         dv = tl.zeros([BLOCK_C], ACC)
         scale = tl.where(cells > 0, -sigma * tl.full([], w_prompt, ACC) / T, 0.0)
         for t in range(0, T):
-            u = _sum_classes(rows + t * C * tiles, live, tiles, C, ACC, BLOCK, BLOCK_C) / n
+            u = _sum_classes(rows, live, tiles, C, ACC, BLOCK, BLOCK_C) / n
             u_norm = tl.sqrt(tl.sum(u * u))
             u_held = tl.maximum(u_norm, EPS)
             cos = tl.sum((u / u_held) * (v / v_held))
@@ -134,15 +134,17 @@ def efe_finish_kernel(
             du = v / v_held - tl.where(u_norm < EPS, 0.0, cos) * (u / u_held)
             dv += u / u_held - tl.where(v_norm < EPS, 0.0, cos) * (v / v_held)
             tl.store(d_pooled + (b * T + t) * C + c, scale / n * (du / u_held), mask=class_in)
+            # step by step: all of them may lie further than an int32 says
+            rows += C * tiles
         tl.store(d_prompt_colors + b * C + c, scale * (dv / v_held), mask=class_in)
         total += tl.full([], w_prompt, ACC) * prompt
-        rows += T * C * tiles
     tl.store(out + 5, prompt)
     ambiguity = tl.zeros([], ACC)
     if AMBIGUITY:
         mass = tl.zeros([BLOCK_C], ACC)
-        for t in range(0, T):
-            mass += _sum_classes(rows + t * C * tiles, live, tiles, C, ACC, BLOCK, BLOCK_C)
+        for _t in range(0, T):
+            mass += _sum_classes(rows, live, tiles, C, ACC, BLOCK, BLOCK_C)
+            rows += C * tiles
         h = tl.load(obs_entropy + c * obs_stride, mask=class_in, other=0.0).to(ACC)
         ambiguity = tl.sum(mass * h) / n
         w = tl.full([], w_ambiguity, ACC)

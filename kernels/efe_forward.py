@@ -62,8 +62,10 @@ def efe_forward_kernel(
     FAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    tile = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(1).to(tl.int64)
+    # in one dimension: the others hold 65,535 programs at most, and there may be more episodes
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    tiles = tl.cast(tiles, tl.int64)
     cell = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     cell_in = cell < P
     target = cells(target + b * target_stride[0], target_stride[1], target_stride[2], cell, W, FLAT)

@@ -113,7 +113,7 @@ def _forward(
     arrived = plan.new_empty(1, dtype=torch.int32)
     tl_acc = tl.float64 if acc == torch.float64 else tl.float32
     with _device(plan):
-        efe_forward_kernel[(tiles, B)](
+        efe_forward_kernel[(B * tiles,)](
             plan,
             target,
             back,
@@ -220,11 +220,12 @@ def _backward(
         return grads
 
     # the small ones are written in order; empty_like may have kept a transposed one's strides
-    small = [x.new_empty(x.shape) if x.numel() else x for x in (d_obs_entropy, d_prompt_colors)]
+    small = [x.new_empty(x.shape) for x in (d_obs_entropy, d_prompt_colors)]
     launch = launch_row(C, capability_of(plan.device)).backward
+    tiles = triton.cdiv(H * W, launch.cells)
     canvases = (plan, target, back, preference, anchor, d_plan, d_back, d_preference)
     with _device(plan):
-        efe_backward_kernel[(triton.cdiv(H * W, launch.cells), B)](
+        efe_backward_kernel[(B * tiles,)](
             plan,
             target,
             back,
@@ -251,6 +252,7 @@ def _backward(
             H * W,
             W,
             T,
+            tiles,
             C=C,
             **flags,
             STEP_WEIGHT=step_weight is not None,

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
+from . import reference
+
 CELLS = tl.constexpr(0)
 HARD = tl.constexpr(1)
 BAD = tl.constexpr(2)
@@ -28,7 +30,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # under every sum of two probabilities that is not multiplied by 0, and a normal float32
 TINY = tl.constexpr(1.0e-37)
 
-IGNORED_PREDICTION = tl.constexpr(255)
+IGNORED_PREDICTION = tl.constexpr(reference.IGNORED_PREDICTION)
 
 
 @triton.jit

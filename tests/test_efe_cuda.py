@@ -117,6 +117,21 @@ def test_loss_scale_passes_through_and_overflow_shows(device: torch.device) -> N
 
 
 @device
+def test_more_episodes_than_a_grid_has_rows(device: torch.device) -> None:
+    # CUDA's second dimension holds 65,535 programs
+    episodes = 70_000 if device.type == "cuda" else 5
+    logits = torch.randn(episodes, 3, 1, 1, device=device, requires_grad=True)
+    target = torch.randint(0, 3, (episodes, 1, 1), device=device)
+    loss = hard_cell_cross_entropy(logits, target, hard_mode="none", backend="triton").loss
+    (grad,) = torch.autograd.grad(loss, logits)
+    wide = logits.detach().double().requires_grad_()
+    expected = nn.functional.cross_entropy(wide, target)
+    (expected_grad,) = torch.autograd.grad(expected, wide)
+    assert_agrees(loss.detach(), expected.detach(), torch.float32, "loss")
+    assert_agrees(episodes * grad, episodes * expected_grad, torch.float32, "gradient")
+
+
+@device
 def test_leaks_nothing(device: torch.device) -> None:
     leaves = with_grad(make_case(**SMALL), device.type)
 

@@ -49,6 +49,28 @@ def test_forward_and_backward_launch_as_the_row_says(monkeypatch):
         assert_agrees(grad, grads[name], torch.float64, name)
 
 
+class Grids(list):
+    """Stands for the kernels: their grids are kept, nothing runs."""
+
+    def __getitem__(self, grid):
+        self.append(grid)
+        return lambda *arguments, **options: None
+
+
+def test_no_grid_is_too_small_for_many_episodes(monkeypatch):
+    grids = Grids()
+    for kernel in ("efe_forward_kernel", "efe_finish_kernel", "efe_backward_kernel"):
+        monkeypatch.setattr(efe_loss, kernel, grids)
+    inputs = (torch.zeros(70_000, 1, 2, 1, 1), torch.zeros(70_000, 1, 1, dtype=torch.long), *(None,) * 7)
+    options = ((1.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0.5, 2, -100)
+    out = efe_loss._forward(*inputs, *options)
+    efe_loss._backward(out[0], *inputs, *out[3:], *options, (True,) * 5)
+    # what CUDA allows in each dimension
+    for grid in map(tuple, list(grids)):
+        assert all(size <= most for size, most in zip(grid, (2**31 - 1, 65_535, 65_535), strict=False)), grid
+    assert len(grids) == 3
+
+
 def test_the_tuner_takes_the_fastest_over_all_cases(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     from tune_efe_loss import best, candidates
