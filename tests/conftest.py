@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 # before torch loads OpenMP: threads that spin at barriers starve each other on a busy machine
@@ -14,7 +15,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from small_runs import SMALL, write_small_tasks
+from small_runs import SMALL, write_small_qwen, write_small_tasks
 
 # Triton reads this when it is imported; its kernels then run on CPU tensors
 if not torch.cuda.is_available():
@@ -22,6 +23,8 @@ if not torch.cuda.is_available():
 
 # nothing here may reach for a model hub
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# nor draw bars between the sentences that tests look for on stderr
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 # the same examples at every run, so that a green main stays green; HYPOTHESIS_PROFILE=search draws new ones each time
 hypothesis.settings.register_profile("fixed", derandomize=True)
@@ -71,6 +74,28 @@ def gradient_path(request, monkeypatch) -> str:
     return request.param
 
 
+@pytest.fixture(params=["cpp", "triton-interpreted", pytest.param("triton-cuda", marks=pytest.mark.gpu)])
+def fused(request) -> dict[str, str]:
+    """Backend and device of a fused loss: Triton on the GPU where there is one, interpreted where there is none."""
+    from qwen_fused import backends
+    from qwen_fused.ops import COMPILED
+
+    if request.param == "cpp" and not COMPILED:
+        pytest.skip(f"no extension: {backends.EXTENSION_ERROR}")
+    if request.param == "triton-interpreted" and torch.cuda.is_available():
+        pytest.skip("with a GPU, Triton is compiled")
+    backend, _, where = request.param.partition("-")
+    return {"backend": backend, "device": "cuda" if where == "cuda" else "cpu"}
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that torch allocates for outputs starts as NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> torch.device:
     return torch.device(request.param)
@@ -83,13 +108,19 @@ def small_arc(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def config_in(small_arc):
+def small_qwen(tmp_path_factory) -> Path:
+    """A folder with a Qwen of four layers, a quarter as wide as the tiny one."""
+    return write_small_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="session")
+def config_in(small_arc, small_qwen):
     """(folder for the run folders, keyword changes) -> a configuration that trains in milliseconds on real tasks."""
     from qwen_fused.config import TrainConfig
 
     def make(out: Path, **changes) -> TrainConfig:
         quiet = dict(out=out, checkpoint_every=1000, eval_every=0, prove=False)
-        return TrainConfig(**{"dataset": str(small_arc), **SMALL, **quiet, **changes})
+        return TrainConfig(**{"dataset": str(small_arc), "qwen": str(small_qwen), **SMALL, **quiet, **changes})
 
     return make
 
@@ -98,6 +129,14 @@ def config_in(small_arc):
 def small_config(config_in, tmp_path):
     """Keyword changes -> such a configuration, its run folders in the test's own folder."""
     return functools.partial(config_in, tmp_path / "runs")
+
+
+@pytest.fixture
+def unevaluated(monkeypatch) -> None:
+    """Runs end with their last checkpoint: evaluation and report, most of a small run's time, are left out."""
+    from qwen_fused import train
+
+    monkeypatch.setattr(train, "finish", lambda *args: None)
 
 
 @pytest.fixture(scope="session")

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
-from qwen_fused import backends
-from qwen_fused.ops import COMPILED, EFEOutput, EFEWeights, efe_loss
+from qwen_fused.ops import EFEOutput, EFEWeights, efe_loss
 
 # every term on, no two weights alike, so that a swapped or dropped term shows
 ALL_TERMS = EFEWeights(ce=1.1, risk=0.9, ambiguity=0.7, agreement=0.5, anchor=0.3, prompt=0.4)
 DIFFERENTIABLE = ("plan_logits", "back_logits", "preference_logits", "obs_entropy", "prompt_colors")
+TERMS = ("ce", "risk", "ambiguity", "agreement", "anchor", "prompt")
+CE = EFEWeights(risk=0.0, agreement=0.0, anchor=0.0, prompt=0.0)
 
-# Triton runs on the GPU where there is one, and under its interpreter where there is none
-FUSED = [
-    pytest.param(
-        ("cpp", "cpu"),
-        id="cpp",
-        marks=pytest.mark.skipif(not COMPILED, reason=f"no extension: {backends.EXTENSION_ERROR}"),
-    ),
-    pytest.param(
-        ("triton", "cpu"),
-        id="triton-interpreted",
-        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton is compiled"),
-    ),
-    pytest.param(("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
-]
+
+def only(name: str, weight: float = 1.0) -> EFEWeights:
+    """Weights of one term alone."""
+    return EFEWeights(**{**dict.fromkeys(TERMS, 0.0), name: weight})
+
+
+TERM_SETS = {name: only(name, 1.3) for name in TERMS} | {"all": ALL_TERMS, "default": EFEWeights()}
 
 
 def make_case(
@@ -99,6 +92,11 @@ def run(case: dict[str, Tensor], upstream: float = 1.0, **options) -> tuple[EFEO
     return out, gradients(case)
 
 
+def reference(case: dict[str, Tensor], **options) -> EFEOutput:
+    """The specification's answer to a case."""
+    return efe_loss(**case, backend="reference", **options)
+
+
 def assert_agrees(found: Tensor, expected: Tensor, dtype: torch.dtype, name: str, absolute: float = 1e-12) -> None:
     """Largest error against the largest value: 1e-11 for float64, 1e-5 for float32, one rounding for narrower types."""
     assert found.shape == expected.shape, name
@@ -108,3 +106,32 @@ def assert_agrees(found: Tensor, expected: Tensor, dtype: torch.dtype, name: str
     scale = expected.abs().max().item()
     error = (found.double().cpu() - expected).abs().max().item()
     assert error <= relative * scale + absolute, f"{name}: error {error:.3e} of {scale:.3e}"
+
+
+def check(case: dict, fused: dict, upstream: float = 1.0, **options) -> dict[str, Tensor]:
+    """Loss, reports and every gradient of a backend, which it returns, against the specification in float64."""
+    expected, expected_grads = run(with_grad(in_float64(case)), upstream, backend="reference", **options)
+    leaves = with_grad(case, fused["device"])
+    out, grads = run(leaves, upstream, backend=fused["backend"], **options)
+    dtype = case["plan_logits"].dtype
+    value = torch.float64 if out.loss.dtype == torch.float64 else torch.float32
+    assert_agrees(out.loss.detach(), expected.loss.detach(), value, "loss")
+    assert out.terms.keys() == expected.terms.keys()
+    for name, term in out.terms.items():
+        # a divergence is what is left of logarithms of order 1: it can be no nearer than their rounding
+        absolute = torch.finfo(value).eps if name in ("risk", "agreement", "anchor") else 1e-12
+        assert_agrees(term, expected.terms[name], value, name, absolute)
+        assert not term.requires_grad
+    assert_agrees(out.hard_ratio, expected.hard_ratio, value, "hard_ratio")
+    assert_agrees(out.accuracy, expected.accuracy, value, "accuracy")
+    assert torch.equal(out.solved.cpu(), expected.solved)
+    assert torch.equal(out.predicted.cpu(), expected.predicted)
+    for name, grad in grads.items():
+        if expected_grads[name] is None or grad is None:
+            # a term that is off: no gradient, or exactly none
+            assert grad is None or not grad.any(), name
+            assert expected_grads[name] is None or not expected_grads[name].any(), name
+            continue
+        assert grad.dtype == leaves[name].dtype
+        assert_agrees(grad, expected_grads[name], min(dtype, grad.dtype, key=lambda d: torch.finfo(d).bits), name)
+    return grads

@@ -33,6 +33,16 @@ def write_small_tasks(folder: Path) -> Path:
     return folder
 
 
+def write_small_qwen(folder: Path) -> Path:
+    """Save a Qwen as deep as the tiny one, with its tokens, a quarter as wide: a batch takes a third of the time."""
+    from qwen_fused.backbone import save_backbone
+    from qwen_fused.prompt import INPUT, OUTPUT, RULES
+    from qwen_fused.tiny import tiny_qwen
+
+    save_backbone(*tiny_qwen(whole=(*RULES.values(), INPUT, OUTPUT), hidden_size=48, intermediate_size=96), folder)
+    return folder
+
+
 def flags(**settings: object) -> list[str]:
     """Settings as the command line takes them; a true one is its flag alone, a false one is --no-NAME."""
     words = []

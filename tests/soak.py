@@ -27,7 +27,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-from small_runs import SMALL, flags, fork, rows, write_small_tasks
+from small_runs import SMALL, flags, fork, rows, write_small_qwen, write_small_tasks
 
 from qwen_fused import cli
 from qwen_fused import train as train_module  # noqa: F401  imported once, for every child
@@ -141,8 +141,8 @@ def soak(root: Path, options: argparse.Namespace) -> int:
     began, random_moment = time.monotonic(), random.Random(options.seed)
     # checkpoints fall within prompt windows as well as at their ends
     often = dict(checkpoint_every=3, prompt_window=4, eval_every=2, max_batches=options.batches, prove=False)
-    tasks = write_small_tasks(root / "tasks")
-    work = Soak(root, [*flags(dataset=tasks, **{**SMALL, **often}), *options.flags])
+    tasks, qwen = write_small_tasks(root / "tasks"), write_small_qwen(root / "qwen")
+    work = Soak(root, [*flags(dataset=tasks, qwen=qwen, **{**SMALL, **often}), *options.flags])
     started = time.time()
     work.finish(work.start("--out", str(root / "unbroken")))
     length = time.time() - started

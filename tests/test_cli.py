@@ -16,11 +16,11 @@ from qwen_fused.config import TrainConfig
 
 
 @pytest.fixture
-def small(small_arc, tmp_path) -> list[str]:
+def small(small_arc, small_qwen, tmp_path) -> list[str]:
     """Flags of a run of milliseconds."""
     return (
-        f"--dataset {small_arc} --val-fraction 0.25 --batch_size 4 --agent-channels 16 --prompt-dim 32 "
-        f"--policy-hidden 32 --plan-steps 2 --device cpu --max-batches 3 --out {tmp_path / 'runs'}"
+        f"--dataset {small_arc} --qwen {small_qwen} --val-fraction 0.25 --batch_size 4 --agent-channels 16 "
+        f"--prompt-dim 32 --policy-hidden 32 --plan-steps 2 --device cpu --max-batches 3 --out {tmp_path / 'runs'}"
     ).split()
 
 
@@ -29,9 +29,9 @@ def only_run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_line_people_type_parses(small, tmp_path):
+def test_the_line_people_type_trains_the_tiny_qwen(small, unevaluated, tmp_path):
     line = "train --epochs 10 --agent_lr 1e-5 --qwen_lr 5e-5 --device cpu"
-    assert main([*line.split(), *small]) == 0
+    assert main([*line.split(), *small, "--qwen", "tiny"]) == 0
     config = TrainConfig.load(only_run(tmp_path) / "config.yaml")
     assert (config.epochs, config.agent_lr, config.qwen_lr) == (10, 1e-5, 5e-5)
 
@@ -69,7 +69,7 @@ def test_printed_configuration_is_a_configuration(tmp_path, capsys):
         assert printed([command, "--config", str(tmp_path / "c.yaml")], capsys) == first
 
 
-def test_config_file_trains(small, tmp_path):
+def test_config_file_trains(small, unevaluated, tmp_path):
     (tmp_path / "c.yaml").write_text("batch_size: 4\nmax_batches: 2\nplan_steps: 3\n")
     small = [flag for flag in small if flag not in ("--max-batches", "3")]
     assert main(["train", "--config", str(tmp_path / "c.yaml"), *small]) == 0

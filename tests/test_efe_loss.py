@@ -1,62 +1,24 @@
-"""The fused backends of the EFE loss against the specification in float64: values, gradients and edge rules."""
+"""The fused backends of the EFE loss against the specification in float64: values, gradients and edge rules.
+
+Strides and random cases are test_efe_layouts.py's.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from efe_cases import ALL_TERMS, DIFFERENTIABLE, FUSED, assert_agrees, in_float64, make_case, run, with_grad
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from efe_cases import ALL_TERMS, DIFFERENTIABLE, TERM_SETS, assert_agrees, check, make_case, run, with_grad
 
 from qwen_fused import backends
-from qwen_fused.ops import COMPILED, EFEWeights, efe_loss, hard_cell_cross_entropy
+from qwen_fused.ops import COMPILED, efe_loss, hard_cell_cross_entropy
 
-ZERO = dict(ce=0.0, risk=0.0, ambiguity=0.0, agreement=0.0, anchor=0.0, prompt=0.0)
-TERM_SETS = {name: EFEWeights(**{**ZERO, name: 1.3}) for name in ZERO}
-TERM_SETS |= {"all": ALL_TERMS, "default": EFEWeights()}
-
-
-@pytest.fixture(params=FUSED)
-def fused(request) -> dict:
-    """Options that select the backend under test; every output it allocates starts as NaN."""
-    backend, device = request.param
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield {"backend": backend, "device": device}
-    torch.use_deterministic_algorithms(False)
-
-
-def check(case: dict, fused: dict, upstream: float = 1.0, **options) -> None:
-    """Loss, reports and every gradient of a backend against the specification on the same numbers in float64."""
-    expected, expected_grads = run(with_grad(in_float64(case)), upstream, backend="reference", **options)
-    leaves = with_grad(case, fused["device"])
-    out, grads = run(leaves, upstream, backend=fused["backend"], **options)
-    dtype = case["plan_logits"].dtype
-    value = torch.float64 if out.loss.dtype == torch.float64 else torch.float32
-    assert_agrees(out.loss.detach(), expected.loss.detach(), value, "loss")
-    assert out.terms.keys() == expected.terms.keys()
-    for name, term in out.terms.items():
-        # a divergence is what is left of logarithms of order 1: it can be no nearer than their rounding
-        absolute = torch.finfo(value).eps if name in ("risk", "agreement", "anchor") else 1e-12
-        assert_agrees(term, expected.terms[name], value, name, absolute)
-        assert not term.requires_grad
-    assert_agrees(out.hard_ratio, expected.hard_ratio, value, "hard_ratio")
-    assert_agrees(out.accuracy, expected.accuracy, value, "accuracy")
-    assert torch.equal(out.solved.cpu(), expected.solved)
-    assert torch.equal(out.predicted.cpu(), expected.predicted)
-    for name, grad in grads.items():
-        if expected_grads[name] is None or grad is None:
-            # a term that is off: no gradient, or exactly none
-            assert grad is None or not grad.any(), name
-            assert expected_grads[name] is None or not expected_grads[name].any(), name
-            continue
-        assert grad.dtype == leaves[name].dtype
-        assert_agrees(grad, expected_grads[name], min(dtype, grad.dtype, key=lambda d: torch.finfo(d).bits), name)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 2, 1, 1), (2, 3, 5, 4, 3), (1, 12, 2, 3, 5), (3, 1, 10, 9, 11), (1, 2, 64, 2, 3)]
+    "shape", [(1, 1, 2, 1, 1), (2, 3, 5, 4, 3), (1, 12, 2, 3, 5), (2, 1, 10, 9, 11), (1, 2, 64, 2, 3)]
 )
 def test_matches_reference(fused, shape, dtype):
     check(make_case(*shape, dtype=dtype), fused, weights=ALL_TERMS, hard_floor=0.3)
@@ -114,44 +76,6 @@ def test_norms_under_eps(fused):
     check(case, fused, weights=TERM_SETS["prompt"])
 
 
-LAYOUTS = {
-    "class last": lambda x: x.movedim(-3, -1).contiguous().movedim(-1, -3),
-    "sliced canvas": lambda x: F.pad(x, (1, 2, 0, 1), value=9.0)[..., :-1, 1:-2],
-    "width before height": lambda x: x.mT.contiguous().mT,
-    "steps last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-    "reversed batch in a larger one": lambda x: torch.stack([x, x], 1)[:, 0],
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides(fused, layout):
-    """Any strides, each tensor its own; gradients come as empty_like would lay them out."""
-    case = make_case()
-    for name in ("plan_logits", "back_logits", "preference_logits", "anchor_log_probs"):
-        case[name] = LAYOUTS[layout](case[name])
-    case["target"] = F.pad(case["target"], (0, 3))[..., :-3]
-    case["prompt_colors"] = case["prompt_colors"].t().contiguous().t()
-    case["obs_entropy"] = case["obs_entropy"].repeat_interleave(2)[::2]
-    check(case, fused, weights=ALL_TERMS)
-    leaves = with_grad(case, fused["device"])
-    _, grads = run(leaves, backend=fused["backend"], weights=ALL_TERMS)
-    assert grads["plan_logits"].stride() == torch.empty_like(leaves["plan_logits"]).stride()
-
-
-@pytest.mark.parametrize("canvas", [(1, 7), (7, 1)])
-def test_canvas_one_cell_wide(fused, canvas):
-    check(make_case(H=canvas[0], W=canvas[1]), fused, weights=ALL_TERMS)
-
-
-def test_expanded(fused):
-    """One preference and one step for all: strides of 0, and the gradient summed by autograd's expand."""
-    case = make_case()
-    case["preference_logits"] = case["preference_logits"][:1].expand(2, -1, -1, -1)
-    case["plan_logits"] = case["plan_logits"][:, :1].expand(-1, 3, -1, -1, -1)
-    case["target"] = case["target"][:1].expand(2, -1, -1)
-    check(case, fused, weights=ALL_TERMS)
-
-
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
 def test_target_dtypes(fused, dtype):
     case = make_case()
@@ -160,21 +84,21 @@ def test_target_dtypes(fused, dtype):
     check(case, fused, weights=ALL_TERMS, ignore_index=ignore_index)
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_ignored_cells_change_nothing(fused, poison):
+def test_ignored_cells_change_nothing(fused):
     case = make_case(dtype=torch.float32)
     ignored = case["target"] == -100
     clean, _ = run(with_grad(case, fused["device"]), backend=fused["backend"], weights=ALL_TERMS)
-    for name in ("plan_logits", "back_logits"):
-        case[name] = case[name].masked_fill(ignored[:, None, None], poison)
-    case["preference_logits"] = case["preference_logits"].masked_fill(ignored[:, None], poison)
-    out, grads = run(with_grad(case, fused["device"]), backend=fused["backend"], weights=ALL_TERMS)
-    assert torch.equal(out.loss, clean.loss)
-    assert torch.equal(out.predicted, clean.predicted)
-    for name in ("plan_logits", "back_logits", "preference_logits"):
-        there = grads[name].movedim(-3, -1).cpu()
-        assert (there[ignored] if there.dim() == 4 else there.movedim(1, -1)[ignored]).eq(0).all(), name
-        assert grads[name].isfinite().all(), name
+    for poison in (torch.nan, torch.inf):
+        for name in ("plan_logits", "back_logits"):
+            case[name] = case[name].masked_fill(ignored[:, None, None], poison)
+        case["preference_logits"] = case["preference_logits"].masked_fill(ignored[:, None], poison)
+        out, grads = run(with_grad(case, fused["device"]), backend=fused["backend"], weights=ALL_TERMS)
+        assert torch.equal(out.loss, clean.loss)
+        assert torch.equal(out.predicted, clean.predicted)
+        for name in ("plan_logits", "back_logits", "preference_logits"):
+            there = grads[name].movedim(-3, -1).cpu()
+            assert (there[ignored] if there.dim() == 4 else there.movedim(1, -1)[ignored]).eq(0).all(), name
+            assert grads[name].isfinite().all(), name
 
 
 @pytest.mark.parametrize("name", ["plan_logits", "back_logits", "preference_logits"])
@@ -268,7 +192,10 @@ def test_divergences_are_kl_div(fused):
 
 @pytest.mark.parametrize("hard_mode", ["episode", "cell"])
 def test_gradcheck(fused, hard_mode):
-    case = with_grad(make_case(B=2, T=2, C=3, H=1, W=2, seed=3), fused["device"])
+    """Two episodes, or one in random directions where Triton is interpreted, which takes its time."""
+    slow = fused["backend"] == "triton" and fused["device"] == "cpu"
+    case = with_grad(make_case(B=1 if slow else 2, T=2, C=3, H=1, W=2, seed=3), fused["device"])
+    assert (case["target"] != -100).any()
 
     def loss(*leaves):
         inputs = dict(zip(DIFFERENTIABLE, leaves, strict=True))
@@ -276,8 +203,7 @@ def test_gradcheck(fused, hard_mode):
             **{**case, **inputs}, weights=ALL_TERMS, hard_mode=hard_mode, hard_floor=0.3, backend=fused["backend"]
         ).loss
 
-    fast = fused["backend"] == "triton" and fused["device"] == "cpu"
-    assert torch.autograd.gradcheck(loss, [case[name] for name in DIFFERENTIABLE], fast_mode=fast)
+    assert torch.autograd.gradcheck(loss, [case[name] for name in DIFFERENTIABLE], fast_mode=slow)
 
 
 @pytest.mark.parametrize("wanted", DIFFERENTIABLE)
@@ -308,15 +234,6 @@ def test_inputs_are_not_modified(fused):
         assert torch.equal(x, before[name]), name
 
 
-def test_offsets_beyond_32_bits(fused):
-    """An episode 2^31 elements after another; only the pages in use exist."""
-    small = make_case(B=2, T=1, C=2, H=2, W=2, dtype=torch.float16)
-    storage = torch.empty(2**31 + 64, dtype=torch.float16, device=fused["device"])
-    far = storage.as_strided((2, 1, 2, 2, 2), (2**31, 8, 4, 2, 1))
-    far.copy_(small["plan_logits"])
-    check({**small, "plan_logits": far}, fused, weights=ALL_TERMS)
-
-
 @pytest.mark.skipif(not COMPILED, reason=f"no extension: {backends.EXTENSION_ERROR}")
 def test_threads_change_no_bit():
     case = make_case(B=4, T=3, C=10, H=30, W=30, dtype=torch.float32)
@@ -332,24 +249,3 @@ def test_threads_change_no_bit():
         assert torch.equal(out.loss, results[0][0].loss)
         for name, grad in grads.items():
             assert torch.equal(grad, results[0][1][name]), name
-
-
-@pytest.mark.skipif(not COMPILED, reason=f"no extension: {backends.EXTENSION_ERROR}")
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    shape=st.tuples(*(st.integers(low, high) for low, high in ((1, 3), (1, 12), (2, 64), (1, 30), (1, 30)))).filter(
-        lambda s: s[0] * s[1] * s[2] * s[3] * s[4] < 60_000
-    ),
-    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
-    hard_mode=st.sampled_from(["episode", "cell", "none"]),
-    layout=st.sampled_from([None, *LAYOUTS]),
-    ignored=st.sampled_from([0.0, 0.3, 0.98]),
-    forbidden=st.sampled_from([0.0, 0.3]),
-    seed=st.integers(0, 1000),
-)
-def test_random_cases(shape, dtype, hard_mode, layout, ignored, forbidden, seed):
-    case = make_case(*shape, dtype=dtype, ignored=ignored, forbidden=forbidden, seed=seed)
-    if layout is not None:
-        case["plan_logits"] = LAYOUTS[layout](case["plan_logits"])
-        case["preference_logits"] = LAYOUTS[layout](case["preference_logits"])
-    check(case, {"backend": "cpp", "device": "cpu"}, weights=ALL_TERMS, hard_mode=hard_mode)

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from efe_cases import ALL_TERMS, FUSED, assert_agrees, make_case, run, with_grad
+from efe_cases import ALL_TERMS, assert_agrees, make_case, run, with_grad
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qwen_fused import ops
 from qwen_fused.efe_autograd import HARD_MODE
 from qwen_fused.ops import EFEWeights, efe_loss, hard_cell_cross_entropy
-
-
-@pytest.fixture(params=FUSED)
-def fused(request) -> dict:
-    backend, device = request.param
-    return {"backend": backend, "device": device}
 
 
 def op_arguments(case: dict, hard_mode: str = "cell") -> tuple:

@@ -30,18 +30,15 @@ from qwen_fused.files import claim, replacing
 from qwen_fused.signals import Interrupted, catch_signals
 from qwen_fused.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def unevaluated(monkeypatch):
-    monkeypatch.setattr(train, "finish", lambda *args: None)
+pytestmark = pytest.mark.usefixtures("unevaluated")
 
 
 @pytest.fixture
 def command(small_config) -> list[str]:
     """`qwen-fused train` of eight batches with a checkpoint after every second one."""
     settings = small_config(max_batches=8, checkpoint_every=2, on_nonfinite="stop")
-    names = ("dataset", "val_fraction", "batch_size", "agent_channels", "prompt_dim", "policy_hidden", "plan_steps")
-    names += ("device", "out", "epochs", "checkpoint_every", "eval_every", "prove", "prompt_window", "max_batches")
+    names = ("dataset", "qwen", "val_fraction", "batch_size", "agent_channels", "prompt_dim", "policy_hidden", "device")
+    names += ("plan_steps", "out", "epochs", "checkpoint_every", "eval_every", "prove", "prompt_window", "max_batches")
     return ["train", *flags(**{name: getattr(settings, name) for name in names})]
 
 
@@ -176,10 +173,11 @@ def test_read_only_run_folder_is_refused_before_anything_is_loaded(command, out,
         assert str(run) in sentence(capsys)
 
 
-def test_folder_that_becomes_read_only_stops_the_run(command, small_arc, capsys, monkeypatch):
+def test_folder_that_becomes_read_only_stops_the_run(command, small_arc, small_qwen, capsys, monkeypatch):
     before_batch(monkeypatch, 3, lambda trainer: (trainer.folder / "checkpoints").chmod(0o555))
-    with unprivileged(small_arc) as root:
-        assert cli.main([*command, "--out", str(root / "runs"), "--dataset", str(root / small_arc.name)]) == 1
+    with unprivileged(small_arc, small_qwen) as root:
+        here = flags(out=root / "runs", dataset=root / small_arc.name, qwen=root / small_qwen.name)
+        assert cli.main([*command, *here]) == 1
         said = sentence(capsys)
     assert "Permission denied" in said or "os error 13" in said
     assert "step-000002.safetensors is the last checkpoint" in said
@@ -197,12 +195,13 @@ def test_signal_leaves_a_checkpoint_and_its_own_code(command, out, monkeypatch, 
 
 def test_second_signal_acts_at_once():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted) as stopped, catch_signals() as asked:
+    # for a caller, as Ctrl-C without a run
+    with pytest.raises(KeyboardInterrupt) as stopped, catch_signals() as asked:
         assert asked() is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked() == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGINT)
-    assert stopped.value.exit_code == 130
+    assert isinstance(stopped.value, Interrupted) and stopped.value.exit_code == 130
     assert signal.getsignal(signal.SIGTERM) is before
 
 

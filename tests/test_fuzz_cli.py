@@ -209,12 +209,12 @@ def note_writes(event: str, arguments: tuple) -> None:
         WRITING.append(str(arguments[1] if event == "os.rename" else arguments[0]))
 
 
-def test_nothing_is_written_outside_the_run_folder(small_arc, tmp_path, monkeypatch):
+def test_nothing_is_written_outside_the_run_folder(small_arc, small_qwen, tmp_path, monkeypatch):
     from small_runs import SMALL, flags
 
     global WRITING
     monkeypatch.chdir(tmp_path)
-    small = flags(**{**SMALL, "trackers": "auto"})
+    small = flags(**{**SMALL, "trackers": "auto", "qwen": small_qwen})
     sys.addaudithook(note_writes)
     WRITING = []
     try:

@@ -120,7 +120,8 @@ def test_flush_left_out(make, monkeypatch):
 
 
 def test_flush_at_another_scale(make, monkeypatch):
-    trainer = make(**WINDOW)
+    # wide enough for its share of the loss's slope to stand out alone
+    trainer = make(**WINDOW, qwen="tiny")
     flush = trainer.window.flush
     monkeypatch.setattr(trainer.window, "flush", lambda scale: flush(scale / 2))
     found = only_finding(prove_trainer(trainer), "correct", "wrong")

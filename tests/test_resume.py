@@ -14,6 +14,7 @@ from small_runs import rows
 from qwen_fused import cli, resume, train
 from qwen_fused.checkpoint import list_checkpoints, read_state, write_state
 from qwen_fused.config import TrainConfig
+from qwen_fused.runlog import RunLog
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +203,10 @@ def test_evaluation_falls_back_and_says_so(run, capsys):
     assert cli.main(["eval", str(run)]) == 0
     out = capsys.readouterr().out
     assert "step-000006.safetensors is damaged" in out and "pass@1" in out
+
+
+def test_resume_drops_rows_after_the_checkpoint(tmp_path):
+    lines = [json.dumps({"step": k}) for k in (1, 2, 3)] + ['{"step": 4, "lo']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    RunLog(tmp_path, resume_step=2).close()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]

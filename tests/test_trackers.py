@@ -110,7 +110,7 @@ class Failing:
         raise RuntimeError("close")
 
 
-def test_a_failing_tracker_is_said_once_and_left_out(small_config, monkeypatch, capsys):
+def test_a_failing_tracker_is_said_once_and_left_out(small_config, unevaluated, monkeypatch, capsys):
     monkeypatch.setitem(TRACKERS, "wandb", Failing)
     monkeypatch.setattr(trackers, "_is_installed", lambda name: True)
     monkeypatch.setattr(Failing, "picture", lambda self, step, name, pixels: None)
