@@ -4,6 +4,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
+#include <vector>
+
 namespace qwen_fused {
 
 inline void check_gradients(at::TensorList grads) {
@@ -20,6 +23,9 @@ inline void check_gradients(at::TensorList grads) {
   }
 }
 
+// places in the full parameter list are below this: the CUDA kernels keep a gradient's type in the bits above
+inline constexpr int64_t MAX_POSITION = int64_t{1} << 29;
+
 // rows: triples (begin, end, base) into grads
 inline void check_rows(at::IntArrayRef rows, size_t grads) {
   TORCH_CHECK_VALUE(rows.size() % 3 == 0, "rows must hold triples (begin, end, base), got ", rows.size(), " numbers");
@@ -27,6 +33,21 @@ inline void check_rows(at::IntArrayRef rows, size_t grads) {
     TORCH_CHECK_VALUE(
         0 <= rows[r] && rows[r] <= rows[r + 1] && rows[r + 1] <= static_cast<int64_t>(grads), "row ", r / 3,
         " must lie within the ", grads, " gradients, got [", rows[r], ", ", rows[r + 1], ")");
+    TORCH_CHECK_VALUE(
+        0 <= rows[r + 2] && rows[r + 2] < MAX_POSITION, "row ", r / 3, " must have its base in [0, 2^29), got ",
+        rows[r + 2]);
+  }
+}
+
+// rows to be written: a gradient in two of them would be scaled twice, by two threads at once
+inline void check_rows_apart(at::IntArrayRef rows, size_t grads) {
+  std::vector<int64_t> row_of(grads, -1);
+  for (size_t r = 0; r < rows.size(); r += 3) {
+    for (int64_t t = rows[r]; t < rows[r + 1]; ++t) {
+      TORCH_CHECK_VALUE(
+          row_of[t] < 0, "rows must not overlap, got gradient ", t, " in rows ", row_of[t], " and ", r / 3);
+      row_of[t] = static_cast<int64_t>(r / 3);
+    }
   }
 }
 
@@ -35,6 +56,9 @@ inline void check_position(at::IntArrayRef position, size_t grads) {
   TORCH_CHECK_VALUE(
       position.empty() || position.size() == grads, "position must name each of the ", grads, " gradients, got ",
       position.size());
+  for (const int64_t place : position) {
+    TORCH_CHECK_VALUE(0 <= place && place < MAX_POSITION, "position must hold places in [0, 2^29), got ", place);
+  }
 }
 
 // values: as measured, [3, columns], of which the first belong to the rows

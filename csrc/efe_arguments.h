@@ -20,6 +20,7 @@ struct Arguments {
 };
 
 inline void check_dense(const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.defined(), name, " must be a dense tensor on the CPU, got None");
   TORCH_CHECK_VALUE(
       x.layout() == at::kStrided && !x.is_nested() && x.is_cpu(), name, " must be a dense tensor on the CPU, got ",
       x.is_nested() ? "a nested tensor" : c10::str("layout ", x.layout()), " on ", x.device());
@@ -60,6 +61,7 @@ inline void check(const Arguments& a) {
   check("class_weight", a.class_weight, {C});
 }
 
+// accumulate in float64: only inputs that may have a gradient decide, as in the reference's accumulate_dtype
 inline bool any_double(const Arguments& a) {
   const auto is_double = [](const OptionalTensor& x) { return x && x->scalar_type() == at::kDouble; };
   return is_double(a.plan) || is_double(a.back) || is_double(a.preference) || is_double(a.obs_entropy) ||
@@ -127,6 +129,7 @@ Job<T> make_job(const Arguments& a, const Smalls<T>& small) {
       a.back.has_value(),
       a.preference.has_value() && a.anchor.has_value(),
       a.prompt_colors.has_value()};
+  // the cross-entropy is told even where it weighs nothing
   for (int k = 0; k < TERMS; ++k) job.weight[k] = a.weights[k], job.on[k] = there[k] && (k == CE || a.weights[k] != 0);
   job.target = strided(a.target, true, false, false);
   job.plan = strided(a.plan, true, true, true);

@@ -6,6 +6,9 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <array>
+#include <tuple>
 #include <vector>
 
 #include "efe_arguments.h"
@@ -138,7 +141,7 @@ Five backward_as(const Arguments& a, const Saved& saved, const std::array<bool, 
     for (int64_t unit = begin; unit < end; ++unit) tile(job, unit);
   });
   const auto scaled = [&](bool wanted, const at::Tensor& unit, const OptionalTensor& like) {
-    return wanted ? unit.to(at::kDouble).mul(job.upstream).to(like->scalar_type()) : nothing;
+    return wanted ? at::empty_like(*like).copy_(unit.to(at::kDouble).mul(job.upstream)) : nothing;
   };
   return {
       d_plan, d_back, d_preference, scaled(needs[3] && job.on[AMBIGUITY], saved.d_obs_entropy, a.obs_entropy),

@@ -42,6 +42,7 @@ struct Simd {
   using Int = typename LaneInt<T>::type;
   typedef T V __attribute__((vector_size(BYTES)));
   typedef Int I __attribute__((vector_size(BYTES)));
+  typedef std::make_unsigned_t<Int> U __attribute__((vector_size(BYTES)));
 
   // some of the lanes; MASKED: loads and stores touch no others
 #if QF_LEVEL == 4
@@ -166,7 +167,8 @@ struct Simd {
 #if QF_LEVEL == 4
       return _mm512_scalef_ps(poly, n);
 #else
-      const I power = (bit_cast_to<I>(shifted) << 23) + (127 << 23);
+      // unsigned, as it wraps where x is out of range
+      const U power = (bit_cast_to<U>(shifted) << 23) + (127u << 23);
       return x < -126.0f ? V{} : poly * bit_cast_to<V>(power);
 #endif
     } else {

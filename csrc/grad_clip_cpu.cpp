@@ -1,4 +1,5 @@
 // Per-group clipping on the CPU: unscaling and clipping in one write, and none where the factor is one.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/mul.h>
 #include <torch/library.h>
@@ -58,12 +59,14 @@ void group_grad_clip_(
     at::TensorList grads, at::IntArrayRef rows, const at::Tensor& values, at::ArrayRef<double> max_norm) {
   check_gradients(grads);
   check_rows(rows, grads.size());
+  check_rows_apart(rows, grads.size());
   check_values(values, rows, max_norm, at::kCPU);
   const int64_t R = static_cast<int64_t>(max_norm.size());
   const at::Tensor measured = values.to(at::kDouble).contiguous();
   const double* const norm = measured.const_data_ptr<double>();
   const double* const inv_scale = norm + 2 * measured.size(1);
   std::vector<Chunk> chunks;
+  std::vector<int64_t> with_holes;
   std::vector<double> factors(grads.size(), 1.0);
   for (int64_t r = 0; r < R; ++r) {
     const bool bounded = max_norm[r] != std::numeric_limits<double>::infinity();
@@ -76,11 +79,15 @@ void group_grad_clip_(
       if (grads[t].is_non_overlapping_and_dense()) {
         append_chunks(chunks, grads[t], t);
       } else {
-        at::Tensor grad = grads[t];
-        grad.mul_(factor);
+        TORCH_CHECK_VALUE(
+            at::has_internal_overlap(grads[t]) != at::MemOverlap::Yes, "gradient ", t,
+            " must not overlap itself to be scaled, got shape ", grads[t].sizes(), " of strides ", grads[t].strides());
+        with_holes.push_back(t);
       }
     }
   }
+  // nothing is written before everything is checked
+  for (const int64_t t : with_holes) at::Tensor(grads[t]).mul_(factors[t]);
   for_each_chunk(chunks, [&](int64_t i) { scale_chunk(chunks[i], factors[chunks[i].tensor]); });
 }
 

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(THREADS, 6)
 cudaError_t grad_clip(
     const Gradient* grads, int64_t count, const Row* rows, int64_t row_count, const double* max_norm,
     const void* values, bool values_double, int64_t columns, cudaStream_t stream) {
-  // rows do not overlap here: a gradient is scaled once
+  // rows do not overlap: the caller checked
   std::vector<uint32_t> row_of(count, TAG_MASK);
   for (int64_t r = 0; r < row_count; ++r) {
     for (int64_t i = rows[r].begin; i < rows[r].end; ++i) row_of[i] = static_cast<uint32_t>(r);

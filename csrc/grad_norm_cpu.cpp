@@ -27,7 +27,7 @@ struct Slot {
   int exponent = 0;
 };
 
-// ---- the one read: sum of squares, and the largest |g| as bits (NaN > Inf > every finite number) ----
+// the one read: sum of squares, and the largest |g| as bits (NaN > Inf > every finite number)
 
 template <class T>
 QF_INLINE void scan(const T* x, int64_t n, float* sumsq, uint32_t* max_bits) {
@@ -95,27 +95,19 @@ QF_MULTIVERSION void scan_double(const double* x, int64_t n, double* sumsq, uint
   scan(x, n, sumsq, max_bits);
 }
 
-// ---- the rare second read of a chunk whose squares leave the range, or which holds NaN or Inf ----
-
+// the rare second read, of a chunk whose squares leave the range or which holds NaN or Inf
 template <class T>
 Slot measure_carefully(const T* x, int64_t n) {
   Slot slot;
   for (int64_t i = 0; i < n; ++i) {
     const double magnitude = std::abs(static_cast<double>(x[i]));
-    if (!std::isfinite(magnitude)) ++slot.nonfinite;
+    slot.nonfinite += !std::isfinite(magnitude);
     // NaN wins over everything, and stays
     if (std::isnan(magnitude) || magnitude > slot.max_abs) slot.max_abs = magnitude;
-    if (std::isnan(slot.max_abs)) slot.max_abs = std::numeric_limits<double>::quiet_NaN();
   }
-  if (slot.nonfinite > 0) {
-    // hypot's answer for an infinity, and never a NaN hidden
-    bool any_nan = false;
-    for (int64_t i = 0; i < n; ++i) any_nan |= std::isnan(static_cast<double>(x[i]));
-    slot.max_abs = any_nan ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity();
-    slot.sumsq = slot.max_abs;
-    return slot;
-  }
-  if (slot.max_abs == 0) return slot;
+  // hypot's answer for an infinity, and never a NaN hidden
+  if (slot.nonfinite > 0) slot.sumsq = slot.max_abs;
+  if (slot.nonfinite > 0 || slot.max_abs == 0) return slot;
   // squares of float32 and narrower always fit a double; those of a double fit once its largest is near one
   if constexpr (std::is_same_v<T, double>) std::frexp(slot.max_abs, &slot.exponent);
   for (int64_t i = 0; i < n; ++i) {
@@ -178,10 +170,10 @@ std::tuple<at::Tensor, at::Tensor> group_grad_norm(
     const std::optional<at::Tensor>& inv_scale_tensor) {
   check_gradients(grads);
   check_rows(rows, grads.size());
-  check_inv_scale(inv_scale_tensor, at::kCPU);
-  const int64_t tensors = static_cast<int64_t>(grads.size());
   check_position(position, grads.size());
+  check_inv_scale(inv_scale_tensor, at::kCPU);
 
+  const int64_t tensors = static_cast<int64_t>(grads.size());
   bool any_double = false;
   std::vector<at::Tensor> copies;  // of gradients with holes or overlaps: kept alive until they are read
   std::vector<Chunk> chunks;

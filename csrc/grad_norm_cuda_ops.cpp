@@ -39,9 +39,11 @@ std::tuple<at::Tensor, at::Tensor> group_grad_norm(
     const std::optional<at::Tensor>& inv_scale_tensor) {
   check_gradients(grads);
   check_rows(rows, grads.size());
-  check_inv_scale(inv_scale_tensor, grads[0].device());
+  // without a gradient it is the scalar that brought the call here
+  const at::Device device = grads.empty() ? inv_scale_tensor->device() : grads[0].device();
+  check_inv_scale(inv_scale_tensor, device);
   check_position(position, grads.size());
-  const c10::cuda::CUDAGuard guard(grads[0].device());
+  const c10::cuda::CUDAGuard guard(device);
 
   bool any_double = false;
   std::vector<at::Tensor> copies;  // of gradients with holes or overlaps
@@ -61,7 +63,7 @@ std::tuple<at::Tensor, at::Tensor> group_grad_norm(
   const int64_t count = static_cast<int64_t>(gradients.size());
   const std::vector<cuda::Row> row_list = rows_of(rows);
   const int64_t R = static_cast<int64_t>(row_list.size());
-  const auto options = at::TensorOptions().device(grads[0].device());
+  const auto options = at::TensorOptions().device(device);
   at::Tensor values = at::empty({3, R}, options.dtype(any_double ? at::kDouble : at::kFloat));
   at::Tensor counts = at::empty({2, R}, options.dtype(at::kLong));
   const int64_t bytes = static_cast<int64_t>(cuda::grad_norm_workspace(gradients.data(), count));
@@ -80,8 +82,10 @@ void group_grad_clip_(
     at::TensorList grads, at::IntArrayRef rows, const at::Tensor& values, at::ArrayRef<double> max_norm) {
   check_gradients(grads);
   check_rows(rows, grads.size());
-  check_values(values, rows, max_norm, grads[0].device());
-  const c10::cuda::CUDAGuard guard(grads[0].device());
+  check_rows_apart(rows, grads.size());
+  const at::Device device = grads.empty() ? values.device() : grads[0].device();
+  check_values(values, rows, max_norm, device);
+  const c10::cuda::CUDAGuard guard(device);
 
   std::vector<cuda::Gradient> gradients;
   std::vector<at::Tensor> copies;

@@ -38,7 +38,7 @@ static_assert(sizeof(Batch) <= MAX_ARGUMENT, "a kernel argument holds 4 KiB, 32 
 constexpr int TAG_BITS = 29;
 constexpr uint32_t TAG_MASK = (1u << TAG_BITS) - 1;
 
-inline int64_t item_size(Kind kind) { return kind == Kind::f64 ? 8 : kind == Kind::f32 ? 4 : 2; }
+__host__ __device__ inline int64_t item_size(Kind kind) { return kind == Kind::f64 ? 8 : kind == Kind::f32 ? 4 : 2; }
 
 inline int64_t chunks_of(const Gradient& grad) {
   const int64_t items = CHUNK_BYTES / item_size(grad.kind);
@@ -64,7 +64,7 @@ __device__ __forceinline__ Chunk find_chunk(const Batch& batch, int block) {
     }
   }
   const Kind kind = static_cast<Kind>(batch.tag[low] >> TAG_BITS);
-  const int64_t items = CHUNK_BYTES / (kind == Kind::f64 ? 8 : kind == Kind::f32 ? 4 : 2);
+  const int64_t items = CHUNK_BYTES / item_size(kind);
   const int64_t begin = (block - batch.first_chunk[low]) * items;
   const int64_t left = batch.numel[low] - begin;
   return {low, begin, static_cast<int>(left < items ? left : items)};

@@ -30,7 +30,8 @@ TORCH_LIBRARY(qwen_fused, m) {
       "Tensor coef, Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors, float[] weights, float hard_floor, "
       "int hard_mode, int ignore_index, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
-  // scales the gradients of row r by inv_scale * min(1, max_norm[r] / (norm + 1e-6)), as measured into values
+  // scales the gradients of row r by inv_scale * min(1, max_norm[r] / (norm + 1e-6)), as measured into values; rows may
+  // not overlap here
   m.def("group_grad_clip_(Tensor(a!)[] grads, int[] rows, Tensor values, float[] max_norm) -> ()");
 }
 

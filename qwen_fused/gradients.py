@@ -20,7 +20,9 @@ if backends.has_op("group_grad_norm"):
     def _(grads, rows, position, inv_scale, inv_scale_tensor):
         grad_norm_reference.check(grads)
         dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-        values = grads[0].new_empty((3, len(rows) // 3), dtype=dtype)
+        # without a gradient it is the scalar that brought the call here
+        like = grads[0] if grads else inv_scale_tensor
+        values = like.new_empty((3, len(rows) // 3), dtype=dtype)
         return values, values.new_empty((2, len(rows) // 3), dtype=torch.int64)
 
     @torch.library.register_fake("qwen_fused::group_grad_clip_")

@@ -18,6 +18,7 @@
 #define CUDART_VERSION 12010
 #endif
 #define __global__
+#define __host__
 #define __device__
 #define __forceinline__ inline
 #define __grid_constant__
