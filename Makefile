@@ -50,7 +50,7 @@ cuda-check:
 			-gencode arch=compute_$$arch,code=sm_$$arch -c $$source -o /dev/null || exit 1; \
 	done; done
 
-# the CPU loss's tiles, per instruction set, under the sanitizers; then two planted faults that they must catch
+# the CPU half of the extension under ASan, UBSan and TSan by its own tests; then planted faults that they must catch
 sanitize: $(STAMP)
 	$(BIN)/python tests/sanitize/run.py
 
