@@ -55,7 +55,7 @@ class Side:
         if hook:
             window.flush()
             hook.remove()
-        return [p.grad for p in prompt.qwen_parameters()]
+        return [p.grad for p in prompt.backbone.parameters() if p.requires_grad]
 
 
 def relative_error(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:

@@ -7,7 +7,8 @@ has logits of its own and every step's logits see a different state.
 A readout is a pointer-generator (See et al., 2017): free logits from the state, plus a gated copy of the source seen
 through a fixed set of resampled views (identity, the dihedral group, rescale, tile, ...).
 
-Axis legend: B episodes, T plan steps, C colours, H W canvas, P = H*W cells, K views, D prompt width, F state width.
+Axis legend: B episodes, T plan steps, C colours, H W canvas, P = H*W cells, K views, D prompt width, F state width,
+S sides, of 1 to 30 cells.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from qwen_fused.data import COLORS, MAX_SIDE
 
 VIEWS = (
     "identity",
@@ -74,12 +77,12 @@ def view_indices(source_size: Tensor, destination_size: Tensor, height: int, wid
     return torch.where(inside, row * width + column, -1).flatten(2)
 
 
-def one_hot_views(source: Tensor, indices: Tensor, colors: int) -> Tensor:
+def one_hot_views(source: Tensor, indices: Tensor) -> Tensor:
     """Gather the source grid through the views: [B, H, W] colours, [B, K, P] -> [B, K, C, P] zeros and ones."""
     flat = source.flatten(1).unsqueeze(1).expand(-1, indices.shape[1], -1)
-    color = flat.gather(2, indices.clamp(min=0)).masked_fill(indices < 0, colors)
-    color = color.masked_fill((color < 0) | (color >= colors), colors)
-    return F.one_hot(color, colors + 1)[..., :colors].transpose(2, 3).to(torch.get_default_dtype())
+    color = flat.gather(2, indices.clamp(min=0)).masked_fill(indices < 0, COLORS)
+    color = color.masked_fill((color < 0) | (color >= COLORS), COLORS)
+    return F.one_hot(color, COLORS + 1)[..., :COLORS].transpose(2, 3).to(torch.get_default_dtype())
 
 
 def extent_mask(size: Tensor, height: int, width: int) -> Tensor:
@@ -148,30 +151,26 @@ class GridAgent(nn.Module):
         channels: state width F.
         prompt_dim: prompt width D.
         steps: planning steps T.
-        colors: classes C.
-        max_side: largest height or width of a grid.
     """
 
-    def __init__(
-        self, *, channels: int = 64, prompt_dim: int = 256, steps: int = 5, colors: int = 10, max_side: int = 30
-    ):
+    def __init__(self, *, channels: int = 64, prompt_dim: int = 256, steps: int = 5):
         super().__init__()
-        self.steps, self.colors, self.max_side = steps, colors, max_side
+        self.steps = steps
         views = len(VIEWS)
         # inputs of a cell: its colour through every view, the two extents, and its distance to the four borders
-        self.encode = nn.Conv2d(views * colors + 2 + 4, channels, 1)
+        self.encode = nn.Conv2d(views * COLORS + 2 + 4, channels, 1)
         self.direction = nn.Parameter(torch.randn(2, channels) * 0.1)
         self.core = PlanCore(channels, prompt_dim)
         self.readout_norm = ChannelNorm(channels)
-        self.readout = nn.Conv2d(channels, colors + views, 1)
+        self.readout = nn.Conv2d(channels, COLORS + views, 1)
         self.view_preference = nn.Linear(prompt_dim, views)
         self.copy_scale = nn.Parameter(torch.tensor(4.0))
-        self.size_head = SizeHead(prompt_dim, max_side)
+        self.size_head = SizeHead(prompt_dim)
 
     def start(self, source: Tensor, source_size: Tensor, size: Tensor, direction: int) -> tuple[Tensor, ...]:
         """Initial state [B, F, H, W], its mask of living cells [B, 1, H, W] and the copies [B, K, C, P]."""
         height, width = source.shape[1:]
-        copies = one_hot_views(source, view_indices(source_size, size, height, width), self.colors)
+        copies = one_hot_views(source, view_indices(source_size, size, height, width))
         inside = extent_mask(source_size, height, width), extent_mask(size, height, width)
         alive = (inside[0] | inside[1]).unsqueeze(1).to(copies.dtype)
         i = torch.arange(height, device=source.device).view(1, height, 1)
@@ -186,7 +185,7 @@ class GridAgent(nn.Module):
 
     def read(self, state: Tensor, prompt: Tensor, copies: Tensor) -> Tensor:
         """Logits [B, C, H, W] of one step: free logits plus a gated copy of the source's views."""
-        free, gate = self.readout(self.readout_norm(state)).split([self.colors, copies.shape[1]], dim=1)
+        free, gate = self.readout(self.readout_norm(state)).split([COLORS, copies.shape[1]], dim=1)
         gate = (gate + self.view_preference(prompt)[..., None, None]).softmax(1).flatten(2)  # [B, K, P]
         copied = torch.einsum("bkp,bkcp->bcp", gate, copies.to(gate.dtype)).unflatten(2, state.shape[2:])
         return free + self.copy_scale * copied
@@ -243,16 +242,15 @@ class SizeHead(nn.Module):
     # the query's side, its other side, the demonstrations' output side, the query's side times their ratio
     candidates = 4
 
-    def __init__(self, prompt_dim: int, max_side: int, hidden: int = 128):
+    def __init__(self, prompt_dim: int, hidden: int = 128):
         super().__init__()
-        self.max_side = max_side
-        self.trunk = nn.Sequential(nn.Linear(prompt_dim + 2 * max_side, hidden), nn.GELU())
-        self.free = nn.Linear(hidden, 2 * max_side)
+        self.trunk = nn.Sequential(nn.Linear(prompt_dim + 2 * MAX_SIDE, hidden), nn.GELU())
+        self.free = nn.Linear(hidden, 2 * MAX_SIDE)
         self.gate = nn.Linear(hidden, 2 * self.candidates)
         nn.init.normal_(self.free.weight, std=0.02)
 
     def forward(self, prompt: Tensor, query_size: Tensor, demo_sizes: Tensor) -> Tensor:
-        """Logits [B, 2, max_side] of (height, width) - 1.
+        """Logits [B, 2, S] of (height, width) - 1.
 
         Args:
             prompt: [B, D] float.
@@ -262,9 +260,9 @@ class SizeHead(nn.Module):
         own = query_size.to(demo_sizes.dtype)
         mean_in, mean_out = demo_sizes[:, :2], demo_sizes[:, 2:]
         sides = torch.stack([own, own.flip(1), mean_out, own * mean_out / mean_in.clamp(min=1)], 2)  # [B, 2, 4]
-        sides = (sides.round().long() - 1).clamp(0, self.max_side - 1)
-        pointers = F.one_hot(sides, self.max_side).to(prompt.dtype)  # [B, 2, 4, S]
-        own_hot = F.one_hot((query_size - 1).clamp(0, self.max_side - 1), self.max_side).flatten(1).to(prompt.dtype)
+        sides = (sides.round().long() - 1).clamp(0, MAX_SIDE - 1)
+        pointers = F.one_hot(sides, MAX_SIDE).to(prompt.dtype)  # [B, 2, 4, S]
+        own_hot = F.one_hot((query_size - 1).clamp(0, MAX_SIDE - 1), MAX_SIDE).flatten(1).to(prompt.dtype)
         h = self.trunk(torch.cat([prompt, own_hot], 1))
         gate = self.gate(h).unflatten(1, (2, self.candidates))
         return self.free(h).unflatten(1, (2, -1)) + torch.einsum("bsk,bskn->bsn", gate, pointers)

@@ -87,21 +87,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """State of torch's generators that a step may draw from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Inverse of `rng_state`."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
 def _digest(structure: str, tensors: dict[str, Tensor]) -> str:
     """SHA-256 over the structure and each tensor's name, type, shape and bytes."""
     digest = hashlib.sha256(structure.encode())

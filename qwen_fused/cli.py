@@ -5,33 +5,34 @@ Exit codes are those of `EXIT_CODES`; what went wrong is one sentence on stderr.
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from qwen_fused.config import TrainConfig, require
-from qwen_fused.presets import preset
+from qwen_fused.config import TrainConfig, about
+from qwen_fused.flags import Source, parse, parse_over_source, train_config
 
 EXIT_CODES = """\
 exit codes
   0    done
   1    the run stopped (NaN, no memory, full disk), or the proof failed: stderr says why
   2    a flag, a setting or a file is wrong: stderr says which, nothing was started
-  129  hung up, 130 interrupted, 143 terminated: a checkpoint was written, --resume goes on"""
+  129  hung up, 130 interrupted, 143 terminated: a checkpoint was written, --resume goes on
+  141  whoever read the output has gone"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Evaluate a run's weights on ARC tasks and write a submission."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder."""
     split: Literal["validation", "training", "evaluation"] = "validation"
     """The run's held-out tasks, its training tasks' test pairs, or the dataset's evaluation set."""
@@ -45,24 +46,12 @@ class EvalConfig:
 class ExportConfig:
     """Export a run's trained Qwen for plain transformers, or its LoRA adapters for plain peft."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder."""
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """New folder for weights, configuration and tokenizer."""
     weights: Literal["last", "best"] = "last"
     """The newest checkpoint, or the best one on the held-out tasks."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where a configuration starts, before the other flags change it."""
-
-    preset: str | None = None
-    """Start from tiny, qwen2.5-0.5b, qwen2.5-1.5b-lora or seed (the original recipe's numbers)."""
-    config: Path | None = None
-    """YAML file of settings, over the preset; the other flags are over both."""
-    print_config: bool = False
-    """Print the configuration as YAML, and do nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +71,7 @@ class ProveCommand(TrainConfig, Source):
 class ReportConfig:
     """Draw a run's report again."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder."""
     picture: Path | None = None
     """PNG file for one picture of the whole run: curves, gradient by layer, answers."""
@@ -92,7 +81,7 @@ class ReportConfig:
 class ShowConfig:
     """Draw one task, and a run's answers to it, in the terminal and as a PNG."""
 
-    task: Annotated[str, tyro.conf.Positional]
+    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
     """Id of an ARC task."""
     run: Path | None = None
     """Run folder whose model answers; without one the task alone is drawn."""
@@ -104,6 +93,11 @@ class ShowConfig:
     """PNG file to write; RUN/show/TASK.png with a run, and none without."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """Say as JSON what is built, what is used on this machine, and why not the rest."""
 
 
 def run_train(arguments: Sequence[str]) -> int:
@@ -135,13 +129,15 @@ def run_eval(arguments: Sequence[str]) -> int:
 
     model = load_model(config.run, config.weights, resolve_device(config.device))
     trained = model.config
+    with about(f"run {config.run}"):
+        known_tasks = load_tasks(trained.dataset).tasks
+        tasks = load_tasks(trained.dataset, "evaluation").tasks if config.split == "evaluation" else ()
     if config.split == "evaluation":
-        tasks = load_tasks(trained.dataset, "evaluation").tasks
-        known = shared_tasks(load_tasks(trained.dataset).tasks, tasks)
-        if known:
-            print(f"{len(known)} of these {len(tasks)} tasks share a pair with a training task: {', '.join(known)}")
+        shared = shared_tasks(known_tasks, tasks)
+        if shared:
+            print(f"{len(shared)} of these {len(tasks)} tasks share a pair with a training task: {', '.join(shared)}")
     else:
-        split = split_tasks(load_tasks(trained.dataset).tasks, trained.val_fraction, trained.split_seed)
+        split = split_tasks(known_tasks, trained.val_fraction, trained.split_seed)
         tasks = split[0] if config.split == "training" else split[1]
     result = evaluate(model, test_episodes(tasks), batch_size=trained.batch_size)
     path = config.run / f"submission-{config.split}.json"
@@ -188,8 +184,9 @@ def run_report(arguments: Sequence[str]) -> int:
     """`qwen-fused report`."""
     config = parse(ReportConfig, "report", arguments)
     from qwen_fused.report import write_report
+    from qwen_fused.run_files import check_run
 
-    require(config.run.is_dir(), "run", "a run folder", str(config.run))
+    check_run(config.run)
     print(f"Report: {write_report(config.run)}")
     if config.picture is not None:
         from qwen_fused.figures import to_png
@@ -205,7 +202,8 @@ def run_show(arguments: Sequence[str]) -> int:
     config = parse(ShowConfig, "show", arguments)
     from rich.console import Console
 
-    from qwen_fused.show import check_run, describe_task, find_task, print_rows, write_png
+    from qwen_fused.run_files import check_run
+    from qwen_fused.show import describe_task, find_task, print_rows, write_png
 
     model, dataset, png = None, config.dataset or "arc1", config.png
     if config.run is not None:
@@ -230,10 +228,10 @@ def run_show(arguments: Sequence[str]) -> int:
 
 
 def run_info(arguments: Sequence[str]) -> int:
-    """`qwen-fused info`: what was built, what is used on this machine, and why not the rest."""
+    """`qwen-fused info`."""
+    parse(InfoConfig, "info", arguments)
     from qwen_fused.backends import describe
 
-    require(not arguments, "info", "no arguments", " ".join(arguments))
     print(json.dumps(describe(), indent=2))
     return 0
 
@@ -250,44 +248,6 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 }
 
 
-def parse(config_class: type, command: str, arguments: Sequence[str], default: object | None = None):
-    """Parse one command's flags into its configuration."""
-    options: dict[str, Any] = {"default": default} if default is not None else {}
-    return tyro.cli(config_class, prog=f"qwen-fused {command}", args=list(arguments), **options)
-
-
-def parse_over_source(command_class: type, command: str, arguments: Sequence[str]):
-    """Parse flags over --preset and --config; or, with --resume, over the run's own configuration."""
-    # a first look at the flags that say what the others are over
-    source, rest = tyro.cli(Source, args=list(arguments), return_unknown_args=True, add_help=False)
-    base = preset(source.preset) if source.preset is not None else TrainConfig()
-    if source.config is not None:
-        base = TrainConfig.load(source.config, base)
-    default = command_class(**{**fields_of(base, TrainConfig), **fields_of(source, Source)})
-    parsed = parse(command_class, command, rest, default)
-    if parsed.resume is None or parsed.resume == base.resume:
-        return parsed
-    require(
-        source.preset is None and source.config is None, "resume",
-        "alone, without --preset and --config: the run has its own configuration", str(parsed.resume),
-    )  # fmt: skip
-    from qwen_fused.resume import run_folder
-
-    saved = TrainConfig.load(run_folder(parsed.resume) / "config.yaml")
-    own = {**fields_of(saved, TrainConfig), "resume": parsed.resume}
-    return parse(command_class, command, rest, command_class(**{**own, **fields_of(source, Source)}))
-
-
-def train_config(command: TrainConfig) -> TrainConfig:
-    """The training configuration alone, of a command that has flags besides."""
-    return TrainConfig(**fields_of(command, TrainConfig))
-
-
-def fields_of(value: object, of: type) -> dict[str, Any]:
-    """The fields of `of` by name, as `value` has them."""
-    return {f.name: getattr(value, f.name) for f in dataclasses.fields(of)}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -301,6 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return COMMANDS[arguments[0]][0](arguments[1:])
+    except BrokenPipeError:
+        # nobody reads on, as after `| head`; what is still in the buffer must not fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
         print(f"qwen-fused: {error}", file=sys.stderr)
         return 2

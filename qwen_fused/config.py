@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -55,9 +57,7 @@ class TrainConfig:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Qwen's attention: torch's fused one, the plain one, or the package flash-attn in half precision on CUDA."""
     qwen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage type of Qwen's weights. Bytes per trained element, weight + gradient + optimizer: float32 4 + 4 + 8,
-    bfloat16 2 + 2 + 12 (the optimizer keeps a float32 master, or small steps would be rounded away); bfloat16 halves
-    activations and, under LoRA, the frozen weights."""
+    """Type of Qwen's weights: bfloat16 halves activations and frozen weights; its optimizer keeps float32 masters."""
     shard_qwen: bool = False
     """Under torchrun, shard Qwen and its optimizer over the processes (FSDP2); one process has nothing to shard."""
 
@@ -126,8 +126,7 @@ class TrainConfig:
     resume_changed: bool = False
     """Continue though settings, tasks or version are others than the run had: what is given now wins."""
     trackers: str = "auto"
-    """Where numbers and pictures go besides metrics.jsonl: auto (TensorBoard where it is installed), none, or names of
-    tensorboard, trackio and wandb with commas between."""
+    """Besides metrics.jsonl: auto (TensorBoard if installed), none, or of tensorboard, trackio, wandb, with commas."""
     log_every: int = 50
     """Batches between log lines."""
     checkpoint_every: int = 50
@@ -197,10 +196,17 @@ class TrainConfig:
             ValueError: the file cannot be read, or says what no configuration can say; file and key are named.
         """
         plain = read_mapping(path)
-        try:
+        with about(str(path)):
             return from_plain(cls, plain, base)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Begin the sentence of a ValueError with what it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
 
 
 def require(condition: bool, name: str, expected: str, got: object) -> None:

@@ -85,7 +85,7 @@ def split_tasks(tasks: Iterable[Task], fraction: float, seed: int) -> tuple[tupl
         raise ValueError(f"fraction must be in [0, 1), got {fraction}")
     count = max(1, round(fraction * len(tasks))) if fraction else 0
     if count >= len(tasks):
-        raise ValueError(f"holding out {count} of {len(tasks)} tasks leaves none to train on")
+        raise ValueError(f"fraction must leave a task to train on, got {fraction} of {len(tasks)} tasks")
     # python's own hash() differs from process to process
     ranked = sorted(tasks, key=lambda task: hashlib.sha256(f"{seed}:{task.id}".encode()).digest())
     held_out = {task.id for task in ranked[:count]}
@@ -180,7 +180,7 @@ def collate(episodes: Sequence[Episode], *, canvas: tuple[int, int] | None = Non
         ValueError: there is no episode, or a grid is larger than the canvas.
     """
     if not episodes:
-        raise ValueError("collate needs at least one episode, got none")
+        raise ValueError("episodes must hold at least one episode, got none")
     queries = [episode.query for episode in episodes]
     answers = [episode.answer for episode in episodes]
     present = [grid for grid in queries + answers if grid is not None]

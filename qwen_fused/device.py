@@ -18,7 +18,8 @@ def resolve_device(name: str) -> torch.device:
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda needs a CUDA build of torch and a visible GPU, got neither; pass --device cpu")
+        got = "no visible GPU" if torch.version.cuda else f"torch {torch.__version__}, which is built for the CPU"
+        raise ValueError(f"device cuda needs a CUDA build of torch and a visible GPU, got {got}; pass --device cpu")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device must be below cuda:{torch.cuda.device_count()}, got {name!r}")
     return torch.device(name)

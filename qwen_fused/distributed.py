@@ -36,10 +36,6 @@ class Part:
     share: float  # of the batch's loss; 0 for a stand-in
     whole: int  # episodes of the batch
 
-    def of(self, values: Tensor) -> Tensor:
-        """This part's rows of something [B, ...]."""
-        return values[self.rows]
-
 
 @dataclass(frozen=True)
 class Ranks:

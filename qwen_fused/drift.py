@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwen_fused.device import to_host
+
 # share by which a recomputed prompt may differ from the one handed out: rounding is far below, another dropout mask,
 # another mode or other data for the same key far above
 DRIFT = 0.02
@@ -23,8 +25,7 @@ class Drift:
         if not drift.is_cuda:
             refuse(drift)
             return
-        host = torch.empty((), dtype=drift.dtype, pin_memory=True).copy_(drift, non_blocking=True)
-        arrived = torch.cuda.Event()
+        host, arrived = to_host(drift), torch.cuda.Event()
         arrived.record()
         self.pending.append((host, arrived))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,21 @@ class Predictor(Protocol):
 
     def predict(self, episodes: Sequence[Episode], attempts: int = ATTEMPTS) -> list[list[np.ndarray]]:
         """For each episode at least one grid and at most `attempts`, best first."""
+
+
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """Without gradients and, if `model` is an nn.Module, in eval mode for a while."""
+    # each module's own mode: a frozen backbone in eval mode must not come back in train mode
+    modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
+    try:
+        for module in modes:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @dataclass(frozen=True)
@@ -146,13 +161,7 @@ def cell_accuracy(grid: np.ndarray, answer: np.ndarray) -> float:
     return float((grid[:h, :w] == answer[:h, :w]).sum() / answer.size)
 
 
-def evaluate(
-    model: Predictor,
-    episodes: Sequence[Episode],
-    *,
-    batch_size: int = 16,
-    progress: Callable[[int, int], None] | None = None,
-) -> Evaluation:
+def evaluate(model: Predictor, episodes: Sequence[Episode], *, batch_size: int = 16) -> Evaluation:
     """Ask for two attempts at every episode and score them.
 
     The model gets `episode.without_answer()` and batches that do not depend on any answer. If it is an nn.Module it
@@ -162,7 +171,6 @@ def evaluate(
         model: see Predictor.
         episodes: with or without answers.
         batch_size: episodes in a call of predict.
-        progress: called with (episodes done, episodes in all) after each batch.
 
     Raises:
         ValueError: batch_size is out of range, or the model returned something that is no answer.
@@ -173,7 +181,7 @@ def evaluate(
     # alike in size, so that small grids do not pay for large ones
     order = sorted(range(len(questions)), key=lambda number: questions[number].side)
     attempts: dict[int, tuple[np.ndarray, ...]] = {}
-    with _evaluating(model):
+    with evaluating(model):
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             answers = model.predict([questions[number] for number in chosen], attempts=ATTEMPTS)
@@ -181,8 +189,6 @@ def evaluate(
                 raise ValueError(f"predict must answer {len(chosen)} episodes, got {len(answers)} answers")
             for number, grids in zip(chosen, answers, strict=True):
                 attempts[number] = _checked(grids, questions[number])
-            if progress is not None:
-                progress(len(attempts), len(order))
     return Evaluation(
         tuple(
             Record(
@@ -220,20 +226,6 @@ def write_submission(
             names = {"attempt_1": grids[0], "attempt_2": grids[-1]}
             submission[task.id].append({name: np.asarray(grid).tolist() for name, grid in names.items()})
     write_whole(Path(path), json.dumps(submission))
-
-
-@contextmanager
-def _evaluating(model: Predictor) -> Iterator[None]:
-    # each module's own mode: a frozen backbone in eval mode must not come back in train mode
-    modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
-    try:
-        for module in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _checked(grids: Sequence[np.ndarray], episode: Episode) -> tuple[np.ndarray, ...]:

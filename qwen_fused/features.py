@@ -119,27 +119,9 @@ def demonstration_features(pairs: Sequence[Pair]) -> np.ndarray:
     rows = []
     for number, pair in enumerate(pairs):
         if pair.output is None:
-            raise ValueError(f"a demonstration needs its output grid, pair {number} has none")
+            raise ValueError(f"demonstrations must have output grids, got none in pair {number}")
         rows.append(pair_features(pair.input, pair.output))
     return np.stack(rows).mean(0, dtype=np.float32)
-
-
-def operators(grid: np.ndarray) -> np.ndarray:
-    """Three measures of one grid: mirror agreement, longest column run, background.
-
-    Args:
-        grid: [h, w] integer grid of colours, never empty.
-
-    Returns:
-        [3] float32, each in [0, 1]: share of cells equal to their left-right mirror image; longest vertical
-        run of one colour, as a share of the height; share of the commonest colour.
-    """
-    run = longest = np.ones(grid.shape[1], dtype=np.int64)
-    for above, row in zip(grid[:-1], grid[1:], strict=True):
-        run = np.where(above == row, run + 1, 1)
-        longest = np.maximum(longest, run)
-    mirror = (grid == grid[:, ::-1]).mean()
-    return np.array([mirror, longest.max() / grid.shape[0], _background_share(grid)], dtype=np.float32)
 
 
 def classify(features: np.ndarray) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_fused import backends, grad_norm_reference, sharded
+from qwen_fused.device import to_host
 
 Tensors = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -83,9 +84,7 @@ class GradStats:
         packed = self._pack()
         if packed.device.type != "cuda":
             return PendingStats(self, packed, None)
-        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-        host.copy_(packed, non_blocking=True)
-        event = torch.cuda.Event()
+        host, event = to_host(packed), torch.cuda.Event()
         event.record()
         return PendingStats(self, host, event)
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModel, PretrainedConfig
 
 from qwen_fused.backbone import load_config
+from qwen_fused.prompt import WHOLE
 from qwen_fused.tiny import byte_tokenizer, tiny_config
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def estimate_memory(
     Raises:
         ValueError: as `load_backbone`.
     """
-    config = tiny_config(len(byte_tokenizer()) + 18) if qwen == "tiny" else load_config(qwen)
+    config = tiny_config(len(byte_tokenizer(WHOLE))) if qwen == "tiny" else load_config(qwen)
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=dtype)
     weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize

@@ -7,8 +7,7 @@ gradient: the baseline plan under the unrefined prompt (it is only argmaxed, for
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor
 from qwen_fused.agent import GridAgent
 from qwen_fused.config import TrainConfig
 from qwen_fused.data import MAX_SIDE, Batch, Episode, collate
+from qwen_fused.evaluate import ATTEMPTS, evaluating
 from qwen_fused.features import FEATURES
 from qwen_fused.objective import PlanObjective, Score
 from qwen_fused.policy import REWARD_SCALE, Action, PolicyLoss, PromptPolicy
@@ -46,7 +46,6 @@ class QwenPlanner(nn.Module):
     def __init__(self, config: TrainConfig):
         super().__init__()
         self.config = config
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.qwen_dtype]
         self.prompt = QwenPrompt(
             config.qwen,
             dim=config.prompt_dim,
@@ -54,7 +53,7 @@ class QwenPlanner(nn.Module):
             pooling=config.pooling,
             lora_rank=config.lora_rank,
             gradient_checkpointing=config.gradient_checkpointing,
-            dtype=dtype,
+            dtype=getattr(torch, config.qwen_dtype),
             attention=config.attention,
             seed=config.seed,
         )
@@ -138,8 +137,7 @@ class QwenPlanner(nn.Module):
         sides = MAX_SIDE * torch.stack([features[:, FEATURES.index(name)] for name in SIZE_FEATURES], 1)
         return self.agent.size_head(prompt, query_size, sides)
 
-    @torch.no_grad()
-    def predict(self, episodes: Sequence[Episode], attempts: int = 2) -> list[list[np.ndarray]]:
+    def predict(self, episodes: Sequence[Episode], attempts: int = ATTEMPTS) -> list[list[np.ndarray]]:
         """Predict answers: the size first, then the cells; the second attempt is a vote over the dihedral views.
 
         Args:
@@ -208,7 +206,6 @@ class QwenPlanner(nn.Module):
         size = torch.tensor(sizes, device=prompt.device)
         return self.agent(prompt, batch.query, batch.query_size, size, readouts=readouts).logits
 
-    @torch.no_grad()
     def plan_steps(self, episode: Episode) -> list[np.ndarray]:
         """The grid that each planning step would answer, first to last, at the predicted size."""
         with evaluating(self):
@@ -218,7 +215,6 @@ class QwenPlanner(nn.Module):
             (h, w), logits = sizes[0], self.plan_at(upright, encoded[0], sizes)
         return list(logits[0].argmax(1)[:, :h, :w].cpu().numpy().astype(np.uint8))
 
-    @torch.no_grad()
     def backward_steps(self, episode: Episode) -> list[np.ndarray]:
         """What the backward plan makes of a known answer: the query, then its grid beside each planning step.
 
@@ -246,15 +242,3 @@ def further_attempts(probabilities: np.ndarray, other: np.ndarray, count: int) -
         grid.flat[cell] = runner_up.flat[cell]
         grids.append(grid)
     return (grids + [first] * count)[:count]
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every submodule's own mode comes back afterwards."""
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_fused.agent import Plan
+from qwen_fused.data import COLORS, MAX_SIDE
 from qwen_fused.ops import EFEOutput, EFEWeights, efe_loss, hard_cell_cross_entropy
 
 
@@ -60,8 +61,6 @@ class PlanObjective(nn.Module):
         size_warmup: float = 0.6,
         size_weight: float = 0.3,
         backend: str = "auto",
-        colors: int = 10,
-        max_side: int = 30,
     ):
         super().__init__()
         self.weights = weights or EFEWeights()
@@ -73,14 +72,14 @@ class PlanObjective(nn.Module):
         self.register_buffer("step_weight", step_weight, persistent=False)
         self.has_preference = self.weights.risk != 0 or self.weights.anchor != 0
         if self.has_preference:
-            self.preference = nn.Parameter(0.01 * torch.randn(max_side, max_side, colors))
-            self.preference_scale = nn.Linear(prompt_dim, colors)
+            self.preference = nn.Parameter(0.01 * torch.randn(MAX_SIDE, MAX_SIDE, COLORS))
+            self.preference_scale = nn.Linear(prompt_dim, COLORS)
         if self.weights.ambiguity != 0:
             # rows are states, columns observations: mostly the state's own colour, as a sensor should be
-            self.observation = nn.Parameter(4.0 * torch.eye(colors))
+            self.observation = nn.Parameter(4.0 * torch.eye(COLORS))
         if self.weights.prompt != 0:
-            self.prompt_colors = nn.Linear(prompt_dim, colors)
-        self.register_buffer("anchor", torch.full((colors, max_side, max_side), 1.0 / colors))
+            self.prompt_colors = nn.Linear(prompt_dim, COLORS)
+        self.register_buffer("anchor", torch.full((COLORS, MAX_SIDE, MAX_SIDE), 1.0 / COLORS))
 
     def size_share(self, epoch: int) -> float:
         """Weight w of the size loss in an epoch; a share, since a common factor is invisible to Adam."""

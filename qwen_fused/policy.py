@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 REWARD_SCALE = 5.0
+# weights inside the policy's loss
+VALUE_WEIGHT, ENTROPY_WEIGHT, CURIOSITY_WEIGHT = 0.5, 0.01, 0.1
 
 
 @dataclass
@@ -74,7 +76,6 @@ class PromptPolicy(nn.Module):
         state_dim: width of the plan state that curiosity watches.
         hidden: trunk width.
         delta_scale: bound on each coordinate of delta.
-        entropy_weight, value_weight, curiosity_weight: weights inside the policy's loss.
     """
 
     def __init__(
@@ -85,14 +86,9 @@ class PromptPolicy(nn.Module):
         state_dim: int = 64,
         hidden: int = 512,
         delta_scale: float = 0.2,
-        entropy_weight: float = 0.01,
-        value_weight: float = 0.5,
-        curiosity_weight: float = 0.1,
     ):
         super().__init__()
         self.delta_scale = delta_scale
-        self.entropy_weight, self.value_weight = entropy_weight, value_weight
-        self.curiosity_weight = curiosity_weight
         self.trunk = nn.Sequential(nn.Linear(2 * prompt_dim + features, hidden), nn.GELU())
         self.mean = nn.Linear(hidden, prompt_dim)
         self.log_std = nn.Parameter(torch.full((prompt_dim,), math.log(0.3)))
@@ -148,8 +144,8 @@ class PromptPolicy(nn.Module):
         curiosity = self.curiosity(
             state.detach().float(), next_state.detach().float(), action.delta, self.delta_scale
         ).mean()
-        loss = score + self.value_weight * value - self.entropy_weight * entropy
-        return PolicyLoss(loss + self.curiosity_weight * curiosity, score, value, entropy, curiosity)
+        loss = score + VALUE_WEIGHT * value - ENTROPY_WEIGHT * entropy + CURIOSITY_WEIGHT * curiosity
+        return PolicyLoss(loss, score, value, entropy, curiosity)
 
 
 def squashed_log_prob(u: Tensor, mean: Tensor, log_std: Tensor, scale: float) -> Tensor:

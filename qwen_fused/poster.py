@@ -17,20 +17,21 @@ from qwen_fused.maps import plot_gradients
 from qwen_fused.run_files import read_file, read_gradients, read_metrics
 
 WIDTH = 11.0  # inches
+# of the best-answered held-out episodes
+EXAMPLES = 3
 
 
-def draw_poster(run: Path, examples: int = 3) -> Figure:
+def draw_poster(run: Path) -> Figure:
     """The picture of a run folder that has been trained and evaluated.
 
     Args:
         run: the run folder.
-        examples: how many of its best-answered held-out episodes to show.
 
     Raises:
         ValueError: the run has no metrics, gradients or examples yet.
     """
     metrics, gradients = read_metrics(run / "metrics.jsonl"), read_gradients(run / "gradients.jsonl")
-    shown = read_examples(read_file(run / "examples.json", []), str(run / "examples.json"))[:examples]
+    shown = read_examples(read_file(run / "examples.json", []), str(run / "examples.json"))[:EXAMPLES]
     parts = {"metrics.jsonl": len(metrics["step"]), "gradients.jsonl": gradients, "examples.json": shown}
     missing = [name for name, content in parts.items() if not content]
     if missing:

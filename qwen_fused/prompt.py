@@ -10,7 +10,7 @@ Nothing here can see a query or its answer: `forward` takes demonstration pairs 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from qwen_fused.data import Pair
 
 INPUT, OUTPUT = "in:\n", "out:\n"
+# texts that are one token each where the vocabulary is ours
+WHOLE = (*RULES.values(), INPUT, OUTPUT)
 POOLINGS = ("mean", "last")
 
 # padded tokens that go through Qwen in one call. Two cores: a batch of 16 takes 0.16 s in groups of 2048 and 0.30 s
@@ -146,7 +148,7 @@ class QwenPrompt(nn.Module):
             dtype=dtype,
             attention=attention,
             seed=seed,
-            whole=(*RULES.values(), INPUT, OUTPUT),
+            whole=WHOLE,
         )
         config = self.backbone.config
         self.rule_ids = {sentence: self._tokenise([sentence + "\n"])[0] for sentence in RULES.values()}
@@ -156,7 +158,7 @@ class QwenPrompt(nn.Module):
                 f"max_prompt_tokens must be from {longest_rule + 2} (a rule and something of a pair) to "
                 f"{config.max_position_embeddings} (this Qwen's positions), got {max_prompt_tokens}"
             )
-        self.dim, self.max_prompt_tokens, self.pooling = dim, max_prompt_tokens, pooling
+        self.max_prompt_tokens, self.pooling = max_prompt_tokens, pooling
         with seeded(seed + 1):
             self.projection = nn.Sequential(nn.Linear(config.hidden_size, dim), nn.LayerNorm(dim))
             self.control = nn.Sequential(
@@ -209,15 +211,6 @@ class QwenPrompt(nn.Module):
         """
         return self._read([self._ids(pairs)[0] for pairs in self._encode(demonstrations)])
 
-    def qwen_parameters(self) -> Iterator[nn.Parameter]:
-        """The backbone's trainable parameters: all of them, or the adapters alone with LoRA."""
-        return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
-
-    def head_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the projection and of the control network."""
-        yield from self.projection.parameters()
-        yield from self.control.parameters()
-
     @property
     def _first_weight(self) -> nn.Parameter:
         """The projection's weight, [D, hidden]: where, and in which dtype, what comes after Qwen computes."""
@@ -235,11 +228,11 @@ class QwenPrompt(nn.Module):
         new: dict[str, tuple[str, str, np.ndarray]] = {}
         for index, pairs in enumerate(demonstrations):
             if len(pairs) == 0:
-                raise ValueError(f"an episode needs at least one demonstration, episode {index} has none")
+                raise ValueError(f"demonstrations must hold at least one pair for each episode, got none for episode {index}")
             keys.append([])
             for pair in pairs:
                 if pair.output is None:
-                    raise ValueError(f"a demonstration needs its output grid, episode {index} has one without")
+                    raise ValueError(f"demonstrations must have output grids, got a pair without in episode {index}")
                 texts = INPUT + grid_text(pair.input), OUTPUT + grid_text(pair.output)
                 key = "".join(texts)
                 keys[-1].append(key)

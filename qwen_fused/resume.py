@@ -20,8 +20,8 @@ import torch
 
 from qwen_fused.checkpoint import list_checkpoints, read_state
 from qwen_fused.config import TrainConfig
+from qwen_fused.data import Task
 from qwen_fused.files import remove_partial
-from qwen_fused.tasks import Task
 
 FREE = frozenset(
     {

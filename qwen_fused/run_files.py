@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from qwen_fused.examples import Example, read_examples
+from qwen_fused.typed_yaml import nearest
 
 EVALUATED = [
     "episodes",
@@ -26,6 +27,14 @@ EVALUATED = [
     "copy_solved",
 ]
 RUNGS = {True: ("ok", "✓"), False: ("bad", "✗"), None: ("open", "–")}
+
+
+def check_run(run: Path) -> None:
+    """Raise a ValueError where `run` is no run folder; the message has the nearest one beside it."""
+    if (run / "config.yaml").is_file():
+        return
+    beside = [f.parent.name for f in run.parent.glob("*/config.yaml")] if run.parent.is_dir() else []
+    raise ValueError(f"run must be a run folder with a config.yaml, got {run}{nearest(run.name, beside)}")
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:

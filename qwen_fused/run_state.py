@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qwen_fused.checkpoint import rng_state, set_rng_state
+from qwen_fused.random_state import rng_state, set_rng_state
 from qwen_fused.window_parts import gather_window, share_window
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from qwen_fused.data import Episode, augment, leave_out
-from qwen_fused.tasks import Task
+from qwen_fused.data import Episode, Task, augment, leave_out
 
 # pairs a task must have for two of them to be asked under one prompt: at least two then still demonstrate
 TWO_ASK = 4
@@ -62,7 +61,7 @@ class EpisodeSampler:
         self.tasks = sorted(tasks, key=lambda task: task.id)
         self.asked = [(task, index) for task in self.tasks for index in range(len(task.train))]
         if not self.asked:
-            raise ValueError("the sampler needs at least one task with train pairs, got none")
+            raise ValueError("tasks must hold at least one task with train pairs, got none")
         self.sides = [leave_out(task, (index,))[0].side for task, index in self.asked]
         self.batch_size, self.seed, self.augment = batch_size, seed, augment
         self.window, self.visits = window, min(visits, window)

@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from qwen_fused.backbone import save_backbone
 from qwen_fused.checkpoint import read_state
-from qwen_fused.config import TrainConfig, require
+from qwen_fused.config import TrainConfig, about
 from qwen_fused.model import QwenPlanner
 from qwen_fused.resume import fitting, newest_state
+from qwen_fused.run_files import check_run
 
 
-def load_model(
-    run: Path, weights: str = "last", device: torch.device | str = "cpu", say: Callable[[str], None] = print
-) -> QwenPlanner:
+def load_model(run: Path, weights: str = "last", device: torch.device | str = "cpu") -> QwenPlanner:
     """The model of a run, in train mode, with its configuration in `.config`.
+
+    A damaged checkpoint that is passed over is told on standard output.
 
     Args:
         run: run folder.
         weights: "last" for the newest checkpoint that is whole, "best" for the best one on the held-out tasks.
         device: where the model goes.
-        say: told of each damaged checkpoint that is passed over.
 
     Raises:
         ValueError: there is no such run, it has no such checkpoint, or its Qwen is no longer where it was.
     """
-    require((run / "config.yaml").is_file(), "run", "a run folder with a config.yaml", str(run))
+    check_run(run)
     config = TrainConfig.load(run / "config.yaml")
     best = run / "checkpoints" / "best.safetensors"
+    if weights == "best" and not best.is_file():
+        raise ValueError(f"weights must be last for a run that has not been evaluated, got best: there is no {best}")
     path, state, notes = (best, read_state(best), []) if weights == "best" else newest_state(run)
     if path is None or state is None:
-        raise ValueError(f"run must be a run folder with a checkpoint, got {str(run)!r}")
+        raise ValueError(f"run must be a run folder with a checkpoint, got {run}")
     for note in notes:
-        say(note)
-    model = QwenPlanner(config).to(device)
+        print(note)
+    with about(f"run {run}"):
+        model = QwenPlanner(config).to(device)
     with fitting(path):
         model.load_state_dict(state["model"])
     return model

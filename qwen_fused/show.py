@@ -44,14 +44,6 @@ def find_task(dataset: str, task_id: str) -> Task:
     return tasks[task_id]
 
 
-def check_run(run: Path) -> None:
-    """Raise a ValueError where `run` is no run folder; the message has the nearest one beside it."""
-    if (run / "config.yaml").is_file():
-        return
-    beside = [f.parent.name for f in run.parent.glob("*/config.yaml")] if run.parent.is_dir() else []
-    raise ValueError(f"run must be a run folder with a config.yaml, got {run}{nearest(run.name, beside)}")
-
-
 def describe_task(task: Task, model: QwenPlanner | None = None) -> list[Row]:
     """Demonstrations, then each test input: with a model its plan and two attempts, the target, and the errors."""
     rows = []

@@ -82,18 +82,14 @@ def load_tasks(dataset: str, split: str = "training") -> TaskCollection:
     else:
         path = Path(dataset).expanduser()
         if not dataset or not path.exists():
-            raise ValueError(
-                f'dataset must be "arc1", "arc2", a folder or a file; "{dataset}" does not exist'
-            )
+            raise ValueError(f'dataset must be arc1, arc2, a folder or a file, got "{dataset}", which does not exist')
         files = _files_of(path, split) if path.is_dir() else [path]
         entries = [entry for file in files for entry in _entries_of(file, skipped.append)]
 
     tasks: dict[str, Task] = {}
     for source, task_id, content in entries:
         if task_id in tasks:
-            skipped.append(
-                f"{source}, task {task_id}: an earlier file has a task of this name; it is left out"
-            )
+            skipped.append(f"{source}, task {task_id}: an earlier file has a task of this name; it is left out")
             continue
         try:
             tasks[task_id] = parse_task(task_id, content, source=source, note=skipped.append)
@@ -132,9 +128,7 @@ def parse_task(task_id: str, content: Any, *, source: str, note: Callable[[str],
         except ValueError as error:
             note(f"{where}, pair train[{number}]: {error}; the pair is left out")
     if len(train) < 2:
-        raise ValueError(
-            f"{where}: train has {len(train)} usable of {len(pairs['train'])} pairs; two are needed"
-        )
+        raise ValueError(f"{where}: train has {len(train)} usable of {len(pairs['train'])} pairs; two are needed")
 
     test = []
     for number, pair in enumerate(pairs["test"]):

@@ -53,7 +53,30 @@ class TensorBoard:
         self.writer.close()
 
 
-class Trackio:
+class Hosted:
+    """A run of a package with the interface of Weights & Biases.
+
+    Args:
+        module: the package.
+        options: of its `init`, besides project, name and configuration.
+    """
+
+    def __init__(self, module: Any, folder: Path, config: Mapping[str, Any], **options: Any):
+        self.module = module
+        name = folder.resolve().name
+        self.run = module.init(project="qwen-fused", name=name, config=dict(config), resume="allow", **options)
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        self.run.log({name: self.module.Image(pixels)}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackio(Hosted):
     """A local trackio project, kept in the run folder: `TRACKIO_DIR=RUN/trackio trackio show`."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resume_step: int | None):
@@ -61,40 +84,16 @@ class Trackio:
         os.environ.setdefault("TRACKIO_DIR", str((folder / "trackio").resolve()))
         import trackio
 
-        self.module = trackio
-        name = folder.resolve().name
-        self.run = trackio.init(project="qwen-fused", name=name, config=dict(config), resume="allow", embed=False)
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log(dict(values), step=step)
-
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        self.run.log({name: self.module.Image(pixels)}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
+        super().__init__(trackio, folder, config, embed=False)
 
 
-class Wandb:
+class Wandb(Hosted):
     """Weights & Biases, as the package itself is set up: WANDB_MODE=offline keeps all in the run folder."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resume_step: int | None):
         import wandb
 
-        self.module = wandb
-        name = folder.resolve().name
-        self.run = wandb.init(
-            project="qwen-fused", name=name, id=name, dir=str(folder), config=dict(config), resume="allow"
-        )
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log(dict(values), step=step)
-
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        self.run.log({name: self.module.Image(pixels)}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
+        super().__init__(wandb, folder, config, id=folder.resolve().name, dir=str(folder))
 
 
 TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int | None], Tracker]] = {

@@ -20,6 +20,7 @@ from qwen_fused.examples import write_examples
 from qwen_fused.files import claim, write_whole
 from qwen_fused.memory import check_memory
 from qwen_fused.monitor import out_of_memory
+from qwen_fused.pending import PendingBatch
 from qwen_fused.prove_trainer import prove_trainer
 from qwen_fused.report import write_report
 from qwen_fused.resume import Continuation, clear_future, compare_origin, fitting, open_run
@@ -27,7 +28,7 @@ from qwen_fused.run_state import weights_of
 from qwen_fused.runlog import RunLog, log_line
 from qwen_fused.signals import Interrupted, catch_signals
 from qwen_fused.trackers import tracker_names
-from qwen_fused.trainer import PendingBatch, Trainer, TrainingStopped
+from qwen_fused.trainer import Trainer, TrainingStopped
 from qwen_fused.watched import chosen_examples, watched_episodes, watched_examples
 
 TRAINING_TASKS_SHOWN = 100

@@ -17,10 +17,11 @@ from qwen_fused.config import TrainConfig
 from qwen_fused.data import Batch, Episode, collate, load_tasks, split_tasks
 from qwen_fused.device import resolve_device, to_host
 from qwen_fused.distributed import Part, Ranks
-from qwen_fused.gradients import GradStats, GroupGradNorm, PendingStats, nonfinite_message
+from qwen_fused.gradients import GradStats, GroupGradNorm, nonfinite_message
 from qwen_fused.masters import MasterAdamW
 from qwen_fused.model import QwenPlanner, StepOutput
 from qwen_fused.monitor import GradientMonitor, Hint
+from qwen_fused.pending import SCALARS, PendingBatch, scalars
 from qwen_fused.resume import origin
 from qwen_fused.run_state import load_state, state_of
 from qwen_fused.sampler import EpisodeSampler
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
     from qwen_fused.fsdp import ShardedQwen
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-SCALARS = (
-    "loss", "efe", "size_loss", "policy_loss", "reward", "prompt_grad", "mask_ratio", "accuracy", "solved",
-    "size_accuracy",
-)  # fmt: skip
 # fp16's scaler halves its scale at each overflow; this many in a row is no longer a matter of scale
 MOST_OVERFLOWS = 25
 
@@ -56,20 +53,6 @@ class Progress:
     overflows: int = 0
     # Qwen's rows of the gradient norms, as of the last flush of the prompt window
     qwen: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass
-class PendingBatch:
-    """What is known of a batch before the device has finished it; `Trainer.read` waits for the rest."""
-
-    step: int
-    epoch: int
-    episodes: int
-    flushed: bool  # whether Qwen had its gradient
-    rates: dict[str, float]
-    values: Tensor  # [len(SCALARS)] on the host, whole once `stats` is
-    stats: PendingStats
-    seconds: float = 1.0  # that the batch took, for the loop to set
 
 
 class Trainer:
@@ -173,7 +156,7 @@ class Trainer:
         stats = self.step()
         self.model.objective.update_anchor(batch.target, self.ranks.gather(out.score.efe.solved, part))
         self.progress.step += 1
-        values = to_host(self.ranks.sum(_scalars(out, prompt_grad) * part.share))
+        values = to_host(self.ranks.sum(scalars(out, prompt_grad) * part.share))
         return PendingBatch(self.progress.step, epoch, len(episodes), flush, rates, values, stats.read_later())
 
     def backward(self, loss: Tensor, pooled: Sequence[Tensor]) -> Tensor:
@@ -251,7 +234,7 @@ class Trainer:
         if self.sharded:
             self.sharded.gather()
         if part is not None and self.ranks.size > 1:
-            noise = part.of(torch.randn(part.whole, self.config.prompt_dim, device=self.device))
+            noise = torch.randn(part.whole, self.config.prompt_dim, device=self.device)[part.rows]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             pooled = self.window.prompts([episode.demonstrations for episode in batch.episodes])
             return self.model(batch, epoch=epoch, pooled=pooled, noise=noise), pooled
@@ -282,24 +265,6 @@ class Trainer:
         if not self.ranks.first:
             return folder
         return save_checkpoint(folder, self.progress.step, state, keep=self.config.keep_checkpoints)
-
-
-def _scalars(out: StepOutput, prompt_grad: Tensor) -> Tensor:
-    """SCALARS of a step as one tensor, so that they travel together."""
-    efe = out.score.efe
-    values = {
-        "loss": out.loss,
-        "efe": efe.loss,
-        "size_loss": out.score.size,
-        "policy_loss": out.policy.loss,
-        "reward": out.reward.mean(),
-        "prompt_grad": prompt_grad,
-        "mask_ratio": efe.hard_ratio.mean(),
-        "accuracy": efe.accuracy.mean(),
-        "solved": efe.solved.float().mean(),
-        "size_accuracy": out.score.size_accuracy,
-    }
-    return torch.stack([values[name].detach().float() for name in SCALARS])
 
 
 def keep_finite(pooled: Tensor, loss_scale: Tensor, ranks: Ranks) -> None:

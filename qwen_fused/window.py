@@ -14,8 +14,7 @@ alike; it needs the memory of one call's graph. "retain" keeps the graphs: one f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,30 +25,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qwen_fused.drift import Drift
 from qwen_fused.proof.labels import graph_leaves
+from qwen_fused.random_state import RandomState
 
 MODES = ("recompute", "retain")
-
-
-@dataclass
-class RandomState:
-    """Generators as they were before a call: the CPU's and, where CUDA is in use, every device's."""
-
-    cpu: Tensor  # uint8
-    cuda: list[Tensor]  # uint8
-
-    @classmethod
-    def now(cls) -> RandomState:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return cls(torch.get_rng_state(), cuda)
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Run with these states; the present ones come back afterwards."""
-        with torch.random.fork_rng(devices=range(len(self.cuda))):
-            torch.set_rng_state(self.cpu)
-            if self.cuda:
-                torch.cuda.set_rng_state_all(self.cuda)
-            yield
 
 
 @dataclass

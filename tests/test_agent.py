@@ -21,7 +21,7 @@ def on_canvas(grid: np.ndarray, side: int) -> torch.Tensor:
 def seen_through(view: str, grid: np.ndarray, size: tuple[int, int], side: int = 9) -> np.ndarray:
     """What a view shows of a grid at a destination size, -1 where it shows nothing."""
     indices = view_indices(torch.tensor([grid.shape]), torch.tensor([size]), side, side)
-    copies = one_hot_views(on_canvas(grid, side), indices, 10)[0, VIEWS.index(view)].view(10, side, side)
+    copies = one_hot_views(on_canvas(grid, side), indices)[0, VIEWS.index(view)].view(10, side, side)
     color = torch.where(copies.sum(0) > 0, copies.argmax(0), -1)
     return color[: size[0], : size[1]].numpy()
 
@@ -129,7 +129,7 @@ def test_every_parameter_gets_a_gradient(agent):
 
 
 def test_size_head_points_at_the_demonstrations_sizes():
-    head = SizeHead(D, 30)
+    head = SizeHead(D)
     torch.nn.init.zeros_(head.free.weight)
     prompt, own = torch.randn(1, D), torch.tensor([[6, 4]])
     demos = torch.tensor([[3.0, 2.0, 9.0, 6.0]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -140,7 +141,8 @@ def test_info_tells_what_is_used(capsys):
         ("train --resume /nowhere", "resume"),
         ("train --qwen /nowhere/qwen", "qwen"),
         ("eval /nowhere", "run"),
-        ("report /nowhere", "run"),
+        ("report /nowhere", "run must be a run folder"),
+        ("export /nowhere new", "run must be a run folder"),
         ("fly", "command"),
         ("train --preset sede", "did you mean seed?"),
         ("train --config /nowhere.yaml", "/nowhere.yaml cannot be read"),
@@ -170,6 +172,58 @@ def test_wrong_flags_are_named_and_exit_with_2(line, named, capsys, monkeypatch)
     with pytest.raises(SystemExit) as stopped:
         main(line.split())
     assert stopped.value.code == 2 and named in capsys.readouterr().err.lower()
+
+
+@pytest.fixture
+def untrained(tmp_path) -> Path:
+    """A run folder that never saw a batch, of a dataset that has gone since."""
+    TrainConfig(dataset=str(tmp_path / "gone")).save(tmp_path / "config.yaml")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("eval {run}", "run must be a run folder with a checkpoint, got {run}"),
+        ("export {run} {run}/new", "run must be a run folder with a checkpoint, got {run}"),
+        ("eval {run} --weights best", "weights must be last for a run that has not been evaluated, got best"),
+        ("eval {run}/checkpoints", "run must be a run folder with a config.yaml, got {run}/checkpoints"),
+        ("report {run}/checkpoints", "run must be a run folder with a config.yaml, got {run}/checkpoints"),
+    ],
+)
+def test_a_wrong_run_is_named_as_run(line, says, untrained, capsys):
+    (untrained / "checkpoints").mkdir()
+    assert main(line.format(run=untrained).split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"qwen-fused: {says.format(run=untrained)}") and len(error.splitlines()) == 1
+    assert not (untrained / "checkpoints" / "report.html").exists()
+
+
+def test_what_a_run_lacks_since_is_told_of_the_run(small, tmp_path, capsys):
+    data = Path(small[1])
+    mine = tmp_path / "tasks"
+    shutil.copytree(data, mine)
+    assert main(["train", *small[2:], "--dataset", str(mine), "--no-prove"]) == 0
+    shutil.rmtree(mine)
+    run = only_run(tmp_path)
+    capsys.readouterr()
+    assert main(["eval", str(run)]) == 2
+    assert capsys.readouterr().err.startswith(f"qwen-fused: run {run}: dataset must be")
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "export", "prove", "report", "show", "info"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0 and f"usage: qwen-fused {command}" in said and "PATH PATH" not in said
+
+
+def test_output_that_nobody_reads():
+    code = "import sys; from qwen_fused.cli import main; sys.exit(main(['train', '--print-config'] ))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 141 and process.stderr.read() == b""
 
 
 def test_without_a_command_it_says_what_there_is(capsys):

@@ -31,7 +31,7 @@ def test_split_edges():
     tasks = make_tasks(4)
     assert data.split_tasks(tasks, 0.0, 0) == (tuple(tasks), ())
     assert len(data.split_tasks(tasks, 0.01, 0)[1]) == 1
-    with pytest.raises(ValueError, match="leaves none to train on"):
+    with pytest.raises(ValueError, match="fraction must leave a task to train on, got"):
         data.split_tasks(tasks, 0.99, 0)
     with pytest.raises(ValueError, match="different ids, got task001"):
         data.split_tasks([*tasks, tasks[1]], 0.5, 0)

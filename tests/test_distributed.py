@@ -11,7 +11,8 @@ import torch
 from qwen_fused.checkpoint import read_state, write_state
 from qwen_fused.config import TrainConfig
 from qwen_fused.distributed import BUCKET, Ranks, buckets, processes
-from qwen_fused.trainer import SCALARS, Trainer
+from qwen_fused.pending import SCALARS
+from qwen_fused.trainer import Trainer
 from qwen_fused.window_parts import new_keys
 
 RANKS, BATCHES, HALF = 2, 8, 4

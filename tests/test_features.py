@@ -12,7 +12,6 @@ from qwen_fused.features import (
     classify,
     demonstration_features,
     normalise,
-    operators,
     pair_features,
     rule_sentence,
 )
@@ -120,14 +119,6 @@ def test_rules_are_short_sentences():
     for sentence in RULES.values():
         assert len(sentence.split()) <= 25 and sentence.endswith(".") and "\n" not in sentence
     assert rule_sentence(features(changed=0.01)) == RULES["copy_or_minimal"]
-
-
-def test_operators():
-    mirror, run, background = operators(grid("121", "122", "302"))
-    assert mirror == pytest.approx((3 + 1 + 1) / 9)
-    assert run == pytest.approx(2 / 3)
-    assert background == pytest.approx(4 / 9)
-    assert operators(grid("5")).tolist() == [1, 1, 1]
 
 
 def test_rejects_features_of_another_length():

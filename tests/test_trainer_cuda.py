@@ -11,8 +11,9 @@ from devices import in_use, no_sync, record, repeats
 from torch import Tensor
 
 from qwen_fused.data import collate
+from qwen_fused.pending import SCALARS, PendingBatch
 from qwen_fused.prompt import QwenPrompt
-from qwen_fused.trainer import SCALARS, PendingBatch, Trainer
+from qwen_fused.trainer import Trainer
 
 
 @pytest.fixture

@@ -54,6 +54,11 @@ def make(folders, kind: str, dtype: torch.dtype = torch.float32) -> QwenPrompt:
     return prompt.double() if dtype == torch.float64 else prompt
 
 
+def trained(prompt: QwenPrompt) -> list[torch.nn.Parameter]:
+    """Qwen's parameters, or the adapters alone."""
+    return [p for p in prompt.backbone.parameters() if p.requires_grad]
+
+
 class Run:
     """A small training loop: Qwen steps once per window, a head at every batch, gradients of each window kept."""
 
@@ -61,7 +66,7 @@ class Run:
         self.prompt = prompt
         self.forward = partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=autocast)
         # gradients here have norms of hundreds; a larger step would amplify rounding from window to window
-        self.qwen = torch.optim.SGD(prompt.qwen_parameters(), lr=1e-4)
+        self.qwen = torch.optim.SGD(trained(prompt), lr=1e-4)
         dtype = prompt.projection[0].weight.dtype
         self.head = 0.3 * torch.sin(torch.arange(5 * 32, dtype=dtype)).view(5, 32)
         self.head.requires_grad_()
@@ -83,7 +88,7 @@ class Run:
             self.head.grad = None
 
     def step(self) -> None:
-        self.gradients.append([p.grad.clone() for p in self.prompt.qwen_parameters()])
+        self.gradients.append([p.grad.clone() for p in trained(self.prompt)])
         self.qwen.step()
         self.qwen.zero_grad()
 
@@ -172,7 +177,7 @@ def test_a_window_inside_one_autocast_block(folders):
                 for batch in BATCHES[:3]:
                     window.prompts(batch).tanh().square().sum().backward()
                 window.flush()
-        gradients.append([p.grad for p in prompt.qwen_parameters()])
+        gradients.append([p.grad for p in trained(prompt)])
     assert all(map(torch.equal, *gradients))
 
 
