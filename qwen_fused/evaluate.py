@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import nn
 
 from qwen_fused.data import COLORS, MAX_SIDE, Episode, Task
+from qwen_fused.evaluation_mode import evaluating
 from qwen_fused.files import write_whole
 
 ATTEMPTS = 2
@@ -29,21 +27,6 @@ class Predictor(Protocol):
 
     def predict(self, episodes: Sequence[Episode], attempts: int = ATTEMPTS) -> list[list[np.ndarray]]:
         """For each episode at least one grid and at most `attempts`, best first."""
-
-
-@contextmanager
-def evaluating(model: object) -> Iterator[None]:
-    """Without gradients and, if `model` is an nn.Module, in eval mode for a while."""
-    # each module's own mode: a frozen backbone in eval mode must not come back in train mode
-    modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
-    try:
-        for module in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @dataclass(frozen=True)

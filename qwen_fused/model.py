@@ -18,7 +18,7 @@ from torch import Tensor
 from qwen_fused.agent import GridAgent
 from qwen_fused.config import TrainConfig
 from qwen_fused.data import MAX_SIDE, Batch, Episode, collate
-from qwen_fused.evaluate import ATTEMPTS, evaluating
+from qwen_fused.evaluation_mode import evaluating
 from qwen_fused.features import FEATURES
 from qwen_fused.objective import PlanObjective, Score
 from qwen_fused.policy import REWARD_SCALE, Action, PolicyLoss, PromptPolicy
@@ -137,7 +137,7 @@ class QwenPlanner(nn.Module):
         sides = MAX_SIDE * torch.stack([features[:, FEATURES.index(name)] for name in SIZE_FEATURES], 1)
         return self.agent.size_head(prompt, query_size, sides)
 
-    def predict(self, episodes: Sequence[Episode], attempts: int = ATTEMPTS) -> list[list[np.ndarray]]:
+    def predict(self, episodes: Sequence[Episode], attempts: int = 2) -> list[list[np.ndarray]]:
         """Predict answers: the size first, then the cells; the second attempt is a vote over the dihedral views.
 
         Args:

@@ -228,7 +228,7 @@ class QwenPrompt(nn.Module):
         new: dict[str, tuple[str, str, np.ndarray]] = {}
         for index, pairs in enumerate(demonstrations):
             if len(pairs) == 0:
-                raise ValueError(f"demonstrations must hold at least one pair for each episode, got none for episode {index}")
+                raise ValueError(f"demonstrations must hold at least one pair each, got none for episode {index}")
             keys.append([])
             for pair in pairs:
                 if pair.output is None:
