@@ -26,6 +26,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # nor draw bars between the sentences that tests look for on stderr
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+# the terminal of whoever runs the tests is not the one that they are about
+for name in ("FORCE_COLOR", "COLUMNS", "LINES"):
+    os.environ.pop(name, None)
+
 # the same examples at every run, so that a green main stays green; HYPOTHESIS_PROFILE=search draws new ones each time
 hypothesis.settings.register_profile("fixed", derandomize=True)
 hypothesis.settings.register_profile("search", derandomize=False)

@@ -169,7 +169,7 @@ def launch(program: Path, case: Case, folder: Path, **environment: str) -> subpr
         env=os.environ | {"TSAN_OPTIONS": "halt_on_error=1"} | environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         check=False,
     )
 

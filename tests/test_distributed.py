@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from two_processes import run_ranks, said
 
 from qwen_fused.checkpoint import read_state, write_state
 from qwen_fused.config import TrainConfig
@@ -55,12 +56,8 @@ def second_half(config: TrainConfig, folder: Path, name: str, ranks: Ranks | Non
     return {"rows": go(trainer, BATCHES), "state": kept(trainer)}
 
 
-def work(rank: int, folder: str, config: TrainConfig, sharded: TrainConfig) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1"}
-    port = Path(folder) / "port"
-    os.environ["MASTER_PORT"] = port.read_text()
-    path, results = Path(folder), {}
+def work(rank: int, path: Path, config: TrainConfig, sharded: TrainConfig) -> int:
+    results = {}
     with processes() as ranks:
         results["two"] = in_halves(config, path, "two", ranks)
         results["one, then two"] = second_half(config, path, "one", ranks)
@@ -69,6 +66,7 @@ def work(rank: int, folder: str, config: TrainConfig, sharded: TrainConfig) -> N
         results["small batch"] = small_batch(config, path, ranks)
         results["agreed"] = ranks.agree(rank, 3 - rank, False)
     torch.save(results, path / f"{rank}.pt")
+    return 0
 
 
 def small_batch(config: TrainConfig, folder: Path, ranks: Ranks | None = None) -> dict:
@@ -77,26 +75,15 @@ def small_batch(config: TrainConfig, folder: Path, ranks: Ranks | None = None) -
     return {"rows": [trainer.read(trainer.train_step(trainer.sampler.batch(0, 0)[:1], 1))]}
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, small_arc) -> dict[str, dict]:
+def runs(tmp_path_factory, config_in) -> dict[str, dict]:
     """What one process found, and the first of two, under the names of the runs."""
     folder = tmp_path_factory.mktemp("distributed")
-    config = TrainConfig(
-        dataset=str(small_arc), val_fraction=0.25, agent_channels=16, prompt_dim=32, policy_hidden=32, plan_steps=3,
-        device="cpu", prove=False, **SETTINGS,
-    )  # fmt: skip
-    sharded = TrainConfig(**{**vars(config), "shard_qwen": True})
-    (folder / "port").write_text(str(free_port()))
+    config = config_in(folder, **SETTINGS)
+    sharded = replace(config, shard_qwen=True)
     found = {"one": in_halves(config, folder, "one"), "one, small batch": small_batch(config, folder)}
-    torch.multiprocessing.start_processes(work, (str(folder), config, sharded), nprocs=RANKS, start_method="spawn")
+    codes = run_ranks(lambda rank: work(rank, folder, config, sharded), folder, RANKS)
+    assert codes == [0] * RANKS, "".join(said(folder, rank) for rank in range(RANKS))
     results = [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
     found["two, then one"] = second_half(config, folder, "two")
     # one process has nothing to shard, and says nothing

@@ -28,7 +28,7 @@ def make_api() -> ModuleType:
 
 
 def test_api_page_is_up_to_date() -> None:
-    assert (ROOT / "docs" / "api.md").read_text() == make_api().render(), "run `make docs`"
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == make_api().render(), "run `make docs`"
 
 
 @pytest.mark.parametrize("name", qwen_fused.__all__)
@@ -58,7 +58,7 @@ def modules() -> dict[str, Path]:
 
 def imports(name: str, file: Path, known: set[str]) -> set[str]:
     """Modules of ours that a module imports when it runs, inside functions too; not what is for type checkers alone."""
-    tree = ast.parse(file.read_text())
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []
@@ -74,7 +74,7 @@ def imports(name: str, file: Path, known: set[str]) -> set[str]:
 
 def test_imports_go_one_way_as_the_architecture_page_says() -> None:
     files = modules()
-    page = (ROOT / "docs" / "architecture.md").read_text()
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = [re.findall(r"`([\w.]+)`", row) for row in LAYER.findall(page)]
     level = {name: number for number, row in enumerate(rows, start=1) for name in row}
     assert sorted(name for row in rows for name in row) == sorted(files), "the page must have each module once"
@@ -87,7 +87,7 @@ def test_imports_go_one_way_as_the_architecture_page_says() -> None:
 
 
 def test_picture_names_modules_that_there_are() -> None:
-    picture = (ROOT / "docs" / "architecture.svg").read_text()
+    picture = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
     named = " ".join(re.findall(r'<text class="module".*?>(.*?)</text>', picture)).split()
     known = {part for name in modules() for part in (name, name.partition(".")[0])}
     assert len(named) > 30

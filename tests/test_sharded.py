@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from two_processes import run_ranks, said
 
 from qwen_fused.gradients import GroupGradNorm
 
@@ -69,11 +70,10 @@ def fsdp(mesh) -> dict:
     return {"norm": stats.norm, "clipped": [whole(p.grad) for p in model.parameters()]}
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, folder: Path) -> int:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     gather, calls = torch.distributed.all_gather, [0]
 
@@ -111,15 +111,17 @@ def work(rank: int, folder: str) -> None:
             results[name] = "accepted"
         except ValueError as error:
             results[name] = str(error)
-    torch.save(results, f"{folder}/{rank}.pt")
+    torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+    return 0
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
     """What each of the two processes found."""
     folder: Path = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.start_processes(work, (str(folder),), nprocs=RANKS, start_method="spawn")
+    codes = run_ranks(lambda rank: work(rank, folder), folder, RANKS)
+    assert codes == [0] * RANKS, "".join(said(folder, rank) for rank in range(RANKS))
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -27,7 +27,7 @@ FORBIDDEN = {
 def calls(path: Path) -> list[tuple[int, str, dict[str, ast.expr]]]:
     """Every import and call of a file: line, dotted name, keywords."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found += [(node.lineno, name.name, {}) for name in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -104,7 +104,7 @@ CODE = "open({!r}, 'w').close()\nfrom transformers import Qwen2Config as Config,
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_code_of_a_model_folder_is_refused_and_not_run(folder, tmp_path, model_type, file):
     (folder / "own.py").write_text(CODE.format(str(tmp_path / "exploded")))
-    content = json.loads((folder / file).read_text())
+    content = json.loads((folder / file).read_text(encoding="utf-8"))
     if file == "config.json":
         content |= {"auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}, "model_type": model_type}
     else:
