@@ -37,7 +37,7 @@ COMPLAINT = re.compile(
 )
 
 GRADIENTS = ("test_raw_gradients.py", "test_gradients.py", "test_gradient_clip.py")
-LOSS = ("test_raw_ops.py", "test_efe_loss.py")
+LOSS = ("test_raw_ops.py", "test_efe_loss.py", "test_efe_layouts.py")
 # not ours: the Triton kernels, what torch compiles; gigabytes of gradient; a child that has to die of its own signal
 LEFT_OUT = "not triton and not inductor and not two_to_the_31 and not factor_is_one"
 
@@ -74,7 +74,7 @@ RUNS = (
 FAULTS = (
     Fault(
         "a vector read past the last cell",
-        Run("address", 1, ("test_efe_loss.py",), "test_canvas and cpp"),
+        Run("address", 1, ("test_efe_layouts.py",), "test_canvas and cpp"),
         "efe_tiles.cpp",
         "efe_cells.h",
         "i + std::min(l, count - 1)",
@@ -225,7 +225,7 @@ def main() -> int:
                 run, label = job.run, f"planted: {job.name}"
                 right = result.returncode != 0 and job.complaint in found
             else:
-                run, label = job, "the tests of the extension" if len(job.tests) > 2 else "the tests of the loss"
+                run, label = job, "the tests of the extension" if job.tests != LOSS else "the tests of the loss"
                 right = result.returncode == 0
             wrong += not right
             print(f"{'ok' if right else 'WRONG':6}{run.sanitizer:9}v{run.level:<3}{label:54}{found}", flush=True)
