@@ -67,7 +67,7 @@ def prove(
         Exception: whatever `loss_fn`, `backward` or `step` raise on their own account is passed on.
     """
     if not isinstance(directions, int) or directions < 1:
-        raise ValueError(f"directions must be a positive number, got {directions!r}")
+        raise ValueError(f"directions must be a whole number of at least 1, got {directions!r}")
     started = time.perf_counter()
     subject = Subject(loss_fn, params, optimizer, allow, backward, step)
     try:

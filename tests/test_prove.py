@@ -269,7 +269,7 @@ def test_directions_tell_noise_from_a_wrong_gradient():
         ({"params": {"p": 1}}, r"params\['p'\] must be a parameter or a module, got int"),
         ({"optimizer": [1]}, "optimizer must be a torch optimizer or several, got int"),
         ({"allow": (1,)}, "allow must hold strings, got int"),
-        ({"directions": 0}, "directions must be a positive number, got 0"),
+        ({"directions": 0}, "directions must be a whole number of at least 1, got 0"),
     ],
 )
 def test_rejects_bad_input(arguments, message):

@@ -100,6 +100,28 @@ def test_step_uphill():
     only_finding(proof(model, optimizer), "applied", "uphill")
 
 
+class Tanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        ctx.save_for_backward(h.tanh())
+        return h.tanh()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (out,) = ctx.saved_tensors
+        return grad * (1 - out**2)
+
+
+@pytest.mark.parametrize("allow, judged", [([], True), (["Tanh"], False)])
+def test_first_order_that_is_not_judged_is_said_to_be_so(allow, judged):
+    torch.manual_seed(0)
+    model = nn.Linear(X.shape[1], int(Y.max()) + 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    report = prove(lambda: F.cross_entropy(Tanh.apply(model(X)), Y), model, optimizer, allow=allow)
+    assert report.ok, str(report)
+    assert ("not held against it" in report.rungs["applied"].detail) is not judged
+
+
 class Cached(Pair):
     """Keeps the encoder's output of the first call."""
 

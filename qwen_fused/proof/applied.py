@@ -46,7 +46,9 @@ def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Tr
     if step.kept:
         detail += f", {len(step.kept)} of them so far in the optimizer's float32 masters only"
     detail += f"; the loss changes by {step.actual:+.2e}, first order says {step.predicted:+.2e}"
-    if step.fraction is not None and step.fraction < 1:
+    if step.fraction is None:
+        detail += ", which is not held against it"
+    elif step.fraction < 1:
         detail += f" and holds for 1/{1 / step.fraction:.0f} of the step"
     return Rung("applied", True, detail)
 
