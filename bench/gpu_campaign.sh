@@ -77,7 +77,8 @@ counters() {
 run machine 30 machine
 # for the GPU that is there alone: other architectures are compiled in CI
 [ ${#cpu[@]} -gt 0 ] || export TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' 2>/dev/null)}"
-stage build 150 env QWEN_FUSED_REQUIRE_EXTENSION=1 "$PYTHON" setup.py -q build_ext --inplace
+stage build 150 env QWEN_FUSED_REQUIRE_EXTENSION=1 bash -c '"$0" setup.py -q build_ext --inplace &&
+  "$0" -c "from qwen_fused import backends; print(\"figure: extension\", backends.describe()[\"extension\"])"' "$PYTHON"
 beside run gradcheck 60 gradcheck
 beside run repeat 45 repeat
 beside run graph 45 graph
