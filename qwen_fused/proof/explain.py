@@ -134,16 +134,30 @@ def _breaks(
     return broken, left
 
 
-def zero(subject: Subject, dead: tuple[str, ...]) -> list[Finding]:
-    """Which operation gives each of the parameters zeros, here and one small step on."""
-    broken, rest = _breaks(subject, dead, backtrace.ZERO)
+def _blame(
+    subject: Subject, names: tuple[str, ...], status: str, kind: str, blame: str, otherwise: str
+) -> list[Finding]:
+    """A finding for each break of one status, and one for the names that no break explains.
+
+    Args:
+        blame: sentence with {operation} and {names}.
+        otherwise: sentence with {names}.
+    """
+    broken, rest = _breaks(subject, names, status)
     findings = []
     for brk, hit in broken:
-        detail = f"{brk.operation} passes only zeros on to {name_some(hit)}, and still does one step on"
-        findings.append(Finding("zero", detail, hit, brk.site.user, brk.site.inside))
+        detail = blame.format(operation=brk.operation, names=name_some(hit))
+        findings.append(Finding(kind, detail, hit, brk.site.user, brk.site.inside))
     if rest:
-        findings.append(Finding("zero", f"{name_some(rest)} is connected, with a gradient of exactly zero", rest))
+        findings.append(Finding(kind, otherwise.format(names=name_some(rest)), rest))
     return findings
+
+
+def zero(subject: Subject, dead: tuple[str, ...]) -> list[Finding]:
+    """Which operation gives each of the parameters zeros, here and one small step on."""
+    blame = "{operation} passes only zeros on to {names}, and still does one step on"
+    otherwise = "{names} is connected, with a gradient of exactly zero"
+    return _blame(subject, dead, backtrace.ZERO, "zero", blame, otherwise)
 
 
 def nonfinite(subject: Subject, bad: tuple[str, ...], loss: Any) -> list[Finding]:
@@ -153,11 +167,6 @@ def nonfinite(subject: Subject, bad: tuple[str, ...], loss: Any) -> list[Finding
         operation, site = found or ("the loss", NOWHERE)
         detail = f"{operation} first gave NaN or Inf; the loss is {as_float(loss)}, and {name_some(bad)} got no better"
         return [Finding("non-finite", detail, bad, site.user if found else None, site.inside)]
-    broken, rest = _breaks(subject, bad, backtrace.NONFINITE)
-    findings = []
-    for brk, hit in broken:
-        detail = f"the backward of {brk.operation} gives NaN or Inf to {name_some(hit)}"
-        findings.append(Finding("non-finite", detail, hit, brk.site.user, brk.site.inside))
-    if rest:
-        findings.append(Finding("non-finite", f"the gradient of {name_some(rest)} has NaN or Inf", rest))
-    return findings
+    blame = "the backward of {operation} gives NaN or Inf to {names}"
+    otherwise = "the gradient of {names} has NaN or Inf"
+    return _blame(subject, bad, backtrace.NONFINITE, "non-finite", blame, otherwise)
