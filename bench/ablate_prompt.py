@@ -56,7 +56,8 @@ def figures(model: QwenPlanner, episodes: Sequence[Episode], way: str, batch_siz
             moved = answer != episode.query
             changed.append((grid == answer)[moved].mean() if moved.any() else 1.0)
     solved = sum(record.score.first for record in result.records if record.score)
-    return result.cell_accuracy, float(statistics.fmean(changed)), solved
+    # no answer of its query's size: nothing to compare cell by cell
+    return result.cell_accuracy, float(statistics.fmean(changed)) if changed else float("nan"), solved
 
 
 class FirstAttempt:

@@ -200,6 +200,9 @@ def verdict(done: subprocess.CompletedProcess) -> str:
 
 
 def main() -> int:
+    if shutil.which("g++") is None:
+        print("sanitize: needs g++, found none on PATH", file=sys.stderr)
+        return 2
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wrong = 0
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(min(cores, 4)) as pool:
