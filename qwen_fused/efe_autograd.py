@@ -22,11 +22,15 @@ TENSOR_INPUTS = 9
 DIFFERENTIABLE = (0, 2, 3, 5, 6)
 
 
-def register(name: str) -> None:
-    """Give `qwen_fused::<name>` and `qwen_fused::<name>_backward` their fake tensors and their autograd."""
+def register_fakes(name: str) -> None:
+    """Give `qwen_fused::<name>` and `qwen_fused::<name>_backward` their fake tensors."""
+    torch.library.register_fake(f"qwen_fused::{name}", _fake_forward)
+    torch.library.register_fake(f"qwen_fused::{name}_backward", _fake_backward)
+
+
+def register_autograd(name: str) -> None:
+    """Give them their autograd, which csrc/efe_autograd.cpp has for the compiled pair."""
     forward, backward = f"qwen_fused::{name}", f"qwen_fused::{name}_backward"
-    torch.library.register_fake(forward, _fake_forward)
-    torch.library.register_fake(backward, _fake_backward)
     gradients = partial(_backward, getattr(torch.ops.qwen_fused, f"{name}_backward"))
     torch.library.register_autograd(forward, gradients, setup_context=_save)
     torch.library.register_autograd(backward, _refuse_second_derivative)

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from qwen_fused import backends
-from qwen_fused.efe_autograd import COLUMNS, HARD_MODE, register
+from qwen_fused.efe_autograd import COLUMNS, HARD_MODE, register_autograd, register_fakes
 from qwen_fused.efe_checks import check_float, check_options, check_plan, check_target_range, check_weight
 from qwen_fused.kernels.reference import efe_loss_reference
 
 # asked once: torch.compile can't ask
 COMPILED = backends.has_kernel("efe_loss", "cpu")
 if COMPILED:
-    register("efe_loss")
+    register_fakes("efe_loss")
 if backends.HAS_TRITON:
     # registers the op and its backward
     from qwen_fused.kernels import efe_loss as triton_loss
 
-    register("efe_loss_triton")
+    register_fakes("efe_loss_triton")
+    register_autograd("efe_loss_triton")
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
 

@@ -61,6 +61,32 @@ def test_compiles_whole(fused, backend_of_compile):
     torch._dynamo.reset()
 
 
+def test_compiled_autograd_traces_the_backward_pass(fused):
+    """Its tracer refuses a node that has marked outputs as without gradient, and counts edges in its own way."""
+    case = make_case(T=2, H=2, dtype=torch.float32)
+    _, grads = run(with_grad(case, fused["device"]), weights=ALL_TERMS, backend=fused["backend"])
+    leaves = with_grad(case, fused["device"])
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        efe_loss(**leaves, weights=ALL_TERMS, backend=fused["backend"]).loss.backward()
+    for name, grad in grads.items():
+        assert torch.equal(leaves[name].grad, grad), name
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("wanted", ["plan_logits", "back_logits", "preference_logits", "obs_entropy", "prompt_colors"])
+@pytest.mark.parametrize("absent", [(), ("back_logits", "anchor_log_probs"), ("preference_logits", "step_weight")])
+def test_one_gradient_alone(fused, wanted, absent):
+    """A node's edges are those of the tensors that are there, and each gradient finds its own."""
+    if wanted in absent:
+        pytest.skip("not there")
+    case = {name: x for name, x in make_case(T=2, H=2, dtype=torch.float32).items() if name not in absent}
+    _, grads = run(with_grad(case, fused["device"]), weights=ALL_TERMS, backend=fused["backend"])
+    alone = {name: x.to(fused["device"]) for name, x in case.items()}
+    alone[wanted].requires_grad_()
+    (grad,) = torch.autograd.grad(efe_loss(**alone, weights=ALL_TERMS, backend=fused["backend"]).loss, alone[wanted])
+    assert torch.equal(grad, grads[wanted])
+
+
 def test_target_out_of_range_in_a_compiled_step():
     """Nothing can be read on the host while tracing; the kernel still refuses, on the CPU."""
     if not ops.COMPILED:
@@ -187,6 +213,7 @@ def test_a_bad_episode_leaves_the_others_gradients(fused):
 
 BAD_OP_INPUT = [
     (0, lambda x: x[0], "plan must be .B, T, C, H, W."),
+    (0, lambda x: None, "plan must be a dense tensor on the CPU, got None"),
     (1, lambda x: x[:, :1], "target must be .B, H, W."),
     (1, lambda x: x.float(), "target must be an integer tensor"),
     (2, lambda x: x[:1], "back must be"),
@@ -198,12 +225,26 @@ BAD_OP_INPUT = [
 
 
 @pytest.mark.skipif(not ops.COMPILED, reason=f"no extension: {ops.backends.EXTENSION_ERROR}")
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize(("place", "spoil", "message"), BAD_OP_INPUT)
-def test_the_compiled_op_checks_for_itself(place, spoil, message):
-    """Called past the public function, it must not read out of bounds."""
+def test_the_compiled_op_checks_for_itself(place, spoil, message, grad):
+    """Called past the public function, it must not read out of bounds; nor must its node, where there is one."""
     arguments = list(op_arguments(make_case()))
     arguments[place] = spoil(arguments[place])
+    for x in arguments[: 7 if grad else 0]:
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            x.requires_grad_()
     with pytest.raises(ValueError, match=message):
+        torch.ops.qwen_fused.efe_loss(*arguments)
+
+
+@pytest.mark.skipif(not ops.COMPILED, reason=f"no extension: {ops.backends.EXTENSION_ERROR}")
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_compiled_op_takes_no_nested_plan(grad):
+    """Torch says so itself, where no node looks at sizes first."""
+    arguments = list(op_arguments(make_case()))
+    arguments[0] = torch.nested.nested_tensor([*arguments[0]], requires_grad=grad)
+    with pytest.raises(NotImplementedError, match="efe_loss.*NestedTensorCPU"):
         torch.ops.qwen_fused.efe_loss(*arguments)
 
 

@@ -1,0 +1,172 @@
+// The derivative of the loss as a node of torch's graph. In C++, as a node in Python takes longer than the loss of a
+// few small grids.
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+
+#include "efe_arguments.h"
+
+namespace qwen_fused {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Tensor = const at::Tensor&;
+using Optional = const OptionalTensor&;
+using Weights = at::ArrayRef<double>;
+using Needs = std::array<bool, 5>;
+using Eight =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Five = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Forward = Eight(
+    Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional, Weights, double, int64_t,
+    int64_t);
+using Backward = Five(
+    Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional, Optional, Tensor,
+    Tensor, Tensor, Tensor, Weights, double, int64_t, int64_t, const Needs&);
+
+// tensors among the arguments of forward, and the places of those that have a gradient
+inline constexpr size_t TENSORS = 9, ARGUMENTS = 13;
+inline constexpr Needs::size_type DIFFERENTIABLE[] = {0, 2, 3, 5, 6};
+
+const auto& forward_op() {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("qwen_fused::efe_loss", "").typed<Forward>();
+  return op;
+}
+
+const auto& backward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("qwen_fused::efe_loss_backward", "").typed<Backward>();
+  return op;
+}
+
+variable_list listed(Five&& five) {
+  return std::apply([](auto&&... x) { return variable_list{std::move(x)...}; }, std::move(five));
+}
+
+}  // namespace
+
+// the two nodes, with names to be read in a graph
+struct EfeLoss : torch::autograd::Function<EfeLoss> {
+  // what the op returns besides the loss has no gradient, and passes the graph by in `all`
+  static at::Tensor forward(
+      AutogradContext* ctx, Tensor plan, Tensor target, Optional back, Optional preference, Optional anchor,
+      Optional obs_entropy, Optional prompt_colors, Optional step_weight, Optional class_weight, Weights weights,
+      double hard_floor, int64_t hard_mode, int64_t ignore_index, Eight* all) {
+    const at::AutoDispatchBelowAutograd below;
+    *all = forward_op().call(
+        plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight, weights,
+        hard_floor, hard_mode, ignore_index);
+    const auto& [loss, terms, solved, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors] = *all;
+    const auto value = [](Optional x) { return x.value_or(at::Tensor()); };
+    // in other modes predicted is of no use, and not saved: whoever called may then write into it
+    ctx->save_for_backward(
+        {plan, target, value(back), value(preference), value(anchor), value(obs_entropy), value(prompt_colors),
+         value(step_weight), value(class_weight), hard_mode == HARD_CELL ? predicted : at::Tensor(), coef, d_pooled,
+         d_obs_entropy, d_prompt_colors});
+    ctx->saved_data["weights"] = weights;
+    ctx->saved_data["hard_floor"] = hard_floor;
+    ctx->saved_data["hard_mode"] = hard_mode;
+    ctx->saved_data["ignore_index"] = ignore_index;
+    ctx->set_materialize_grads(false);
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list gradients(ARGUMENTS + 1);
+    if (!grads[0].defined()) return gradients;
+    const variable_list s = ctx->get_saved_variables();
+    // the node has edges to those tensors alone that are there
+    std::array<bool, TENSORS> wanted{};
+    for (size_t place = 0, edge = 0; place < TENSORS; ++place) {
+      wanted[place] = s[place].defined() && ctx->needs_input_grad(edge++);
+    }
+    Needs needs;
+    for (size_t k = 0; k < needs.size(); ++k) needs[k] = wanted[DIFFERENTIABLE[k]];
+    const auto optional = [&](size_t place) { return s[place].defined() ? OptionalTensor(s[place]) : std::nullopt; };
+    const variable_list found = listed(
+        backward_op().call(
+            grads[0], s[0], s[1], optional(2), optional(3), optional(4), optional(5), optional(6), optional(7),
+            optional(8), optional(9), s[10], s[11], s[12], s[13], ctx->saved_data["weights"].toDoubleVector(),
+            ctx->saved_data["hard_floor"].toDouble(), ctx->saved_data["hard_mode"].toInt(),
+            ctx->saved_data["ignore_index"].toInt(), needs));
+    for (size_t k = 0; k < needs.size(); ++k) {
+      if (needs[k]) gradients[DIFFERENTIABLE[k]] = found[k];
+    }
+    return gradients;
+  }
+};
+
+struct EfeLossBackward : torch::autograd::Function<EfeLossBackward> {
+  template <class... Arguments>
+  static variable_list forward(AutogradContext*, const Arguments&... arguments) {
+    const at::AutoDispatchBelowAutograd below;
+    return listed(backward_op().call(arguments...));
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(
+        false,
+        "efe_loss has no second derivative in its fused backends: use backend='reference', or drop create_graph=True");
+  }
+};
+
+namespace {
+
+bool has_gradient(Tensor x) { return x.defined() && x.requires_grad(); }
+bool has_gradient(Optional x) { return x && has_gradient(*x); }
+template <class Other>
+bool has_gradient(const Other&) {
+  return false;
+}
+
+// what the op refuses with a better word than a node has for it
+bool is_refused(Tensor x) { return !x.defined() || x.is_nested(); }
+bool is_refused(Optional x) { return x && is_refused(*x); }
+template <class Other>
+bool is_refused(const Other&) {
+  return false;
+}
+
+template <class... Arguments>
+bool wants_node(const Arguments&... arguments) {
+  return at::GradMode::is_enabled() && (has_gradient(arguments) || ...) && !(is_refused(arguments) || ...);
+}
+
+// functions of exactly the types of a schema
+template <class Op>
+struct Typed;
+template <class... Arguments>
+struct Typed<Eight(Arguments...)> {
+  static Eight apply(Arguments... arguments) {
+    if (!wants_node(arguments...)) {
+      const at::AutoDispatchBelowAutograd below;
+      return forward_op().call(arguments...);
+    }
+    Eight all;
+    std::get<0>(all) = EfeLoss::apply(arguments..., &all);
+    return all;
+  }
+};
+template <class... Arguments>
+struct Typed<Five(Arguments...)> {
+  static Five apply(Arguments... arguments) {
+    if (!wants_node(arguments...)) {
+      const at::AutoDispatchBelowAutograd below;
+      return backward_op().call(arguments...);
+    }
+    const variable_list five = EfeLossBackward::apply(arguments...);
+    return {five[0], five[1], five[2], five[3], five[4]};
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(qwen_fused, Autograd, m) {
+  m.impl("efe_loss", &Typed<Forward>::apply);
+  m.impl("efe_loss_backward", &Typed<Backward>::apply);
+}
+
+}  // namespace qwen_fused
