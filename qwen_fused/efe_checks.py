@@ -16,7 +16,14 @@ INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 LARGEST = sys.float_info.max
 
 
+def check_dense(name: str, x: Tensor) -> None:
+    if x.is_nested or x.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+
+
 def check_plan(plan: Tensor, target: Tensor) -> None:
+    check_dense("plan_logits", plan)
+    check_dense("target", target)
     if plan.dim() != 5:
         raise ValueError(f"plan_logits must be [B, T, C, H, W], got {tuple(plan.shape)}")
     if plan.dtype not in FLOAT_DTYPES:
@@ -40,6 +47,7 @@ def check_float(
     """Check an optional float argument; `grad=False` refuses one whose gradient would be lost."""
     if x is None:
         return
+    check_dense(name, x)
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} must be {axes} = {shape}, got {tuple(x.shape)}")
     if x.dtype not in FLOAT_DTYPES:

@@ -27,6 +27,12 @@ BAD_INPUT = [
     ({"anchor_log_probs": torch.zeros(5, 4, 3, requires_grad=True)}, "anchor_log_probs must not require grad"),
     ({"step_weight": torch.ones(3, requires_grad=True)}, "step_weight must not require grad"),
     ({"back_logits": torch.zeros(2, 3, 5, 4, 3, device="meta")}, "back_logits must be on cpu .*got meta"),
+    ({"plan_logits": torch.nested.nested_tensor([torch.zeros(3, 5, 4, 3)] * 2)}, "plan_logits must be a dense.*nested"),
+    (
+        {"target": torch.zeros(2, 4, 3, dtype=torch.long).to_sparse()},
+        "target must be a dense tensor, got torch.sparse_coo",
+    ),
+    ({"prompt_colors": torch.zeros(2, 5).to_sparse()}, "prompt_colors must be a dense tensor, got torch.sparse_coo"),
     ({"hard_mode": "grid"}, "hard_mode must be one of .*got 'grid'"),
     ({"hard_floor": 1.5}, "hard_floor must be in .0, 1., got 1.5"),
     ({"weights": {"ce": 1.0}}, "weights must be an EFEWeights, got dict"),
