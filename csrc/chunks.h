@@ -5,8 +5,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
+
+#include "turns.h"
 
 namespace qwen_fused {
 
@@ -32,7 +33,6 @@ inline void append_chunks(std::vector<Chunk>& chunks, const at::Tensor& grad, in
   }
 }
 
-// threads take chunks as they come free: sizes differ too much for equal shares
 template <class F>
 void for_each_chunk(const std::vector<Chunk>& chunks, const F& f) {
   const int64_t count = static_cast<int64_t>(chunks.size());
@@ -43,12 +43,11 @@ void for_each_chunk(const std::vector<Chunk>& chunks, const F& f) {
     for (int64_t i = 0; i < count; ++i) f(i);
     return;
   }
-  std::atomic<int64_t> next{0};
   // neighbours together, up to 8 MiB: memory is read a quarter faster in long runs than in turns with the other threads
-  const int64_t batch = std::clamp<int64_t>(count / (8 * threads), 1, 64);
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t begin = next.fetch_add(batch); begin < count; begin = next.fetch_add(batch)) {
-      for (int64_t i = begin; i < std::min(begin + batch, count); ++i) f(i);
+  const int64_t most = std::clamp<int64_t>(count / (8 * threads), 1, 64);
+  in_turns(count, threads, most, [&](const auto& take) {
+    for (int64_t begin, end; take(begin, end);) {
+      for (int64_t i = begin; i < end; ++i) f(i);
     }
   });
 }

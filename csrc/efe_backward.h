@@ -15,156 +15,173 @@ struct Shares {
   }
 };
 
-// the part of the plan's potential that is the same at every step
-template <class S>
-QF_INLINE void fixed_potential(
-    const Job<typename S::Scalar>& job, const Shares<typename S::Scalar>& share, Class<S>* work) {
-  for (int64_t c = 0; c < job.classes; ++c) {
-    typename S::V fixed{};
-    if (job.on[RISK]) fixed -= S::all(share.risk * LN_2) * work[c].log_p;
-    if (job.on[AMBIGUITY]) fixed += share.ambiguity * job.obs_entropy[c];
-    work[c].fixed = fixed, work[c].mass = typename S::V{};
-  }
-}
-
-// sum of q phi, and of r psi
+// 1 / the sum of e, and the sum of q phi, of the plan; the same of back
 template <class S>
 struct Means {
-  typename S::V plan, back;
+  typename S::V iq, plan, ir, back;
 };
 
-// turns e into probabilities and fills the potentials; what is the same for every class drops out of a potential, so
-// that z will do for the logarithm
+// fills the potentials, and adds q to the mass; what is the same for every class drops out of a potential, so that z
+// will do for the logarithm. The rows that the gradients will go to are asked for on the way
 template <class S, bool AGREEMENT_ON>
 QF_INLINE Means<S> potentials(
-    int64_t classes, const Shares<typename S::Scalar>& share, typename S::Mask valid, const Distribution<S>* d,
-    Class<S>* work) {
+    int64_t classes, const Shares<typename S::Scalar>& share, const Vector<S>& v, Kept<S>* own,
+    Row<typename S::Scalar> d_plan, Row<typename S::Scalar> d_back) {
   using V = typename S::V;
   constexpr auto tiny = std::numeric_limits<typename S::Scalar>::min();
   const V slope = S::all((share.risk + share.agreement) * LN_2), agreement = S::all(share.agreement * LN_2);
-  const V iq = d[Q].inverse(), ir = AGREEMENT_ON ? d[R].inverse() : V{};
+  const V iq = v.d[Q].inverse(), ir = AGREEMENT_ON ? v.d[R].inverse() : V{};
+  // locals, as only those are sure to stay in registers
+  const Distribution<S> dq = v.d[Q], dr = v.d[R];
+  const auto valid = v.valid;
+  Class<S>* const work = v.work;
   V plan{}, back{};
   for (int64_t c = 0; c < classes; ++c) {
     Class<S>& w = work[c];
+    __builtin_prefetch(d_plan.x + c * d_plan.stride, 1);
     const V q = w.e[Q] * iq;
-    V phi = S::fma(slope, d[Q].z(c, valid), w.fixed);
+    V phi = S::fma(slope, dq.z(c, valid), own[c].fixed);
     if constexpr (AGREEMENT_ON) {
+      __builtin_prefetch(d_back.x + c * d_back.stride, 1);
       const V r = w.e[R] * ir;
       // both may be 0: their logarithm is then multiplied by 0
       const V log_sum = S::log2(q + (r + S::all(tiny)));
-      const V psi = agreement * (d[R].z(c, valid) - log_sum);
+      const V psi = agreement * (dr.z(c, valid) - log_sum);
       phi = S::fma(-agreement, log_sum, phi);
       back = S::fma(r, psi, back);
-      w.e[R] = r, w.psi = psi;
+      w.psi = psi;
     }
     plan = S::fma(q, phi, plan);
-    w.e[Q] = q, w.phi = phi;
+    w.phi = phi;
+    own[c].mass += q;
   }
-  return {plan, back};
+  return {iq, plan, ir, back};
 }
 
 template <class S>
-void backward_tile(const Job<typename S::Scalar>& job, int64_t unit) {
+void backward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S::Scalar* scratch) {
   using T = typename S::Scalar;
   using V = typename S::V;
   using I = typename S::I;
   constexpr int L = S::LANES;
   constexpr T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
-  const int64_t b = unit / job.tiles, begin = unit % job.tiles * TILE, C = job.classes;
-  const int64_t size = std::min(TILE, job.cells - begin);
-  const Labels<S> labels(job, b, begin, size);
+  const int64_t C = job.classes;
+  const Tile<S> tile(job, unit);
+  const int64_t b = tile.b;
   const Shares<T> share(job, b);
 
-  alignas(64) T plan_x[MAX_CLASSES * L], back_x[MAX_CLASSES * L], other_x[MAX_CLASSES * L], out[MAX_CLASSES * L];
-  Class<S> work[MAX_CLASSES];
-  Distribution<S> d[3];
+  Kept<S>* const kept = reinterpret_cast<Kept<S>*>(scratch);
+  bool forbids[Tile<S>::VECTORS] = {};
+  alignas(64) T cost[TILE], other_x[MAX_CLASSES * L], out[MAX_CLASSES * L];
+  Block<S> block(tile);
   const bool d_plan = job.d_plan.there(), d_back = job.d_back.there(), d_preference = job.d_preference.there();
   const bool back = job.on[AGREEMENT] && (d_plan || d_back);
 
-  for (int64_t i = 0; i < size; i += L) {
-    const I label = S::load(labels.label + i);
-    const auto valid = S::differs(label, IGNORED);
-    const int count = static_cast<int>(std::min<int64_t>(L, size - i));
+  // writes gradient(c) of each class of vector i, and 0 where a cell is ignored
+  const auto row = [&](const Strided& x, int64_t t, int64_t i) {
+    return write_row<S>(x, b, t, tile.begin + i * L, tile.count(i), out);
+  };
+  const auto write = [&](const Strided& x, int64_t t, int64_t i, const auto& gradient) QF_INLINE_LAMBDA {
+    const int count = tile.count(i);
     const auto inside = S::first(count);
-    const auto at = [&](const Strided& x, int64_t t, T* buffer) { return read<S>(x, b, t, begin + i, count, buffer); };
-    // writes gradient(c) of each class, and 0 where a cell is ignored
-    const auto write = [&](const Strided& x, int64_t t, const auto& gradient) QF_INLINE_LAMBDA {
-      const auto to = write_at<S>(x, b, t, begin + i, count, out);
-      for (int64_t c = 0; c < C; ++c) {
-        T* const dx = to.x + c * to.stride;
-        __builtin_prefetch(dx + AHEAD * L, 1);
-        S::store(dx, S::keep(valid, gradient(c)), inside);
-      }
-      commit<S>(x, b, t, begin + i, count, out);
-    };
-    if (!S::any(valid)) {
-      const auto zero = [](int64_t) { return V{}; };
-      for (int64_t t = 0; t < job.steps; ++t) {
-        if (d_plan) write(job.d_plan, t, zero);
-        if (d_back) write(job.d_back, t, zero);
-      }
-      if (d_preference) write(job.d_preference, 0, zero);
-      continue;
-    }
-
-    bool forbidden = false;
-    if (job.on[RISK] || job.on[ANCHOR]) {
-      d[P].row = at(job.preference, 0, other_x);
-      forbidden = log_preference(C, valid, d, work) && job.on[RISK];
-    }
-    fixed_potential(job, share, work);
-    V cost = S::load(labels.kappa + i) * share.kappa;
-    for (int l = 0; job.hard_mode == HARD_CELL && l < count; ++l) {
-      if (job.predicted[b * job.cells + begin + i + l] == label[l]) cost[l] *= static_cast<T>(job.hard_floor);
-    }
-
+    const Row<T> to = row(x, t, i);
+    for (int64_t c = 0; c < C; ++c) S::store(to.x + c * to.stride, S::keep(tile.valid[i], gradient(c)), inside);
+    commit<S>(x, b, t, tile.begin + i * L, count, out);
+  };
+  const auto zero = [](int64_t) { return V{}; };
+  for (int64_t i = 0; i < tile.vectors(); ++i) {
+    if (S::any(tile.valid[i])) continue;
     for (int64_t t = 0; t < job.steps; ++t) {
-      d[Q].row = at(job.plan, t, plan_x);
-      Means<S> mean;
-      if (back) {
-        d[R].row = at(job.back, t, back_x);
-        softmax<S, false, Q, R>(C, valid, d, work);
-        mean = potentials<S, true>(C, share, valid, d, work);
-      } else {
-        softmax<S, false, Q, Q>(C, valid, d, work);
-        mean = potentials<S, false>(C, share, valid, d, work);
-      }
-      // the gradient of an infinite loss is no number
-      for (int64_t c = 0; forbidden && c < C; ++c) work[c].phi = unbounded(work[c]) ? S::all(nan) : work[c].phi;
-      for (int64_t c = 0; d_preference && c < C; ++c) work[c].mass += work[c].e[Q];
-      if (d_back) {
-        write(job.d_back, t, [&](int64_t c) QF_INLINE_LAMBDA { return work[c].e[R] * (work[c].psi - mean.back); });
-      }
-      if (!d_plan) continue;
-      const T step = static_cast<T>(job.step(t));
-      const V k = step == 0 ? V{} : cost * step, shift = mean.plan - k;
-      const T* const pooled = job.on[PROMPT] ? job.d_pooled + (b * job.steps + t) * C : nullptr;
-      write(job.d_plan, t, [&](int64_t c) QF_INLINE_LAMBDA {
-        V v = work[c].e[Q] * (work[c].phi - shift);
-        if (step != 0) v -= label == S::labels(c) ? k : V{};
-        if (pooled != nullptr) v += d[Q].x(c, valid) == -infinity ? V{} : S::all(pooled[c]);
-        return v;
-      });
+      if (d_plan) write(job.d_plan, t, i, zero);
+      if (d_back) write(job.d_back, t, i, zero);
     }
+    if (d_preference) write(job.d_preference, 0, i, zero);
+  }
+  if (tile.actives == 0) return;
 
-    if (!d_preference) continue;
-    const V inverse = d[P].inverse();
+  if (job.on[RISK] || job.on[ANCHOR]) fill_preference(C, job.preference, block, kept, forbids);
+  for (int64_t k = 0; k < tile.actives; ++k) {
+    const int64_t i = tile.active[k];
+    for (int64_t c = 0; c < C; ++c) {
+      Kept<S>& own = kept[i * C + c];
+      own.fixed = V{}, own.mass = V{};
+      if (job.on[RISK]) own.fixed -= S::all(share.risk * LN_2) * own.log_p;
+      if (job.on[AMBIGUITY]) own.fixed += share.ambiguity * job.obs_entropy[c];
+    }
+    V k_i = tile.kappa(i) * share.kappa;
+    const I label = tile.label(i);
+    for (int l = 0; job.hard_mode == HARD_CELL && l < tile.count(i); ++l) {
+      if (job.predicted[b * job.cells + tile.begin + i * L + l] == label[l]) k_i[l] *= static_cast<T>(job.hard_floor);
+    }
+    S::store(cost + i * L, k_i);
+  }
+
+  for (int64_t t = 0; t < job.steps; ++t) {
+    const T step = static_cast<T>(job.step(t));
+    const T* const pooled = job.on[PROMPT] ? job.d_pooled + (b * job.steps + t) * C : nullptr;
+    block.each(C, [&]() QF_INLINE_LAMBDA {
+      block.template read<Q>(job.plan, t);
+      if (back) {
+        block.template read<R>(job.back, t);
+        block.template softmax<false, true>(C);
+      } else {
+        block.template softmax<false, false>(C);
+      }
+      Means<S> mean[BLOCK];
+      for (int64_t k = 0; k < block.size; ++k) {
+        const Vector<S>& v = block.v[k];
+        Kept<S>* const own = kept + v.i * C;
+        const Row<T> nowhere{out, L}, q = d_plan ? row(job.d_plan, t, v.i) : nowhere;
+        const Row<T> r = d_back ? row(job.d_back, t, v.i) : nowhere;
+        mean[k] = back ? potentials<S, true>(C, share, v, own, q, r) : potentials<S, false>(C, share, v, own, q, r);
+      }
+      for (int64_t k = 0; k < block.size; ++k) {
+        const Vector<S>& v = block.v[k];
+        Class<S>* const work = v.work;
+        // where the loss is infinite, so is its gradient, but for the class to blame: that one is no number
+        for (int64_t c = 0; forbids[v.i] && job.on[RISK] && c < C; ++c) {
+          const I infinite = unbounded<S>(kept[v.i * C + c].log_p, work[c].e[Q]);
+          work[c].phi = infinite ? S::all(nan) : work[c].phi;
+          mean[k].plan = infinite ? S::all(infinity) : mean[k].plan;
+        }
+        if (d_back) {
+          const V ir = mean[k].ir, shift = mean[k].back * ir;
+          write(job.d_back, t, v.i, [&](int64_t c) QF_INLINE_LAMBDA {
+            return work[c].e[R] * S::fma(work[c].psi, ir, -shift);
+          });
+        }
+        if (!d_plan) continue;
+        const I label = tile.label(v.i);
+        const V delta = step == 0 ? V{} : S::load(cost + v.i * L) * step, iq = mean[k].iq,
+                shift = (mean[k].plan - delta) * iq;
+        write(job.d_plan, t, v.i, [&](int64_t c) QF_INLINE_LAMBDA {
+          V d = work[c].e[Q] * S::fma(work[c].phi, iq, -shift);
+          if (step != 0) d -= label == S::labels(c) ? delta : V{};
+          if (pooled != nullptr) d += v.d[Q].x(c, v.valid) == -infinity ? V{} : S::all(pooled[c]);
+          return d;
+        });
+      }
+    });
+  }
+
+  for (int64_t k = 0; d_preference && k < tile.actives; ++k) {
+    const int64_t i = tile.active[k];
+    Kept<S>* const own = kept + i * C;
     V mean{};
-    for (int64_t c = 0; c < C; ++c) work[c].e[P] = work[c].e[P] * inverse;
     if (job.on[ANCHOR]) {
-      const auto a = at(job.anchor, 0, other_x);
+      const Row<const T> a = tile.read(job.anchor, 0, i, other_x);
       for (int64_t c = 0; c < C; ++c) {
-        Class<S>& w = work[c];
-        w.phi = w.e[P] == V{} ? V{} : w.log_p * S::all(LN_2) - S::load(a.x + c * a.stride, valid);
-        mean = S::fma(w.e[P], w.phi, mean);
+        const V log_ratio = own[c].log_p * S::all(LN_2) - S::load(a.x + c * a.stride, tile.valid[i]);
+        // the potential takes the place of what is no longer needed
+        own[c].fixed = own[c].p == V{} ? V{} : log_ratio;
+        mean = S::fma(own[c].p, own[c].fixed, mean);
       }
     }
-    write(job.d_preference, 0, [&](int64_t c) QF_INLINE_LAMBDA {
-      const Class<S>& w = work[c];
-      V v{};
-      if (job.on[RISK]) v += share.risk * (w.e[P] * static_cast<T>(job.steps) - w.mass);
-      if (job.on[ANCHOR]) v += share.anchor * (w.e[P] * (w.phi - mean));
-      return v;
+    write(job.d_preference, 0, i, [&](int64_t c) QF_INLINE_LAMBDA {
+      V d{};
+      if (job.on[RISK]) d += share.risk * (own[c].p * static_cast<T>(job.steps) - own[c].mass);
+      if (job.on[ANCHOR]) d += share.anchor * (own[c].p * (own[c].fixed - mean));
+      return d;
     });
   }
 }

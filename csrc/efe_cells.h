@@ -1,4 +1,4 @@
-// A tile's labels, and a vector's width of logits at a time out of tensors of any strides and dtype.
+// A tile's cells: their labels, and a vector's width of logits at a time out of tensors of any strides and dtype.
 // No include guard: see efe_tiles.cpp.
 
 // logits, or where their gradients go, of a vector of cells
@@ -38,7 +38,7 @@ void gather(const Strided& x, int64_t offset, int64_t i, int count, typename S::
 
 // logits of `count` cells from cell i on, in the tensor itself or brought into `buffer` of [C, lanes]
 template <class S>
-QF_INLINE Row<const typename S::Scalar> read(
+QF_INLINE Row<const typename S::Scalar> read_row(
     const Strided& x, int64_t b, int64_t t, int64_t i, int count, typename S::Scalar* buffer) {
   using T = typename S::Scalar;
   const int64_t offset = b * x.stride_b + t * x.stride_t;
@@ -54,7 +54,7 @@ QF_INLINE Row<const typename S::Scalar> read(
 
 // where to write the gradient of those cells: as `read`; `commit` then brings the buffer home
 template <class S>
-QF_INLINE Row<typename S::Scalar> write_at(
+QF_INLINE Row<typename S::Scalar> write_row(
     const Strided& x, int64_t b, int64_t t, int64_t i, int count, typename S::Scalar* buffer) {
   if (!direct<S>(x, count)) return {buffer, S::LANES};
   return {static_cast<typename S::Scalar*>(x.data) + b * x.stride_b + t * x.stride_t + i, x.stride_c};
@@ -119,5 +119,36 @@ struct Labels {
     label[i] = !counts ? IGNORED : in_range ? static_cast<Int>(o) : OUT_OF_RANGE;
     kappa[i] = !counts || !in_range ? T(0) : job.class_weight ? job.class_weight[o] : T(1);
     valid += counts, bad += counts && !in_range;
+  }
+};
+
+// a tile of one episode, and its vectors of cells
+template <class S>
+struct Tile {
+  using T = typename S::Scalar;
+  static constexpr int64_t VECTORS = TILE / S::LANES;
+  const int64_t b, begin, size;
+  const Labels<S> labels;
+  // vectors in which a cell counts, and which of their cells do
+  int64_t actives = 0, active[VECTORS];
+  typename S::Mask valid[VECTORS];
+
+  Tile(const Job<T>& job, int64_t unit)
+      : b(unit / job.tiles),
+        begin(unit % job.tiles * TILE),
+        size(std::min(TILE, job.cells - begin)),
+        labels(job, b, begin, size) {
+    for (int64_t v = 0; v < vectors(); ++v) {
+      valid[v] = S::differs(label(v), IGNORED);
+      if (S::any(valid[v])) active[actives++] = v;
+    }
+  }
+
+  int64_t vectors() const { return (size + S::LANES - 1) / S::LANES; }
+  int count(int64_t v) const { return static_cast<int>(std::min<int64_t>(S::LANES, size - v * S::LANES)); }
+  QF_INLINE typename S::I label(int64_t v) const { return S::load(labels.label + v * S::LANES); }
+  QF_INLINE typename S::V kappa(int64_t v) const { return S::load(labels.kappa + v * S::LANES); }
+  QF_INLINE Row<const T> read(const Strided& x, int64_t t, int64_t v, T* buffer) const {
+    return read_row<S>(x, b, t, begin + v * S::LANES, count(v), buffer);
   }
 };

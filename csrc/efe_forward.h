@@ -5,15 +5,12 @@
 // KL(p | exp(anchor)) of each cell, in nats
 template <class S>
 QF_INLINE typename S::V anchor_divergence(
-    int64_t classes, typename S::Mask valid, const Distribution<S>& p, const Class<S>* work,
-    Row<const typename S::Scalar> a) {
+    int64_t classes, typename S::Mask valid, const Kept<S>* own, Row<const typename S::Scalar> a) {
   using V = typename S::V;
-  const V inverse = p.inverse();
   V cell{};
   for (int64_t c = 0; c < classes; ++c) {
-    const V weight = work[c].e[P] * inverse;
-    const V log_ratio = work[c].log_p * S::all(LN_2) - S::load(a.x + c * a.stride, valid);
-    cell += weight == V{} ? V{} : weight * log_ratio;
+    const V log_ratio = own[c].log_p * S::all(LN_2) - S::load(a.x + c * a.stride, valid);
+    cell += own[c].p == V{} ? V{} : own[c].p * log_ratio;
   }
   return cell;
 }
@@ -25,122 +22,147 @@ struct Sums {
 };
 
 template <class S, bool AGREEMENT_ON, bool RISK_ON>
-QF_INLINE Sums<S> sums_of(int64_t classes, const Distribution<S>* d, const Class<S>* work) {
+QF_INLINE Sums<S> sums_of(int64_t classes, const Vector<S>& v, const Kept<S>* own) {
   using V = typename S::V;
   constexpr auto tiny = std::numeric_limits<typename S::Scalar>::min();
-  const V iq = d[Q].inverse(), ir = AGREEMENT_ON ? d[R].inverse() : V{};
+  const V iq = v.d[Q].inverse(), ir = AGREEMENT_ON ? v.d[R].inverse() : V{};
+  const Class<S>* const work = v.work;
   V s_log_s{}, cross{};
   for (int64_t c = 0; c < classes; ++c) {
     const Class<S>& w = work[c];
     if constexpr (AGREEMENT_ON) {
+      v.d[R].prefetch(c, v.ahead[R]);
       // 0 log 0 is moved to where the logarithm is finite
       const V s = S::fma(w.e[R], ir, S::fma(w.e[Q], iq, S::all(tiny)));
       s_log_s = S::fma(s, S::log2(s), s_log_s);
     }
-    if constexpr (RISK_ON) cross = S::fma(w.e[Q], w.log_p, cross);
+    if constexpr (RISK_ON) cross = S::fma(w.e[Q], own[c].log_p, cross);
   }
   return {s_log_s, cross * iq};
 }
 
 template <class S>
-QF_INLINE Sums<S> sums_of(const Job<typename S::Scalar>& job, const Distribution<S>* d, const Class<S>* work) {
-  if (job.on[AGREEMENT] && job.on[RISK]) return sums_of<S, true, true>(job.classes, d, work);
-  if (job.on[AGREEMENT]) return sums_of<S, true, false>(job.classes, d, work);
-  if (job.on[RISK]) return sums_of<S, false, true>(job.classes, d, work);
+QF_INLINE Sums<S> sums_of(const Job<typename S::Scalar>& job, const Vector<S>& v, const Kept<S>* own) {
+  if (job.on[AGREEMENT] && job.on[RISK]) return sums_of<S, true, true>(job.classes, v, own);
+  if (job.on[AGREEMENT]) return sums_of<S, true, false>(job.classes, v, own);
+  if (job.on[RISK]) return sums_of<S, false, true>(job.classes, v, own);
   return {};
 }
 
 template <class S>
-void forward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S::Scalar* pooled, double* slot) {
+void forward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S::Scalar* scratch, double* slot) {
   using T = typename S::Scalar;
   using V = typename S::V;
   using I = typename S::I;
   constexpr int L = S::LANES;
   constexpr T infinity = std::numeric_limits<T>::infinity();
-  const int64_t b = unit / job.tiles, begin = unit % job.tiles * TILE, C = job.classes;
-  const int64_t size = std::min(TILE, job.cells - begin);
-  const Labels<S> labels(job, b, begin, size);
+  const int64_t C = job.classes;
+  const Tile<S> tile(job, unit);
   std::fill(slot, slot + job.slot_size(), 0.0);
-  slot[S_CELLS] = static_cast<double>(labels.valid), slot[S_BAD] = static_cast<double>(labels.bad);
-  uint8_t* const predicted = job.predicted + b * job.cells + begin;
-  std::fill(predicted, predicted + size, IGNORED_PREDICTION);
-  if (labels.valid == 0) return;
+  slot[S_CELLS] = static_cast<double>(tile.labels.valid), slot[S_BAD] = static_cast<double>(tile.labels.bad);
+  uint8_t* const predicted = job.predicted + tile.b * job.cells + tile.begin;
+  std::fill(predicted, predicted + tile.size, IGNORED_PREDICTION);
+  if (tile.actives == 0) return;
 
-  alignas(64) T plan_x[MAX_CLASSES * L], back_x[MAX_CLASSES * L], other_x[MAX_CLASSES * L];
-  Class<S> work[MAX_CLASSES];
-  Distribution<S> d[3];
-  for (int64_t c = 0; c < C; ++c) work[c].mass = V{};
+  alignas(64) T nll[TILE], mass[MAX_CLASSES * L], other_x[MAX_CLASSES * L];
+  Kept<S>* const kept = reinterpret_cast<Kept<S>*>(scratch);
+  T* const pooled = scratch + 4 * C * TILE;
+  bool forbids[Tile<S>::VECTORS] = {};
+  I best[Tile<S>::VECTORS];
+  Block<S> block(tile);
+  std::fill(nll, nll + TILE, T(0));
+  std::fill(mass, mass + C * L, T(0));
   std::fill(pooled, pooled + (job.on[PROMPT] ? job.steps * C * L : 0), T(0));
   V hard_sum{}, kappa_sum{}, ce_sum{}, risk_sum{}, agreement_sum{}, anchor_sum{};
   const bool divergent = job.on[RISK] || job.on[AGREEMENT] || job.on[AMBIGUITY];
 
-  for (int64_t i = 0; i < size; i += L) {
-    const I label = S::load(labels.label + i);
-    const auto valid = S::differs(label, IGNORED);
-    if (!S::any(valid)) continue;
-    const int count = static_cast<int>(std::min<int64_t>(L, size - i));
-    const auto at = [&](const Strided& x, int64_t t, T* buffer) { return read<S>(x, b, t, begin + i, count, buffer); };
+  if (job.on[RISK] || job.on[ANCHOR]) fill_preference(C, job.preference, block, kept, forbids);
+  for (int64_t k = 0; job.on[ANCHOR] && k < tile.actives; ++k) {
+    const int64_t i = tile.active[k];
+    const Row<const T> a = tile.read(job.anchor, 0, i, other_x);
+    anchor_sum += S::keep(tile.valid[i], anchor_divergence<S>(C, tile.valid[i], kept + i * C, a));
+  }
 
-    bool forbidden = false;
-    if (job.on[RISK] || job.on[ANCHOR]) {
-      d[P].row = at(job.preference, 0, other_x);
-      forbidden = log_preference(C, valid, d, work) && job.on[RISK];
-    }
-    if (job.on[ANCHOR]) {
-      anchor_sum += S::keep(valid, anchor_divergence(C, valid, d[P], work, at(job.anchor, 0, other_x)));
-    }
-
-    // nll in nats, the others in bits; agreement is twice the divergence
-    V nll{}, risk{}, agreement{};
-    I best{};
-    for (int64_t t = 0; t < job.steps; ++t) {
-      const bool last = t == job.steps - 1;
-      const T step = static_cast<T>(job.step(t));
-      const bool wanted = last || step != 0 || divergent;
-      if (!wanted && !job.on[PROMPT]) continue;
-      d[Q].row = at(job.plan, t, plan_x);
+  for (int64_t t = 0; t < job.steps; ++t) {
+    const bool last = t == job.steps - 1;
+    const T step = static_cast<T>(job.step(t));
+    const bool wanted = last || step != 0 || divergent;
+    if (!wanted && !job.on[PROMPT]) continue;
+    block.each(C, [&]() QF_INLINE_LAMBDA {
+      block.template read<Q>(job.plan, t);
       if (job.on[PROMPT]) {
         T* const sum = pooled + t * C * L;
         for (int64_t c = 0; c < C; ++c) {
-          const V x = d[Q].x(c, valid);
-          S::store(sum + c * L, S::load(sum + c * L) + (x == -infinity ? V{} : x));
+          V all = S::load(sum + c * L);
+          for (int64_t k = 0; k < block.size; ++k) {
+            const V x = block.v[k].d[Q].x(c, block.v[k].valid);
+            all += x == -infinity ? V{} : x;
+          }
+          S::store(sum + c * L, all);
         }
       }
-      if (!wanted) continue;
+      if (!wanted) return;
       if (job.on[AGREEMENT]) {
-        d[R].row = at(job.back, t, back_x);
-        softmax<S, true, Q, R>(C, valid, d, work);
+        block.template read<R>(job.back, t);
+        block.template softmax<true, true>(C);
       } else {
-        softmax<S, true, Q, Q>(C, valid, d, work);
+        block.template softmax<true, false>(C);
       }
-      const Sums<S> sums = sums_of(job, d, work);
-      const V negentropy = d[Q].minus_entropy();
-      if (job.on[RISK]) risk += negentropy - sums.cross;
-      for (int64_t c = 0; forbidden && c < C; ++c) risk = unbounded(work[c]) ? S::all(infinity) : risk;
-      // sum q log q + sum r log r - sum s (log s - log 2), and sum s = 2
-      if (job.on[AGREEMENT]) agreement += negentropy + d[R].minus_entropy() - sums.s_log_s + T(2);
-      if (job.on[AMBIGUITY]) {
-        const V inverse = S::keep(valid, d[Q].inverse());
-        for (int64_t c = 0; c < C; ++c) work[c].mass = S::fma(work[c].e[Q], inverse, work[c].mass);
+      // one logarithm for all sums of a block, whose product is MAX_CLASSES^BLOCK at most
+      V product_q = S::all(1), product_r = S::all(1);
+      for (int64_t k = 0; k < block.size; ++k) {
+        const Vector<S>& v = block.v[k];
+        const Kept<S>* const own = kept + v.i * C;
+        const Sums<S> sums = sums_of(job, v, own);
+        const V negentropy = v.d[Q].minus_entropy();
+        product_q *= S::keep_or_one(v.valid, v.d[Q].sum);
+        // in bits; agreement is twice the divergence
+        if (job.on[RISK]) {
+          V risk = negentropy - sums.cross;
+          for (int64_t c = 0; forbids[v.i] && c < C; ++c) {
+            risk = unbounded<S>(own[c].log_p, v.work[c].e[Q]) ? S::all(infinity) : risk;
+          }
+          risk_sum += S::keep(v.valid, risk);
+        }
+        // sum q log q + sum r log r - sum s (log s - log 2), and sum s = 2
+        if (job.on[AGREEMENT]) {
+          product_r *= S::keep_or_one(v.valid, v.d[R].sum);
+          agreement_sum += S::keep(v.valid, negentropy + v.d[R].minus_entropy() - sums.s_log_s + T(2));
+        }
+        if (job.on[AMBIGUITY]) {
+          const V inverse = S::keep(v.valid, v.d[Q].inverse());
+          for (int64_t c = 0; c < C; ++c) {
+            S::store(mass + c * L, S::fma(v.work[c].e[Q], inverse, S::load(mass + c * L)));
+          }
+        }
+        if (last) best[v.i] = argmax(C, v);
+        if (step != 0) {
+          const I label = tile.label(v.i);
+          V x{};
+          for (int64_t c = 0; c < C; ++c) x = label == S::labels(c) ? v.d[Q].x(c, v.valid) : x;
+          const V cell = step * (v.d[Q].log_sum() - S::log2_ratio(x, v.d[Q].base)) * S::all(LN_2);
+          S::store(nll + v.i * L, S::load(nll + v.i * L) + cell);
+        }
       }
-      if (last) best = argmax(C, valid, d[Q]);
-      if (step != 0) {
-        V x{};
-        for (int64_t c = 0; c < C; ++c) x = label == S::labels(c) ? d[Q].x(c, valid) : x;
-        nll += step * (d[Q].log_sum() - S::log2_ratio(x, d[Q].base)) * S::all(LN_2);
+      if (divergent) {
+        const V log_q = S::log2(product_q);
+        risk_sum -= log_q, agreement_sum -= log_q + S::log2(product_r);
       }
-    }
+    });
+  }
 
-    const V kappa = S::load(labels.kappa + i);
-    const I hard = (label != IGNORED) & (best != label);
+  for (int64_t k = 0; k < tile.actives; ++k) {
+    const int64_t i = tile.active[k];
+    const I label = tile.label(i);
+    const V kappa = tile.kappa(i);
+    const I hard = (label != IGNORED) & (best[i] != label);
     V cost = kappa;
     if (job.hard_mode == HARD_CELL) cost = hard ? kappa : kappa * static_cast<T>(job.hard_floor);
-    ce_sum += cost == V{} ? V{} : cost * nll;
+    ce_sum += cost == V{} ? V{} : cost * S::load(nll + i * L);
     kappa_sum += kappa;
     hard_sum += hard ? S::all(1) : V{};
-    risk_sum += S::keep(valid, risk), agreement_sum += S::keep(valid, agreement);
-    for (int l = 0; l < count; ++l) {
-      if (label[l] != IGNORED) predicted[i + l] = static_cast<uint8_t>(best[l]);
+    for (int l = 0; l < tile.count(i); ++l) {
+      if (label[l] != IGNORED) predicted[i * L + l] = static_cast<uint8_t>(best[i][l]);
     }
   }
 
@@ -148,6 +170,6 @@ void forward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S::
   slot[S_RISK] = LN_2 * S::sum(risk_sum), slot[S_AGREEMENT] = 0.5 * LN_2 * S::sum(agreement_sum);
   slot[S_ANCHOR] = S::sum(anchor_sum);
   double* tail = slot + S_HEAD;
-  for (int64_t c = 0; job.on[AMBIGUITY] && c < C; ++c) *tail++ = S::sum(work[c].mass);
+  for (int64_t c = 0; job.on[AMBIGUITY] && c < C; ++c) *tail++ = S::sum(S::load(mass + c * L));
   for (int64_t k = 0; job.on[PROMPT] && k < job.steps * C; ++k) *tail++ = S::sum(S::load(pooled + k * L));
 }

@@ -10,8 +10,6 @@ inline constexpr int MAX_CLASSES = 64;
 inline constexpr int64_t TILE = 256;
 // largest number of cells in a vector: float32 in 64 bytes
 inline constexpr int MAX_LANES = 16;
-// vectors between a load or store and its prefetch: 2 T C rows are read in turn, more than the hardware follows
-inline constexpr int64_t AHEAD = 4;
 inline constexpr double LN_2 = 0.69314718055994530942;
 inline constexpr int IGNORED = -1;
 inline constexpr int OUT_OF_RANGE = -2;
@@ -53,6 +51,8 @@ struct Job {
   double upstream;
 
   int64_t slot_size() const { return S_HEAD + (on[AMBIGUITY] ? classes : 0) + (on[PROMPT] ? steps * classes : 0); }
+  // places a thread works in: four per cell and class of a tile; pooled logits [T, C, lanes]
+  int64_t scratch_size() const { return 4 * classes * TILE + (on[PROMPT] ? steps * classes * MAX_LANES : 0); }
   double step(int64_t t) const {
     if (step_weight == nullptr) return t == steps - 1;
     return step_weight[t];
@@ -60,11 +60,11 @@ struct Job {
 };
 
 // the loss on tile `unit` of B * tiles: forward fills the tile's slot and its predictions, backward its gradients;
-// pooled has steps * classes * MAX_LANES places, and is not used where the prompt term is off
+// scratch, aligned to 64 bytes, holds nothing from one tile to the next
 template <class T>
 struct TileFunctions {
-  void (*forward)(const Job<T>& job, int64_t unit, T* pooled, double* slot);
-  void (*backward)(const Job<T>& job, int64_t unit);
+  void (*forward)(const Job<T>& job, int64_t unit, T* scratch, double* slot);
+  void (*backward)(const Job<T>& job, int64_t unit, T* scratch);
 };
 
 // those for the best instruction set of this machine

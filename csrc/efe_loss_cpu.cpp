@@ -1,9 +1,11 @@
 // The expected-free-energy loss on the CPU: one threaded pass over the logits forward and one backward. Formulas, edge
 // rules and names are those of kernels/reference.py; efe_tiles.cpp has the arithmetic.
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -14,14 +16,24 @@
 #include "efe_arguments.h"
 #include "efe_finish.h"
 #include "efe_job.h"
+#include "turns.h"
 
 namespace qwen_fused {
 namespace {
 
-// tiles a thread should have at least, so that starting it pays
-template <class T>
-int64_t grain(const Job<T>& job) {
-  return std::max<int64_t>(1, (1 << 15) / (TILE * job.classes * job.steps));
+// calls work(unit, scratch) for every tile of every episode, an episode's together where threads are few
+template <class T, class Work>
+void each_tile(const Job<T>& job, const Work& work) {
+  const int64_t units = job.B * job.tiles;
+  // tiles a thread should have at least, so that starting it pays
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (TILE * job.classes * job.steps));
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (units + grain - 1) / grain);
+  in_turns(units, threads, job.tiles, [&](const auto& take) {
+    const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(job.scratch_size() * sizeof(T));
+    for (int64_t begin, end; take(begin, end);) {
+      for (int64_t unit = begin; unit < end; ++unit) work(unit, static_cast<T*>(scratch.get()));
+    }
+  });
 }
 
 [[noreturn]] void refuse_target(const Arguments& a, int64_t bad) {
@@ -48,10 +60,7 @@ ForwardResult forward_as(const Arguments& a) {
 
   std::vector<double> slots(job.B * job.tiles * size);
   const auto tile = tile_functions<T>().forward;
-  at::parallel_for(0, job.B * job.tiles, grain(job), [&](int64_t begin, int64_t end) {
-    std::vector<T> pooled(job.on[PROMPT] ? job.steps * job.classes * MAX_LANES : 0);
-    for (int64_t unit = begin; unit < end; ++unit) tile(job, unit, pooled.data(), slots.data() + unit * size);
-  });
+  each_tile(job, [&](int64_t unit, T* scratch) { tile(job, unit, scratch, slots.data() + unit * size); });
 
   // one slot per episode, in order
   std::vector<double> sums(job.B * size);
@@ -113,6 +122,21 @@ void check_saved(const Arguments& a, const Job<T>& job, const Saved& saved) {
       "predicted must be uint8 ", a.target.sizes(), ", got ", saved.predicted->dtype(), " ", saved.predicted->sizes());
 }
 
+// unit [C] or [B, C], times factor; a loop, as the three ops of torch that it takes are slow by comparison
+template <class T>
+at::Tensor scaled_like(const at::Tensor& unit, double factor, const at::Tensor& like) {
+  const at::Tensor out = at::empty_like(like);
+  const int64_t C = like.size(-1), stride_b = like.dim() > 1 ? out.stride(0) : 0, stride_c = out.stride(-1);
+  const T* const from = unit.const_data_ptr<T>();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, like.scalar_type(), "efe_loss_backward", [&] {
+    scalar_t* const to = out.data_ptr<scalar_t>();
+    for (int64_t k = 0; k < out.numel(); ++k) {
+      to[k / C * stride_b + k % C * stride_c] = static_cast<scalar_t>(from[k] * factor);
+    }
+  });
+  return out;
+}
+
 template <class T>
 Five backward_as(const Arguments& a, const Saved& saved, const std::array<bool, 5>& needs) {
   const Smalls<T> small(a);
@@ -126,22 +150,21 @@ Five backward_as(const Arguments& a, const Saved& saved, const std::array<bool, 
   if (d_plan.numel() > 0) job.d_plan = strided(d_plan, true, true, true);
   if (d_back.numel() > 0) job.d_back = strided(d_back, true, true, true);
   if (d_preference.numel() > 0) job.d_preference = strided(d_preference, true, false, true);
-  const at::Tensor grad = saved.grad.to(at::kDouble), coef = saved.coef.contiguous();
+  const at::Tensor coef = saved.coef.contiguous(), d_pooled = saved.d_pooled.contiguous();
   job.coef = coef.const_data_ptr<T>();
-  job.upstream = *grad.const_data_ptr<double>() * job.coef[2 * job.B];
-  const at::Tensor d_pooled = saved.d_pooled.contiguous().mul(job.upstream);
-  job.d_pooled = d_pooled.const_data_ptr<T>();
+  job.upstream = saved.grad.item<double>() * job.coef[2 * job.B];
+  std::vector<T> pooled(d_pooled.const_data_ptr<T>(), d_pooled.const_data_ptr<T>() + d_pooled.numel());
+  for (T& x : pooled) x *= static_cast<T>(job.upstream);
+  job.d_pooled = pooled.data();
   at::Tensor predicted;
   if (job.hard_mode == HARD_CELL) {
     predicted = saved.predicted->contiguous();
     job.predicted = predicted.data_ptr<uint8_t>();
   }
   const auto tile = tile_functions<T>().backward;
-  at::parallel_for(0, job.B * job.tiles, grain(job), [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) tile(job, unit);
-  });
+  each_tile(job, [&](int64_t unit, T* scratch) { tile(job, unit, scratch); });
   const auto scaled = [&](bool wanted, const at::Tensor& unit, const OptionalTensor& like) {
-    return wanted ? at::empty_like(*like).copy_(unit.to(at::kDouble).mul(job.upstream)) : nothing;
+    return wanted ? scaled_like<T>(unit.contiguous(), job.upstream, *like) : nothing;
   };
   return {
       d_plan, d_back, d_preference, scaled(needs[3] && job.on[AMBIGUITY], saved.d_obs_entropy, a.obs_entropy),

@@ -63,6 +63,12 @@ struct Simd {
     else
       return _mm512_maskz_mov_pd(mask, v);
   }
+  static QF_INLINE V keep_or_one(Mask mask, V v) {
+    if constexpr (FLOAT)
+      return _mm512_mask_mov_ps(all(1), mask, v);
+    else
+      return _mm512_mask_mov_pd(all(1), mask, v);
+  }
   static QF_INLINE V load(const T* from, Mask mask) {
     if constexpr (FLOAT)
       return _mm512_maskz_loadu_ps(mask, from);
@@ -87,6 +93,7 @@ struct Simd {
   static QF_INLINE Mask differs(I a, Int b) { return a != b; }
   static QF_INLINE bool any(Mask mask) { return any_of(mask); }
   static QF_INLINE V keep(Mask mask, V v) { return mask ? v : V{}; }
+  static QF_INLINE V keep_or_one(Mask mask, V v) { return mask ? v : all(1); }
   static QF_INLINE V load(const T* from, Mask mask) { return mask ? load(from) : V{}; }
   static QF_INLINE void store(T* to, V v, Mask) { store(to, v); }
 #endif
@@ -119,6 +126,18 @@ struct Simd {
       return _mm512_max_pd(all(low), x);
 #else
     return all(low) > x ? all(low) : x;
+#endif
+  }
+
+  // the larger of the two, b where one is NaN
+  static QF_INLINE V larger(V a, V b) {
+#if QF_LEVEL == 4
+    if constexpr (FLOAT)
+      return _mm512_max_ps(a, b);
+    else
+      return _mm512_max_pd(a, b);
+#else
+    return a > b ? a : b;
 #endif
   }
 

@@ -1,7 +1,7 @@
-// Softmax over the classes of a vector of cells, in powers and logarithms of two, not yet divided by its sum.
+// Softmax over the classes of a block of cells, in powers and logarithms of two, not yet divided by its sum.
 // No include guard: see efe_tiles.cpp.
 
-enum Name { Q, R, P };
+enum Name { Q, R };
 
 // softmax = e * inverse and log2 softmax = z - log_sum, where z = x log2(e) - that of the largest, held at LOG_ZERO or
 // above
@@ -12,87 +12,167 @@ struct Distribution {
   typename S::Base base{};
   V largest{}, sum{}, moment{};  // moment = sum of e z
 
-  QF_INLINE void prefetch(int64_t c) const { __builtin_prefetch(row.x + c * row.stride + AHEAD * S::LANES); }
+  QF_INLINE void prefetch(int64_t c, int64_t ahead) const { __builtin_prefetch(row.x + c * row.stride + ahead); }
   QF_INLINE V x(int64_t c, typename S::Mask valid) const { return S::load(row.x + c * row.stride, valid); }
+  QF_INLINE V ratio(int64_t c, typename S::Mask valid) const { return S::log2_ratio(x(c, valid), base); }
   QF_INLINE V z(int64_t c, typename S::Mask valid) const {
-    return S::at_least(typename S::Scalar(LOG_ZERO), S::log2_ratio(x(c, valid), base));
+    return S::at_least(typename S::Scalar(LOG_ZERO), ratio(c, valid));
   }
   QF_INLINE V inverse() const { return S::all(1) / sum; }
   QF_INLINE V log_sum() const { return S::log2(sum); }
-  // sum of p log2 p
-  QF_INLINE V minus_entropy() const { return moment * inverse() - log_sum(); }
+  // sum of p log2 p, but for log_sum
+  QF_INLINE V minus_entropy() const { return moment * inverse(); }
 };
 
 // one class of a vector of cells on the way; by class, as arrays of 4 KiB each would meet in the same few cache lines
 template <class S>
 struct Class {
   using V = typename S::V;
-  V e[3];  // 2^z of plan, back and preference; backward turns those of plan and back into probabilities
-  V log_p, fixed, phi, psi, mass;
+  V e[2];      // 2^z of plan and back
+  V phi, psi;  // the potentials of both
 };
 
-// fills e[A] and e[B] of each class, and the rest of both distributions from their rows, side by side so that their
-// chains of dependent operations overlap; A alone where B is the same. Lanes that are not valid read 0, so that what
-// they hold can do no harm; a NaN goes through everything.
-template <class S, bool MOMENT, Name A, Name B>
-QF_INLINE void softmax(int64_t classes, typename S::Mask valid, Distribution<S>* d, Class<S>* work) {
+// a vector of cells on the way
+template <class S>
+struct Vector {
+  int64_t i;  // which of the tile's
+  typename S::Mask valid;
+  Distribution<S> d[2];
+  int64_t ahead[2];  // from the rows to those of the next block
+  Class<S>* work;
+};
+
+// largest logit of each cell; lanes that are not valid read 0, so that what they hold can do no harm
+template <class S, Name A>
+QF_INLINE void largest(int64_t classes, Vector<S>& v) {
+  Distribution<S>& d = v.d[A];
+  typename S::V found = d.x(0, v.valid);
+  for (int64_t c = 1; c < classes; ++c) found = S::larger(d.x(c, v.valid), found);
+  d.largest = found, d.base = S::base(found);
+}
+
+// fills e of each class, and the sums of plan and, of TWO, back; a NaN goes through everything. The next block's rows
+// are asked for on the way, forward those of back later yet, as a burst of requests would hold up what is at work
+template <class S, bool MOMENT, bool TWO>
+QF_INLINE void powers(int64_t classes, Vector<S>& v) {
   using V = typename S::V;
-  constexpr bool TWO = A != B;
-  Distribution<S>&a = d[A], &b = d[B];
   // locals, as only those are sure to stay in registers
-  V largest_a = a.x(0, valid), largest_b = b.x(0, valid);
-  for (int64_t c = 0; c < classes; ++c) {
-    a.prefetch(c);
-    const V xa = a.x(c, valid);
-    largest_a = xa > largest_a ? xa : largest_a;
-    if constexpr (TWO) {
-      b.prefetch(c);
-      const V xb = b.x(c, valid);
-      largest_b = xb > largest_b ? xb : largest_b;
-    }
-  }
-  a.base = S::base(largest_a);
-  if constexpr (TWO) b.base = S::base(largest_b);
+  const Distribution<S> a = v.d[Q], b = TWO ? v.d[R] : Distribution<S>{};
+  const auto valid = v.valid;
+  const int64_t ahead_a = v.ahead[Q], ahead_b = v.ahead[R];
+  Class<S>* const work = v.work;
   V sum_a{}, sum_b{}, moment_a{}, moment_b{};
   for (int64_t c = 0; c < classes; ++c) {
-    const V za = a.z(c, valid), ea = S::exp2(za);
-    work[c].e[A] = ea, sum_a += ea;
+    a.prefetch(c, ahead_a);
+    // what multiplies by no z does with one that is -inf
+    const V za = MOMENT ? a.z(c, valid) : a.ratio(c, valid), ea = S::exp2(za);
+    work[c].e[Q] = ea, sum_a += ea;
     if constexpr (MOMENT) moment_a = S::fma(ea, za, moment_a);
     if constexpr (TWO) {
-      const V zb = b.z(c, valid), eb = S::exp2(zb);
-      work[c].e[B] = eb, sum_b += eb;
+      if constexpr (!MOMENT) b.prefetch(c, ahead_b);
+      const V zb = MOMENT ? b.z(c, valid) : b.ratio(c, valid), eb = S::exp2(zb);
+      work[c].e[R] = eb, sum_b += eb;
       if constexpr (MOMENT) moment_b = S::fma(eb, zb, moment_b);
     }
   }
-  if constexpr (TWO) b.largest = largest_b, b.sum = sum_b, b.moment = moment_b;
-  a.largest = largest_a, a.sum = sum_a, a.moment = moment_a;
+  v.d[Q].sum = sum_a, v.d[Q].moment = moment_a;
+  if constexpr (TWO) v.d[R].sum = sum_b, v.d[R].moment = moment_b;
 }
 
-// log2 p of the preference into log_p, LOG_ZERO where p is 0 by a logit of -inf; whether there is such a one
+// vectors taken together, step by step: what one waits for, another has
+inline constexpr int64_t BLOCK = 4;
+
 template <class S>
-QF_INLINE bool log_preference(int64_t classes, typename S::Mask valid, Distribution<S>* d, Class<S>* work) {
-  softmax<S, false, P, P>(classes, valid, d, work);
-  const typename S::V log_sum = d[P].log_sum();
-  typename S::I forbidden{};
-  for (int64_t c = 0; c < classes; ++c) {
-    const typename S::V z = d[P].z(c, valid);
-    const typename S::I zero = z == typename S::Scalar(LOG_ZERO);
-    work[c].log_p = zero ? z : z - log_sum;
-    forbidden |= zero;
+struct Block {
+  using T = typename S::Scalar;
+  const Tile<S>& tile;
+  int64_t size = 0;
+  Vector<S> v[BLOCK];
+  Class<S> work[BLOCK * MAX_CLASSES];
+  alignas(64) T buffer[2][BLOCK * MAX_CLASSES * S::LANES];
+
+  explicit Block(const Tile<S>& tile) : tile(tile) {}
+
+  // calls body() for all the tile's vectors in which a cell counts
+  template <class Body>
+  QF_INLINE void each(int64_t classes, const Body& body) {
+    for (first = 0; first < tile.actives; first += BLOCK) {
+      size = std::min(BLOCK, tile.actives - first);
+      for (int64_t k = 0; k < size; ++k) {
+        v[k].i = tile.active[first + k], v[k].valid = tile.valid[v[k].i], v[k].work = work + k * classes;
+      }
+      body();
+    }
   }
-  return S::any_of(forbidden);
+
+  // cells from the block's to those that are read or written next, at this step or the one after
+  QF_INLINE int64_t ahead(const Strided& x) const {
+    const int64_t next = first + BLOCK;
+    if (next < tile.actives) return (tile.active[next] - tile.active[first]) * S::LANES;
+    return x.stride_t + (tile.active[0] - tile.active[first]) * S::LANES;
+  }
+
+  template <Name A>
+  QF_INLINE void read(const Strided& x, int64_t t) {
+    const int64_t far = ahead(x);
+    for (int64_t k = 0; k < size; ++k) {
+      v[k].d[A].row = tile.read(x, t, v[k].i, buffer[A] + k * MAX_CLASSES * S::LANES);
+      v[k].ahead[A] = far;
+      largest<S, A>(x.classes, v[k]);
+    }
+  }
+
+  template <bool MOMENT, bool TWO>
+  QF_INLINE void softmax(int64_t classes) {
+    for (int64_t k = 0; k < size; ++k) powers<S, MOMENT, TWO>(classes, v[k]);
+  }
+
+ private:
+  int64_t first = 0;
+};
+
+// what a tile keeps of one class of a vector of cells over the steps
+template <class S>
+struct Kept {
+  using V = typename S::V;
+  V p, log_p;  // of the preference; log2, and LOG_ZERO where p is 0 by a logit of -inf
+  V fixed;     // the part of the plan's potential that is the same at every step
+  V mass;      // q summed over the steps
+};
+
+// fills p and log_p, and whether a vector has a p of 0 by a logit of -inf
+template <class S>
+QF_INLINE void fill_preference(int64_t classes, const Strided& logits, Block<S>& block, Kept<S>* kept, bool* forbids) {
+  using V = typename S::V;
+  block.each(classes, [&]() QF_INLINE_LAMBDA {
+    block.template read<Q>(logits, 0);
+    block.template softmax<false, false>(classes);
+    for (int64_t k = 0; k < block.size; ++k) {
+      const Vector<S>& v = block.v[k];
+      const V log_sum = v.d[Q].log_sum(), inverse = v.d[Q].inverse();
+      typename S::I zeros{};
+      for (int64_t c = 0; c < classes; ++c) {
+        const V z = v.d[Q].z(c, v.valid);
+        const typename S::I zero = z == typename S::Scalar(LOG_ZERO);
+        Kept<S>& own = kept[v.i * classes + c];
+        own.log_p = zero ? z : z - log_sum, own.p = v.work[c].e[Q] * inverse;
+        zeros |= zero;
+      }
+      forbids[v.i] = S::any_of(zeros);
+    }
+  });
 }
 
 // lanes in which a live q meets a forbidden p: the risk is infinite there
 template <class S>
-QF_INLINE typename S::I unbounded(const Class<S>& w) {
-  return (w.log_p == typename S::Scalar(LOG_ZERO)) & (w.e[Q] > typename S::V{});
+QF_INLINE typename S::I unbounded(typename S::V log_p, typename S::V q) {
+  return (log_p == typename S::Scalar(LOG_ZERO)) & (q > typename S::V{});
 }
 
 // each lane's lowest best class of the plan
 template <class S>
-QF_INLINE typename S::I argmax(int64_t classes, typename S::Mask valid, const Distribution<S>& q) {
+QF_INLINE typename S::I argmax(int64_t classes, const Vector<S>& v) {
   typename S::I best{};
-  for (int64_t c = classes - 1; c >= 0; --c) best = q.x(c, valid) == q.largest ? S::labels(c) : best;
+  for (int64_t c = classes - 1; c >= 0; --c) best = v.d[Q].x(c, v.valid) == v.d[Q].largest ? S::labels(c) : best;
   return best;
 }

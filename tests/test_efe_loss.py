@@ -119,12 +119,24 @@ def test_nan_reaches_the_cross_entropy_of_every_class(fused, label):
     assert hard_cell_cross_entropy(logits, target, backend=fused["backend"]).loss.isnan()
 
 
-def test_infinite_risk(fused):
-    case = make_case(ignored=0.0, dtype=torch.float32)
-    case["preference_logits"][0, 1] = -torch.inf
-    case = {name: x.to(fused["device"]) for name, x in case.items()}
-    out = efe_loss(**case, backend=fused["backend"], weights=TERM_SETS["risk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_infinite_risk(fused, dtype):
+    """One cell beyond the first vector: its gradient is infinite, or no number, where the reference's is."""
+    case = make_case(H=5, W=9, ignored=0.0, dtype=dtype)
+    case["preference_logits"][0, 1, 2, 3] = -torch.inf
+    out, grads = run(with_grad(case, fused["device"]), backend=fused["backend"], weights=ALL_TERMS)
     assert out.terms["risk"][0] == torch.inf and out.terms["risk"][1].isfinite()
+    _, expected = run(with_grad(case), backend="reference", weights=ALL_TERMS)
+    assert expected["plan_logits"][0, :, :, 2, 3].isfinite().sum() == 0
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad.cpu(), expected[name], rtol=1e-4, atol=1e-6, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_preference_and_anchor_forbid_alike(fused, dtype):
+    case = make_case(H=5, W=9, dtype=dtype)
+    case["preference_logits"][:, 1] = case["anchor_log_probs"][1] = -torch.inf
+    check(case, fused, weights=TERM_SETS["anchor"])
 
 
 def test_forbidden_target_counts_only_where_it_has_weight(fused):

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 THREADS = Path(__file__).resolve().parent / "threads"
 TILES = "efe_tiles.cpp"
-SOURCES = ("ops.cpp", "efe_loss_cpu.cpp", "grad_norm_cpu.cpp", "grad_clip_cpu.cpp", TILES)
+SOURCES = ("ops.cpp", "efe_autograd.cpp", "efe_loss_cpu.cpp", "grad_norm_cpu.cpp", "grad_clip_cpu.cpp", TILES)
 FLAGS = {
     "address": ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-fopenmp"],
     "thread": ["-fsanitize=thread", "-pthread", f"-I{THREADS}"],
@@ -118,12 +118,14 @@ FAULTS = (
         "data race",
     ),
     Fault(
-        "chunks handed out without an atomic counter",
-        Run("thread", 4, ("test_gradients.py",), "on_threads"),
-        "grad_norm_cpu.cpp",
-        "chunks.h",
+        "tiles handed out without an atomic counter",
+        Run("thread", 4, ("test_efe_loss.py",), "test_threads"),
+        "efe_loss_cpu.cpp",
+        "turns.h",
         "std::atomic<int64_t> next{0};",
-        "struct { int64_t n; int64_t fetch_add(int64_t k) { return (n += k) - k; } } next{0};",
+        "using Order = std::memory_order; struct { int64_t n; int64_t load(Order) { return n; } bool "
+        "compare_exchange_weak(int64_t& a, int64_t b, Order) { return n == a ? (n = b, true) : (a = n, false); } } "
+        "next{0};",
         "data race",
     ),
 )
