@@ -4,12 +4,17 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <tuple>
 
 #include "efe_job.h"
 
 namespace qwen_fused {
 
 using OptionalTensor = std::optional<at::Tensor>;
+// what the ops return
+using Eight =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Five = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 struct Arguments {
   const at::Tensor &plan, &target;

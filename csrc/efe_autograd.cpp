@@ -13,19 +13,18 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Tensor = const at::Tensor&;
-using Optional = const OptionalTensor&;
+using In = const at::Tensor&;
+using MaybeIn = const OptionalTensor&;
 using Weights = at::ArrayRef<double>;
 using Needs = std::array<bool, 5>;
-using Eight =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using Five = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using Forward = Eight(
-    Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional, Weights, double, int64_t,
-    int64_t);
+using Forward =
+    Eight(In, In, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, Weights, double, int64_t, int64_t);
 using Backward = Five(
-    Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional, Optional, Tensor,
-    Tensor, Tensor, Tensor, Weights, double, int64_t, int64_t, const Needs&);
+    In, In, In, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, In, In, In, In, Weights, double,
+    int64_t, int64_t, const Needs&);
+
+// saved behind the tensors that forward was given
+enum Saved { PREDICTED = 9, COEF, D_POOLED, D_OBS_ENTROPY, D_PROMPT_COLORS };
 
 // tensors among the arguments of forward, and the places of those that have a gradient
 inline constexpr size_t TENSORS = 9, ARGUMENTS = 13;
@@ -52,15 +51,15 @@ variable_list listed(Five&& five) {
 struct EfeLoss : torch::autograd::Function<EfeLoss> {
   // what the op returns besides the loss has no gradient, and passes the graph by in `all`
   static at::Tensor forward(
-      AutogradContext* ctx, Tensor plan, Tensor target, Optional back, Optional preference, Optional anchor,
-      Optional obs_entropy, Optional prompt_colors, Optional step_weight, Optional class_weight, Weights weights,
-      double hard_floor, int64_t hard_mode, int64_t ignore_index, Eight* all) {
+      AutogradContext* ctx, In plan, In target, MaybeIn back, MaybeIn preference, MaybeIn anchor, MaybeIn obs_entropy,
+      MaybeIn prompt_colors, MaybeIn step_weight, MaybeIn class_weight, Weights weights, double hard_floor,
+      int64_t hard_mode, int64_t ignore_index, Eight* all) {
     const at::AutoDispatchBelowAutograd below;
     *all = forward_op().call(
         plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight, weights,
         hard_floor, hard_mode, ignore_index);
     const auto& [loss, terms, solved, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors] = *all;
-    const auto value = [](Optional x) { return x.value_or(at::Tensor()); };
+    const auto value = [](MaybeIn x) { return x.value_or(at::Tensor()); };
     // in other modes predicted is of no use, and not saved: whoever called may then write into it
     ctx->save_for_backward(
         {plan, target, value(back), value(preference), value(anchor), value(obs_entropy), value(prompt_colors),
@@ -86,14 +85,18 @@ struct EfeLoss : torch::autograd::Function<EfeLoss> {
     Needs needs;
     for (size_t k = 0; k < needs.size(); ++k) needs[k] = wanted[DIFFERENTIABLE[k]];
     const auto optional = [&](size_t place) { return s[place].defined() ? OptionalTensor(s[place]) : std::nullopt; };
+    const auto weights = ctx->saved_data["weights"].toDoubleVector();
     const variable_list found = listed(
         backward_op().call(
             grads[0], s[0], s[1], optional(2), optional(3), optional(4), optional(5), optional(6), optional(7),
-            optional(8), optional(9), s[10], s[11], s[12], s[13], ctx->saved_data["weights"].toDoubleVector(),
+            optional(8), optional(PREDICTED), s[COEF], s[D_POOLED], s[D_OBS_ENTROPY], s[D_PROMPT_COLORS], weights,
             ctx->saved_data["hard_floor"].toDouble(), ctx->saved_data["hard_mode"].toInt(),
             ctx->saved_data["ignore_index"].toInt(), needs));
     for (size_t k = 0; k < needs.size(); ++k) {
-      if (needs[k]) gradients[DIFFERENTIABLE[k]] = found[k];
+      const size_t place = DIFFERENTIABLE[k];
+      // a term that is off has no gradient, but an empty tensor
+      const auto is_off = [&] { return found[k].dim() != s[place].dim() || (place == 5 && weights[AMBIGUITY] == 0); };
+      if (needs[k] && !is_off()) gradients[place] = found[k];
     }
     return gradients;
   }
@@ -115,16 +118,16 @@ struct EfeLossBackward : torch::autograd::Function<EfeLossBackward> {
 
 namespace {
 
-bool has_gradient(Tensor x) { return x.defined() && x.requires_grad(); }
-bool has_gradient(Optional x) { return x && has_gradient(*x); }
+bool has_gradient(In x) { return x.defined() && x.requires_grad(); }
+bool has_gradient(MaybeIn x) { return x && has_gradient(*x); }
 template <class Other>
 bool has_gradient(const Other&) {
   return false;
 }
 
 // what the op refuses with a better word than a node has for it
-bool is_refused(Tensor x) { return !x.defined() || x.is_nested(); }
-bool is_refused(Optional x) { return x && is_refused(*x); }
+bool is_refused(In x) { return !x.defined() || x.is_nested(); }
+bool is_refused(MaybeIn x) { return x && is_refused(*x); }
 template <class Other>
 bool is_refused(const Other&) {
   return false;

@@ -138,11 +138,11 @@ void backward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S:
       for (int64_t k = 0; k < block.size; ++k) {
         const Vector<S>& v = block.v[k];
         Class<S>* const work = v.work;
-        // where the loss is infinite, so is its gradient, but for the class to blame: that one is no number
+        // where the loss is infinite, so is its gradient, but for the class to blame, or a share of 0: no number
         for (int64_t c = 0; forbids[v.i] && job.on[RISK] && c < C; ++c) {
           const I infinite = unbounded<S>(kept[v.i * C + c].log_p, work[c].e[Q]);
           work[c].phi = infinite ? S::all(nan) : work[c].phi;
-          mean[k].plan = infinite ? S::all(infinity) : mean[k].plan;
+          mean[k].plan = infinite ? S::all(share.risk * infinity) : mean[k].plan;
         }
         if (d_back) {
           const V ir = mean[k].ir, shift = mean[k].back * ir;

@@ -52,7 +52,7 @@ QF_INLINE Row<const typename S::Scalar> read_row(
   return {buffer, S::LANES};
 }
 
-// where to write the gradient of those cells: as `read`; `commit` then brings the buffer home
+// where to write the gradient of those cells: as `read_row`; `commit` then brings the buffer home
 template <class S>
 QF_INLINE Row<typename S::Scalar> write_row(
     const Strided& x, int64_t b, int64_t t, int64_t i, int count, typename S::Scalar* buffer) {

@@ -144,10 +144,9 @@ void forward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S::
           S::store(nll + v.i * L, S::load(nll + v.i * L) + cell);
         }
       }
-      if (divergent) {
-        const V log_q = S::log2(product_q);
-        risk_sum -= log_q, agreement_sum -= log_q + S::log2(product_r);
-      }
+      const V log_q = S::log2(product_q);
+      if (job.on[RISK]) risk_sum -= log_q;
+      if (job.on[AGREEMENT]) agreement_sum -= log_q + S::log2(product_r);
     });
   }
 

@@ -6,7 +6,7 @@
 namespace qwen_fused {
 
 inline constexpr int MAX_CLASSES = 64;
-// cells a thread takes at a time
+// cells that go through the steps together
 inline constexpr int64_t TILE = 256;
 // largest number of cells in a vector: float32 in 64 bytes
 inline constexpr int MAX_LANES = 16;

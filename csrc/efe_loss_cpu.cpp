@@ -21,7 +21,7 @@
 namespace qwen_fused {
 namespace {
 
-// calls work(unit, scratch) for every tile of every episode, an episode's together where threads are few
+// calls work(unit, scratch) for every tile of every episode; a thread takes an episode's together while there are many
 template <class T, class Work>
 void each_tile(const Job<T>& job, const Work& work) {
   const int64_t units = job.B * job.tiles;
@@ -76,10 +76,6 @@ ForwardResult forward_as(const Arguments& a) {
   finish(job, sums, small.prompt_colors.data(), out);
   return out;
 }
-
-using Eight =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using Five = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Eight efe_loss(
     const at::Tensor& plan, const at::Tensor& target, const OptionalTensor& back, const OptionalTensor& preference,

@@ -57,6 +57,13 @@ struct Simd {
       return _mm512_cmpneq_epi64_mask((__m512i)a, _mm512_set1_epi64(b));
   }
   static QF_INLINE bool any(Mask mask) { return mask != 0; }
+  // whether a lane is larger than limit, or less than -limit
+  static QF_INLINE bool any_beyond(V v, T limit) {
+    if constexpr (FLOAT)
+      return _mm512_cmp_ps_mask(_mm512_abs_ps(v), all(limit), _CMP_GT_OQ) != 0;
+    else
+      return _mm512_cmp_pd_mask(_mm512_abs_pd(v), all(limit), _CMP_GT_OQ) != 0;
+  }
   static QF_INLINE V keep(Mask mask, V v) {
     if constexpr (FLOAT)
       return _mm512_maskz_mov_ps(mask, v);
@@ -92,6 +99,7 @@ struct Simd {
   }
   static QF_INLINE Mask differs(I a, Int b) { return a != b; }
   static QF_INLINE bool any(Mask mask) { return any_of(mask); }
+  static QF_INLINE bool any_beyond(V v, T limit) { return any_of((v > limit) | (v < -limit)); }
   static QF_INLINE V keep(Mask mask, V v) { return mask ? v : V{}; }
   static QF_INLINE V keep_or_one(Mask mask, V v) { return mask ? v : all(1); }
   static QF_INLINE V load(const T* from, Mask mask) { return mask ? load(from) : V{}; }
@@ -167,7 +175,8 @@ struct Simd {
     return fused() ? fma(x, all(T(LOG2_E)), from.shift) : (x + from.shift) * all(T(LOG2_E));
   }
 
-  // 2^x for x <= 1 or NaN: within 2 ulp, and 0 where the result would be subnormal
+  // 2^x for x <= 1, -inf or NaN: within 2 ulp, and 0 where the result would be subnormal (of -inf, poly is NaN, and
+  // scalef takes it to 0)
   static QF_INLINE V exp2(V x) {
     if constexpr (FLOAT) {
 #if QF_LEVEL == 4

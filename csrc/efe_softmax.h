@@ -38,7 +38,7 @@ struct Vector {
   int64_t i;  // which of the tile's
   typename S::Mask valid;
   Distribution<S> d[2];
-  int64_t ahead[2];  // from the rows to those of the next block
+  int64_t ahead[2] = {};  // from the rows to those of the next block
   Class<S>* work;
 };
 
@@ -51,8 +51,9 @@ QF_INLINE void largest(int64_t classes, Vector<S>& v) {
   d.largest = found, d.base = S::base(found);
 }
 
-// fills e of each class, and the sums of plan and, of TWO, back; a NaN goes through everything. The next block's rows
-// are asked for on the way, forward those of back later yet, as a burst of requests would hold up what is at work
+// fills e of each class, and the sums, of the plan and where there are TWO of the backward plan; a NaN goes through
+// everything. The next block's rows are asked for on the way, as a burst of requests would hold up what is at work;
+// where there are moments to sum, those of the backward plan wait for the logarithms
 template <class S, bool MOMENT, bool TWO>
 QF_INLINE void powers(int64_t classes, Vector<S>& v) {
   using V = typename S::V;
@@ -64,7 +65,7 @@ QF_INLINE void powers(int64_t classes, Vector<S>& v) {
   V sum_a{}, sum_b{}, moment_a{}, moment_b{};
   for (int64_t c = 0; c < classes; ++c) {
     a.prefetch(c, ahead_a);
-    // what multiplies by no z does with one that is -inf
+    // held at LOG_ZERO only where it is multiplied: 2^-inf is 0 as well
     const V za = MOMENT ? a.z(c, valid) : a.ratio(c, valid), ea = S::exp2(za);
     work[c].e[Q] = ea, sum_a += ea;
     if constexpr (MOMENT) moment_a = S::fma(ea, za, moment_a);
@@ -79,7 +80,7 @@ QF_INLINE void powers(int64_t classes, Vector<S>& v) {
   if constexpr (TWO) v.d[R].sum = sum_b, v.d[R].moment = moment_b;
 }
 
-// vectors taken together, step by step: what one waits for, another has
+// vectors taken together, step by step, so that the operations of one fill the waits of another
 inline constexpr int64_t BLOCK = 4;
 
 template <class S>
@@ -105,7 +106,7 @@ struct Block {
     }
   }
 
-  // cells from the block's to those that are read or written next, at this step or the one after
+  // cells from the block's to those that are read next, at this step or the one after
   QF_INLINE int64_t ahead(const Strided& x) const {
     const int64_t next = first + BLOCK;
     if (next < tile.actives) return (tile.active[next] - tile.active[first]) * S::LANES;
@@ -124,11 +125,26 @@ struct Block {
 
   template <bool MOMENT, bool TWO>
   QF_INLINE void softmax(int64_t classes) {
+    recentre<Q>(classes);
+    if constexpr (TWO) recentre<R>(classes);
     for (int64_t k = 0; k < size; ++k) powers<S, MOMENT, TWO>(classes, v[k]);
   }
 
  private:
   int64_t first = 0;
+
+  // the largest times log2(e) is rounded to no more than 1 / 16, or 2^z would be far from 1 for the largest itself: of
+  // larger logits the largest is subtracted first
+  template <Name A>
+  QF_INLINE void recentre(int64_t classes) {
+    for (int64_t k = 0; k < size; ++k) {
+      Distribution<S>& d = v[k].d[A];
+      if (__builtin_expect(!S::any_beyond(d.largest, T(1 << 20)), 1)) continue;
+      T* const to = buffer[A] + k * MAX_CLASSES * S::LANES;
+      for (int64_t c = 0; c < classes; ++c) S::store(to + c * S::LANES, d.x(c, v[k].valid) - d.largest);
+      d.row = {to, S::LANES}, d.largest = typename S::V{}, d.base = S::base(typename S::V{});
+    }
+  }
 };
 
 // what a tile keeps of one class of a vector of cells over the steps
@@ -155,7 +171,8 @@ QF_INLINE void fill_preference(int64_t classes, const Strided& logits, Block<S>&
         const V z = v.d[Q].z(c, v.valid);
         const typename S::I zero = z == typename S::Scalar(LOG_ZERO);
         Kept<S>& own = kept[v.i * classes + c];
-        own.log_p = zero ? z : z - log_sum, own.p = v.work[c].e[Q] * inverse;
+        // log_sum - log_sum is 0, or NaN as a NaN of another class makes it
+        own.log_p = z - (zero ? log_sum - log_sum : log_sum), own.p = v.work[c].e[Q] * inverse;
         zeros |= zero;
       }
       forbids[v.i] = S::any_of(zeros);

@@ -91,9 +91,11 @@ def _backward(op, ctx, grad: Tensor | None, *others) -> tuple[Tensor | None, ...
     if grad is None:
         return tuple(gradients)
     needs = [ctx.needs_input_grad[place] for place in DIFFERENTIABLE]
-    found = op(grad, *ctx.saved_tensors, *ctx.options, needs)
+    saved = ctx.saved_tensors
+    found = op(grad, *saved, *ctx.options, needs)
     for place, need, gradient in zip(DIFFERENTIABLE, needs, found, strict=True):
-        if need:
+        # a term that is off has no gradient, but an empty tensor
+        if need and gradient.shape == saved[place].shape:
             gradients[place] = gradient
     return tuple(gradients)
 

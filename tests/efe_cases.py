@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwen_fused.efe_autograd import HARD_MODE
 from qwen_fused.ops import EFEOutput, EFEWeights, efe_loss
 
 # every term on, no two weights alike, so that a swapped or dropped term shows
@@ -135,3 +136,15 @@ def check(case: dict, fused: dict, upstream: float = 1.0, **options) -> dict[str
         assert grad.dtype == leaves[name].dtype
         assert_agrees(grad, expected_grads[name], min(dtype, grad.dtype, key=lambda d: torch.finfo(d).bits), name)
     return grads
+
+
+def op_arguments(case: dict, hard_mode: str = "cell") -> tuple:
+    """The arguments of a forward op for every term of a case."""
+    names = ("plan_logits", "target", "back_logits", "preference_logits", "anchor_log_probs")
+    names += ("obs_entropy", "prompt_colors", "step_weight", "class_weight")
+    weights = [getattr(ALL_TERMS, name) for name in ("ce", "risk", "ambiguity", "agreement", "anchor", "prompt")]
+    return (*(case[name] for name in names), weights, 0.3, HARD_MODE[hard_mode], -100)
+
+
+def op_name(fused: dict) -> str:
+    return "efe_loss" if fused["backend"] == "cpp" else "efe_loss_triton"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from efe_cases import ALL_TERMS, DIFFERENTIABLE, TERM_SETS, assert_agrees, check, make_case, run, with_grad
 
 from qwen_fused import backends
-from qwen_fused.ops import COMPILED, efe_loss, hard_cell_cross_entropy
+from qwen_fused.ops import COMPILED, EFEWeights, efe_loss, hard_cell_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -64,6 +64,19 @@ def test_large_logits(fused):
     for name in ("plan_logits", "back_logits"):
         case[name] = 1000 + 30 * case[name]
     check(case, fused, weights=ALL_TERMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", [3e6, 4e8, -1e9, 3e12, -1e30])
+def test_logits_all_at_one_level(fused, level, dtype):
+    """What every class of a cell shares drops out, however large; -1e9 is how others mask."""
+    case = make_case(H=5, W=9, dtype=dtype)
+    spread = dict.fromkeys(("plan_logits", "back_logits", "preference_logits"))
+    for name in spread:
+        # in steps that a float32 of this size can tell apart, and of which half of the cells have none
+        case[name][..., :4] = 0
+        case[name] = (level + (abs(level) * 2.0**-20) * case[name].round()).to(dtype)
+    check(case, fused, weights=EFEWeights(agreement=0.5, anchor=0.3, prompt=0.0))
 
 
 def test_norms_under_eps(fused):
@@ -119,17 +132,24 @@ def test_nan_reaches_the_cross_entropy_of_every_class(fused, label):
     assert hard_cell_cross_entropy(logits, target, backend=fused["backend"]).loss.isnan()
 
 
+@pytest.mark.parametrize("upstream", [1.0, -2.0, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_infinite_risk(fused, dtype):
+def test_infinite_risk(fused, dtype, upstream):
     """One cell beyond the first vector: its gradient is infinite, or no number, where the reference's is."""
     case = make_case(H=5, W=9, ignored=0.0, dtype=dtype)
     case["preference_logits"][0, 1, 2, 3] = -torch.inf
-    out, grads = run(with_grad(case, fused["device"]), backend=fused["backend"], weights=ALL_TERMS)
+    out, grads = run(with_grad(case, fused["device"]), upstream, backend=fused["backend"], weights=ALL_TERMS)
     assert out.terms["risk"][0] == torch.inf and out.terms["risk"][1].isfinite()
-    _, expected = run(with_grad(case), backend="reference", weights=ALL_TERMS)
+    _, expected = run(with_grad(case), upstream, backend="reference", weights=ALL_TERMS)
     assert expected["plan_logits"][0, :, :, 2, 3].isfinite().sum() == 0
     for name, grad in grads.items():
         torch.testing.assert_close(grad.cpu(), expected[name], rtol=1e-4, atol=1e-6, equal_nan=True, msg=name)
+
+
+def test_a_preference_that_is_no_number_is_no_infinite_risk(fused):
+    case = {name: x.to(fused["device"]) for name, x in make_case(ignored=0.0, dtype=torch.float32).items()}
+    case["preference_logits"][0, 1], case["preference_logits"][0, 2] = -torch.inf, torch.nan
+    assert efe_loss(**case, backend=fused["backend"], weights=TERM_SETS["risk"]).terms["risk"][0].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
