@@ -50,7 +50,7 @@ def roofline(record: dict, to: Path) -> bool:
         return False
     top = record["ceilings"]
     peak, copy, read = top["fp32_gflop_per_s"], top["copy_gb_per_s"], top["read_gb_per_s"]
-    page = figure(9, 4.6, "Under the roofline", record)
+    page = figure(9, 5, "Under the roofline", record)
     axes, key = page.subplots(1, 2, width_ratios=[1.7, 1])
     plain(axes)
     intensity = [row["operations"] / row["bytes"] for row in rows]
@@ -80,7 +80,7 @@ def roofline(record: dict, to: Path) -> bool:
     axes.grid(color=INK["rule"], lw=0.5)
     key.set_axis_off()
     key.legend(*axes.get_legend_handles_labels(), fontsize=8, frameon=False, loc="lower left", labelcolor=INK["ink"])
-    key.text(0, 1, "\n".join(lines), fontsize=7.5, color=INK["ink"], va="top", linespacing=1.5)
+    key.text(0, 1, "\n".join(lines), fontsize=7.5, color=INK["ink"], va="top", linespacing=1.4)
     page.savefig(to)
     return True
 
@@ -105,7 +105,7 @@ def bars(record: dict, to: Path) -> bool:
     lines = [panels[start : start + columns] for start in range(0, len(panels), columns)]
     most = [max(len(members[panel]) for panel in line) for line in lines]
     height = HEAD + 0.24 * sum(most) + 0.42 * len(lines)
-    page = figure(5.2 * columns, height, "Time against ours, in the same run (shorter is faster)", record)
+    page = figure(5.8 * columns, height, "Time against ours, in the same run (shorter is faster)", record)
     grid = page.subplots(len(lines), columns, squeeze=False, height_ratios=most)
     for axes in grid.flat:
         axes.set_axis_off()
