@@ -37,7 +37,7 @@ COMPLAINT = re.compile(
 )
 
 GRADIENTS = ("test_raw_gradients.py", "test_gradients.py", "test_gradient_clip.py")
-LOSS = ("test_raw_ops.py", "test_efe_loss.py", "test_efe_layouts.py")
+LOSS = ("test_raw_ops.py", "test_efe_ops.py", "test_efe_loss.py", "test_efe_layouts.py")
 # not ours: the Triton kernels, what torch compiles; gigabytes of gradient; a child that has to die of its own signal
 LEFT_OUT = "not triton and not inductor and not two_to_the_31 and not factor_is_one"
 
