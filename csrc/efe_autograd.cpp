@@ -41,6 +41,13 @@ const auto& backward_op() {
   return op;
 }
 
+// past the graph
+template <class Op, class... Arguments>
+auto call_below(const Op& op, const Arguments&... arguments) {
+  const at::AutoDispatchBelowAutograd below;
+  return op.call(arguments...);
+}
+
 variable_list listed(Five&& five) {
   return std::apply([](auto&&... x) { return variable_list{std::move(x)...}; }, std::move(five));
 }
@@ -54,10 +61,9 @@ struct EfeLoss : torch::autograd::Function<EfeLoss> {
       AutogradContext* ctx, In plan, In target, MaybeIn back, MaybeIn preference, MaybeIn anchor, MaybeIn obs_entropy,
       MaybeIn prompt_colors, MaybeIn step_weight, MaybeIn class_weight, Weights weights, double hard_floor,
       int64_t hard_mode, int64_t ignore_index, Eight* all) {
-    const at::AutoDispatchBelowAutograd below;
-    *all = forward_op().call(
-        plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight, weights,
-        hard_floor, hard_mode, ignore_index);
+    *all = call_below(
+        forward_op(), plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight,
+        weights, hard_floor, hard_mode, ignore_index);
     const auto& [loss, terms, solved, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors] = *all;
     const auto value = [](MaybeIn x) { return x.value_or(at::Tensor()); };
     // in other modes predicted is of no use, and not saved: whoever called may then write into it
@@ -105,8 +111,7 @@ struct EfeLoss : torch::autograd::Function<EfeLoss> {
 struct EfeLossBackward : torch::autograd::Function<EfeLossBackward> {
   template <class... Arguments>
   static variable_list forward(AutogradContext*, const Arguments&... arguments) {
-    const at::AutoDispatchBelowAutograd below;
-    return listed(backward_op().call(arguments...));
+    return listed(call_below(backward_op(), arguments...));
   }
 
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -144,10 +149,7 @@ struct Typed;
 template <class... Arguments>
 struct Typed<Eight(Arguments...)> {
   static Eight apply(Arguments... arguments) {
-    if (!wants_node(arguments...)) {
-      const at::AutoDispatchBelowAutograd below;
-      return forward_op().call(arguments...);
-    }
+    if (!wants_node(arguments...)) return call_below(forward_op(), arguments...);
     Eight all;
     std::get<0>(all) = EfeLoss::apply(arguments..., &all);
     return all;
@@ -156,10 +158,7 @@ struct Typed<Eight(Arguments...)> {
 template <class... Arguments>
 struct Typed<Five(Arguments...)> {
   static Five apply(Arguments... arguments) {
-    if (!wants_node(arguments...)) {
-      const at::AutoDispatchBelowAutograd below;
-      return backward_op().call(arguments...);
-    }
+    if (!wants_node(arguments...)) return call_below(backward_op(), arguments...);
     const variable_list five = EfeLossBackward::apply(arguments...);
     return {five[0], five[1], five[2], five[3], five[4]};
   }
