@@ -52,7 +52,7 @@ cuda-check:
 
 # the CPU half of the extension under ASan, UBSan and TSan by its own tests; then planted faults that they must catch
 sanitize: $(STAMP)
-	$(BIN)/python tests/sanitize/run.py
+	$(BIN)/python tests/system/sanitize/run.py
 
 # Triton kernels compiled for each GPU generation, no GPU needed
 aot: $(STAMP)

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -109,7 +109,8 @@ def extension() -> tuple[list, type]:
 
 modules, command = extension()
 setup(
-    packages=["qwen_fused", "qwen_fused.kernels", "qwen_fused.proof"],
+    # kernels is a link to a folder without an __init__.py: see docs/architecture.md
+    packages=[*find_packages(include=["qwen_fused", "qwen_fused.*"]), "qwen_fused.kernels"],
     ext_modules=modules,
     cmdclass={"build_ext": command},
 )

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen_fused.data import Episode, load_tasks, split_tasks, test_episodes
-from qwen_fused.evaluate import evaluate
-from qwen_fused.model import QwenPlanner
-from qwen_fused.prompt import PromptOutput
-from qwen_fused.saved import load_model
+from qwen_fused.arc.episodes import Episode, load_tasks, split_tasks, test_episodes
+from qwen_fused.planner.model import QwenPlanner
+from qwen_fused.qwen.prompt import PromptOutput
+from qwen_fused.solver.evaluate import evaluate
+from qwen_fused.train.saved import load_model
 
 
 def exchanged(x: Tensor) -> Tensor:

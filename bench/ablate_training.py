@@ -23,9 +23,9 @@ from unittest.mock import patch
 from torch import Tensor
 
 from qwen_fused.config import TrainConfig
-from qwen_fused.prompt import PromptOutput, QwenPrompt
-from qwen_fused.tiny import SHAPE
-from qwen_fused.train import train
+from qwen_fused.qwen.prompt import PromptOutput, QwenPrompt
+from qwen_fused.qwen.tiny import SHAPE
+from qwen_fused.train.loop import train
 
 WEIGHTS = TrainConfig().weights
 CHANGES: dict[str, dict[str, Any]] = {

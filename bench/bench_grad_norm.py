@@ -18,7 +18,7 @@ from material import HALF_BILLION, ONE_AND_A_HALF_BILLION
 from torch import nn
 
 from qwen_fused import backends
-from qwen_fused.gradients import GroupGradNorm
+from qwen_fused.norms.group_grad_norm import GroupGradNorm
 
 QWEN = {"qwen2.5-0.5b": HALF_BILLION, "qwen2.5-1.5b": ONE_AND_A_HALF_BILLION}
 SMALL = "2000 small"

@@ -22,10 +22,10 @@ from bench_window import BATCHES, batches_of, relative_error
 from harness import Call, Comparison, benchmark_one, default_device, refuse
 from material import dataset
 
+from qwen_fused.arc.episodes import MAX_SIDE, Episode, collate
 from qwen_fused.config import TrainConfig
-from qwen_fused.data import MAX_SIDE, Episode, collate
-from qwen_fused.model import QwenPlanner
-from qwen_fused.trainer import Trainer
+from qwen_fused.planner.model import QwenPlanner
+from qwen_fused.train.trainer import Trainer
 
 # float32 through Qwen, a recurrent planner and two losses that add up in different orders
 LIMIT = 1e-4

@@ -16,11 +16,11 @@ import torch
 from harness import Call, Comparison, benchmark_one, default_device, refuse
 from material import dataset
 
+from qwen_fused.arc.episodes import Episode, collate, load_tasks
+from qwen_fused.arc.sampler import EpisodeSampler
 from qwen_fused.config import TrainConfig
-from qwen_fused.data import Episode, collate, load_tasks
-from qwen_fused.model import QwenPlanner
-from qwen_fused.sampler import EpisodeSampler
-from qwen_fused.window import PromptWindow
+from qwen_fused.planner.model import QwenPlanner
+from qwen_fused.window.prompt_window import PromptWindow
 
 BATCHES = 10
 SIDES = {"recompute": "recompute", "retain": "retain", "every batch": None}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
-sys.path[:0] = [str(BENCH), str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(BENCH), str(ROOT), str(ROOT / "tests" / "helpers")]
 
 # functions of campaign_checks
 CHECKS = ("gradcheck", "repeat", "graph", "sync", "small", "large", "profile")
@@ -89,7 +89,7 @@ def stage_tests(arguments) -> str:
     line += ["--continue-on-collection-errors"]
     line += [] if is_missing("pytest_timeout") else ["--timeout=60"]
     if arguments.cpu:
-        line += ["tests/test_efe_cuda.py", "tests/test_gradients_cuda.py"]
+        line += ["tests/loss/test_efe_cuda.py", "tests/norms/test_group_grad_norm_cuda.py"]
     else:
         # most of the time goes into compiling kernels, on the host
         line += [] if is_missing("xdist") else ["-n", "8"]
@@ -127,7 +127,7 @@ def stage_train(arguments) -> str:
     from material import HALF_BILLION, SMALL, TWENTY, dataset, save_qwen
 
     from qwen_fused.config import TrainConfig
-    from qwen_fused.train import train
+    from qwen_fused.train.loop import train
 
     half = arguments.what == "half"
     changes = dict(device="cuda", dataset=dataset(), max_batches=200, max_minutes=0.8, eval_every=0, prove=False)

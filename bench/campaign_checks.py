@@ -13,8 +13,8 @@ from efe_cases import ALL_TERMS, DIFFERENTIABLE
 from efe_cases import make_case as make_small
 from torch import Tensor
 
-from qwen_fused.gradients import GroupGradNorm
-from qwen_fused.ops import efe_loss
+from qwen_fused.loss.efe_loss import efe_loss
+from qwen_fused.norms.group_grad_norm import GroupGradNorm
 
 
 def device_of(arguments) -> torch.device:
@@ -104,7 +104,7 @@ def trainer_of(arguments):
     from material import TWENTY
 
     from qwen_fused.config import TrainConfig
-    from qwen_fused.trainer import Trainer
+    from qwen_fused.train.trainer import Trainer
 
     size = dict(batch_size=4, agent_channels=16, plan_steps=2) if arguments.cpu else {}
     config = TrainConfig(dataset=str(TWENTY), device=device_of(arguments).type, prompt_window=3, prove=False, **size)

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from qwen_fused.figures import INK
+from qwen_fused.report.curves import INK
 
 # inches of a page that title and caption take
 HEAD = 0.6

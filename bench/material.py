@@ -40,7 +40,7 @@ def save_qwen(folder: Path, shape: dict, dtype: torch.dtype) -> str:
     # not at the top: who only wants tasks or shapes need not have them
     from transformers import AutoModel, Qwen2Config
 
-    from qwen_fused.tiny import byte_tokenizer, seeded
+    from qwen_fused.qwen.tiny import byte_tokenizer, seeded
 
     with seeded(0):
         AutoModel.from_config(Qwen2Config(**shape), dtype=dtype).save_pretrained(folder)

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from machine import ceilings, device_name, load, machine, slug
 
-    from qwen_fused.device import resolve_device
+    from qwen_fused.common.device import resolve_device
 
     device = resolve_device(arguments.device)
     if arguments.threads:

@@ -1,6 +1,6 @@
 """Write docs/api.md from the docstrings of the public names and of the commands: `make docs`.
 
-A page that is out of date fails `tests/test_docs.py`.
+A page that is out of date fails `tests/system/test_docs.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import qwen_fused
-from qwen_fused import cli
-from qwen_fused.gradients import PendingStats
+from qwen_fused.cli import main as cli
+from qwen_fused.norms.group_grad_norm import PendingStats
 from qwen_fused.proof.cuts import Cut
 from qwen_fused.proof.frames import Frame
 from qwen_fused.proof.ladder import Finding, Rung

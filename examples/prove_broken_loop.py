@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from qwen_fused.prove import prove
+from qwen_fused.proof.prove import prove
 
 
 class Prompted(nn.Module):

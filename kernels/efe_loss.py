@@ -1,7 +1,8 @@
 """The expected-free-energy loss in Triton, as two custom ops: two launches forward, one backward, no host sync.
 
-`qwen_fused::efe_loss_triton` and its backward have the schema of the C++ ops; `qwen_fused.ops` gives both pairs their
-autograd. They run on CUDA tensors, and on CPU tensors where TRITON_INTERPRET=1 was set before Triton was imported.
+`qwen_fused::efe_loss_triton` and its backward have the schema of the C++ ops; `qwen_fused.loss.efe_loss` gives both
+pairs their autograd. They run on CUDA tensors, and on CPU tensors where TRITON_INTERPRET=1 was set before Triton was
+imported.
 """
 
 from __future__ import annotations

@@ -2,6 +2,6 @@
 
 import sys
 
-from qwen_fused.cli import main
+from qwen_fused.cli.main import main
 
 sys.exit(main())

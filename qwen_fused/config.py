@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import yaml
 
-from qwen_fused.files import write_whole
-from qwen_fused.ops import EFEWeights
-from qwen_fused.typed_yaml import check_types, from_plain, read_mapping, to_plain
+from qwen_fused.common.files import write_whole
+from qwen_fused.common.typed_yaml import check_types, from_plain, read_mapping, to_plain
+from qwen_fused.loss.efe_loss import EFEWeights
 
 
 @dataclass(frozen=True, kw_only=True)

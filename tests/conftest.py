@@ -82,7 +82,7 @@ def gradient_path(request, monkeypatch) -> str:
 def fused(request) -> dict[str, str]:
     """Backend and device of a fused loss: Triton on the GPU where there is one, interpreted where there is none."""
     from qwen_fused import backends
-    from qwen_fused.ops import COMPILED
+    from qwen_fused.loss.efe_loss import COMPILED
 
     if request.param == "cpp" and not COMPILED:
         pytest.skip(f"no extension: {backends.EXTENSION_ERROR}")
@@ -138,17 +138,17 @@ def small_config(config_in, tmp_path):
 @pytest.fixture
 def unevaluated(monkeypatch) -> None:
     """Runs end with their last checkpoint: evaluation and report, most of a small run's time, are left out."""
-    from qwen_fused import train
+    from qwen_fused.train import loop
 
-    monkeypatch.setattr(train, "finish", lambda *args: None)
+    monkeypatch.setattr(loop, "finish", lambda *args: None)
 
 
 @pytest.fixture(scope="session")
 def held_out():
     """The default held-out tasks of arc1."""
-    from qwen_fused import data
+    from qwen_fused.arc.episodes import load_tasks, split_tasks
 
-    return data.split_tasks(data.load_tasks("arc1").tasks, 0.1, 0)[1]
+    return split_tasks(load_tasks("arc1").tasks, 0.1, 0)[1]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen_fused.config import TrainConfig
-from qwen_fused.ops import EFEWeights
+from qwen_fused.loss.efe_loss import EFEWeights
 
 
 def test_round_trip(tmp_path):

@@ -1,1 +1,1 @@
-"""How `qwen_fused.prove` works inside: docs/proof.md says which file judges what."""
+"""How `qwen_fused.proof.prove` works inside: docs/proof.md says which file judges what."""

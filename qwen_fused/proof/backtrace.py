@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_fused.common.autograd_graph import graph_nodes
 from qwen_fused.proof import frames, kinds, modes
 from qwen_fused.proof.frames import Site
-from qwen_fused.proof.labels import graph_nodes, tensors_in
+from qwen_fused.proof.labels import tensors_in
 
 FINE, NONE, ZERO, NONFINITE = "fine", "none", "zero", "non-finite"
 

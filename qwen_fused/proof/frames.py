@@ -160,7 +160,7 @@ def _owner(file: str) -> str:
         return "torch"
     if path.startswith(_PACKAGE + os.sep):
         # the proof's own frames are no part of anybody's model; the rest of the package is one
-        return "torch" if path.startswith(_PROOF + os.sep) or path == os.path.join(_PACKAGE, "prove.py") else "user"
+        return "torch" if path.startswith(_PROOF + os.sep) else "user"
     roots = [getattr(sys.modules.get(name), "__file__", None) for name in _LIBRARIES]
     folders = [os.path.dirname(os.path.abspath(root)) for root in roots if root] + [_STDLIB]
     if any(path.startswith(folder + os.sep) for folder in folders):

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
+from qwen_fused.common.autograd_graph import graph_leaves
+
 Key = int | tuple[str, int]
 
 
@@ -125,24 +127,3 @@ class Labels:
         for leaf in graph_leaves(tensor):
             reached |= self.bits.get(id(leaf), 0)
         return reached
-
-
-def graph_nodes(tensor: Tensor) -> Iterator[Any]:
-    """Every autograd node behind the tensor, each once, the tensor's own first."""
-    if tensor.grad_fn is None:
-        return
-    seen, stack = {tensor.grad_fn}, [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        yield node
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
-
-
-def graph_leaves(tensor: Tensor) -> list[Tensor]:
-    """Leaves that the autograd graph behind the tensor would accumulate gradients into."""
-    if tensor.grad_fn is None:
-        return [tensor] if tensor.requires_grad else []
-    return [node.variable for node in graph_nodes(tensor) if type(node).__name__ == "AccumulateGrad"]

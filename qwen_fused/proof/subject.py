@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwen_fused.common.autograd_graph import graph_leaves
 from qwen_fused.proof import frames
 from qwen_fused.proof.cuts import Event, Trace
-from qwen_fused.proof.labels import graph_leaves
 from qwen_fused.proof.replay import Held, Slot, Wide, evaluate
 from qwen_fused.proof.snapshot import Snapshot
 from qwen_fused.proof.trace import OnCustom, trace
@@ -79,7 +79,7 @@ class Gradients:
 class Subject:
     """The parts of a proof, and the only way in which it calls the user's code.
 
-    Args: as `qwen_fused.prove`.
+    Args: as `qwen_fused.proof.prove`.
     """
 
     def __init__(

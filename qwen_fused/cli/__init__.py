@@ -1,0 +1,1 @@
+"""The commands: flags, presets, and what each prints."""

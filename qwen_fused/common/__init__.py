@@ -1,0 +1,1 @@
+"""The ground floor: files, devices, random state, typed YAML."""

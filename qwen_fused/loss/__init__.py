@@ -1,0 +1,1 @@
+"""The fused expected-free-energy loss: public function, checks, autograd."""

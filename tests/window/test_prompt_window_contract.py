@@ -1,0 +1,254 @@
+"""What a window hands out, takes back and saves, on the smallest encode; misuse is refused in a sentence."""
+
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qwen_fused.window.prompt_window import PromptWindow
+
+BATCHES = [[0, 1, 2], [2, 3, 0, 3], [1, 0, 2]]
+
+
+class Table(nn.Module):
+    """The smallest encode: a row per key, with dropout; counts what it is asked."""
+
+    def __init__(self, rows: int = 9):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 2, rows * 4).view(rows, 4))
+        self.dropout = nn.Dropout(0.4)
+        self.asked: list[tuple[list[int], bool]] = []
+
+    def forward(self, keys: list[int]) -> Tensor:
+        self.asked.append((list(keys), torch.is_grad_enabled()))
+        return self.dropout(self.weight[keys]).square()
+
+
+def test_each_prompt_is_computed_once():
+    encode = Table()
+    window = PromptWindow(encode, 3)
+    for _ in range(2):
+        encode.asked.clear()
+        for batch in BATCHES:
+            window.prompts(batch).sum().backward()
+        asked = [keys for keys, _ in encode.asked]
+        assert asked == [[0, 1, 2], [3]]
+        assert window.flush() == 4
+        assert [keys for keys, _ in encode.asked] == asked * 2 and all(graph for _, graph in encode.asked[2:])
+    # once it is known what must stand still, nothing is kept of the first pass
+    assert not any(graph for _, graph in encode.asked[:2])
+
+
+def test_hands_out_leaves_with_the_values_of_encode():
+    encode = Table().eval()
+    window = PromptWindow(encode, 2)
+    prompts = window.prompts([3, 1, 3])
+    assert prompts.is_leaf and prompts.requires_grad and prompts.shape == (3, 4)
+    assert torch.equal(prompts, encode.weight[[3, 1, 3]].square())
+    with torch.no_grad():
+        assert window.prompts([1]).requires_grad
+    assert window.full
+
+
+def test_adds_to_gradients_as_backward_does():
+    encode = Table().eval()
+    encode.weight.grad = torch.ones_like(encode.weight)
+    window = PromptWindow(encode, 2)
+    window.prompts([0, 1]).sum().backward()
+    window.prompts([1, 1]).sum().backward()
+    window.flush(scale=0.5)
+    want = torch.ones_like(encode.weight)
+    want[0] += 0.5 * 2 * encode.weight.detach()[0]
+    want[1] += 0.5 * 3 * 2 * encode.weight.detach()[1]
+    torch.testing.assert_close(encode.weight.grad, want)
+
+
+def test_a_batch_can_be_rescaled_or_left_out():
+    """As a loss scaler or a skipped batch needs it: what counts is the leaf's grad when flush comes."""
+    encode = Table().eval()
+    window = PromptWindow(encode, 3)
+    first, second, third = (window.prompts([k]) for k in (0, 1, 2))
+    (first.sum() * 1024).backward()
+    first.grad /= 1024
+    second.sum().backward()
+    second.grad = None
+    third.sum().backward()
+    window.flush()
+    used = encode.weight.grad.abs().sum(1) > 0
+    assert used.tolist() == [True, False, True] + [False] * 6
+    torch.testing.assert_close(encode.weight.grad[0], 2 * encode.weight.detach()[0])
+
+
+def test_two_losses_on_one_batch_add_up():
+    encode = Table().eval()
+    window = PromptWindow(encode, 1)
+    prompts = window.prompts([2])
+    prompts.sum().backward()
+    (3 * prompts).sum().backward()
+    window.flush()
+    torch.testing.assert_close(encode.weight.grad[2], 4 * 2 * encode.weight.detach()[2])
+
+
+def test_autocast_of_the_first_pass_holds_for_the_second():
+    gradients = []
+    for mode in ("recompute", "retain"):
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 6)
+        data = torch.randn(4, 6)
+        window = PromptWindow(lambda keys, layer=layer, data=data: layer(data[keys]), 2, mode=mode)
+        for keys in ([0, 1], [2, 3]):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                prompts = window.prompts(keys)
+            assert prompts.dtype == torch.bfloat16
+            prompts.float().square().sum().backward()
+        window.flush()
+        gradients.append(layer.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def reload(state: dict) -> dict:
+    """Through a file, without pickle execution."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_state_survives_twice():
+    """A state of a resumed window, before its next batch, is the same state."""
+    encode = Table()
+    window = PromptWindow(encode, 4)
+    window.prompts([0, 1]).sum().backward()
+    first = window.state_dict()
+    again = PromptWindow(encode, 4)
+    again.load_state_dict(reload(first), keys=[0, 1])
+    second = again.state_dict()
+    assert second["batches"] == 1 and torch.equal(second["gradient"], first["gradient"])
+    assert torch.equal(second["outputs"][0], first["outputs"][0])
+    again.prompts([1, 2]).sum().backward()
+    assert again.flush() == 3 and (encode.weight.grad[:2] != 0).any()
+
+
+def test_state_does_not_move_with_the_window():
+    window = PromptWindow(Table(), 4)
+    prompts = window.prompts([0])
+    prompts.sum().backward()
+    state = window.state_dict()
+    prompts.grad += 7
+    assert state["gradient"].tolist() == [[1.0] * 4]
+
+
+@pytest.mark.parametrize(
+    ("keys", "size", "message"),
+    [([0], 4, "the state's 2 prompts, got 1"), ([0, 1], 1, "at least the state's 2 batches, got 1")],
+)
+def test_rejects_a_state_that_does_not_fit(keys, size, message):
+    window = PromptWindow(Table(), 4)
+    window.prompts([0]).sum().backward()
+    window.prompts([1]).sum().backward()
+    with pytest.raises(ValueError, match=message):
+        PromptWindow(Table(), size).load_state_dict(window.state_dict(), keys)
+
+
+class TestMisuse:
+    """Every way to lose or falsify the gradient is refused."""
+
+    def test_flushing_twice(self):
+        window = PromptWindow(Table())
+        with pytest.raises(RuntimeError, match="nothing to flush"):
+            window.flush()
+        window.prompts([0]).sum().backward()
+        window.flush()
+        with pytest.raises(RuntimeError, match="nothing to flush"):
+            window.flush()
+
+    def test_a_batch_more_than_the_window_holds(self):
+        window = PromptWindow(Table(), 1)
+        window.prompts([0]).sum().backward()
+        with pytest.raises(RuntimeError, match="had its 1 batches: call flush"):
+            window.prompts([1])
+
+    @pytest.mark.parametrize("mode", ["recompute", "retain"])
+    @pytest.mark.parametrize("then", ["prompts", "flush"])
+    # torch's fused step writes without counting it as a write
+    @pytest.mark.parametrize("how", [dict(fused=True), dict(foreach=True), dict(foreach=False)])
+    def test_stepping_without_a_flush(self, mode, then, how):
+        encode = Table()
+        window = PromptWindow(encode, 3, mode=mode)
+        window.prompts([0]).sum().backward()
+        encode.weight.grad = torch.ones_like(encode.weight)
+        torch.optim.AdamW([encode.weight], lr=1e-6, **how).step()
+        with pytest.raises(RuntimeError, match="changed inside the window: call flush"):
+            window.prompts([0]) if then == "prompts" else window.flush()
+
+    def test_weights_replaced_behind_autograds_back(self):
+        encode = Table()
+        window = PromptWindow(encode, 3)
+        window.prompts([0]).sum().backward()
+        encode.weight.data = encode.weight.data.clone()
+        with pytest.raises(RuntimeError, match="changed inside the window"):
+            window.prompts([0])
+
+    def test_stepping_others_inside_and_encode_after_a_flush_is_right(self):
+        encode, head = Table(), nn.Linear(4, 1)
+        window = PromptWindow(encode, 2)
+        # one optimizer for all, as a trainer may have it: what has no gradient stands still
+        optimizer = torch.optim.AdamW([encode.weight, *head.parameters()], lr=0.1, fused=True)
+        before = encode.weight.detach().clone()
+        for _ in range(6):
+            head(window.prompts([0])).sum().backward()
+            if window.full:
+                window.flush()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not torch.equal(encode.weight, before)
+
+    @pytest.mark.parametrize("leave", [PromptWindow.flush, PromptWindow.discard])
+    def test_a_prompt_after_its_window(self, leave):
+        window = PromptWindow(Table())
+        prompts = window.prompts([0])
+        prompts.sum().backward()
+        leave(window)
+        with pytest.raises(RuntimeError, match="whose window is over"):
+            prompts.sum().backward()
+        window.prompts([0]).sum().backward()
+
+    def test_a_loss_that_never_met_the_prompts(self):
+        window = PromptWindow(Table())
+        window.prompts([0]).detach().sum()
+        with pytest.raises(RuntimeError, match="no gradient has reached"):
+            window.flush()
+
+    def test_another_mode_or_other_data_at_the_second_pass(self):
+        encode = Table()
+        window = PromptWindow(encode)
+        window.prompts([0, 1]).sum().backward()
+        encode.eval()
+        with pytest.raises(RuntimeError, match="other prompts than it handed out"):
+            window.flush()
+        assert encode.weight.grad is None
+
+    def test_an_encode_that_cuts_the_gradient(self):
+        encode = Table()
+        for mode in ("recompute", "retain"):
+            with pytest.raises(ValueError, match="does not require grad"):
+                PromptWindow(lambda keys: encode(keys).detach(), mode=mode).prompts([0])
+
+    @pytest.mark.parametrize("shape", [(2, 3, 4), (3, 4), (2,)])
+    def test_an_encode_of_another_shape(self, shape):
+        window = PromptWindow(lambda keys: torch.ones(shape, requires_grad=True))
+        with pytest.raises(ValueError, match=r"encode must return \[2, D\] for 2 keys"):
+            window.prompts([0, 1])
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [(dict(size=0), "size must be .* of at least 1, got 0"), (dict(mode="keep"), "recompute, retain, got 'keep'")],
+    )
+    def test_arguments(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            PromptWindow(Table(), **arguments)
+
+    def test_no_keys(self):
+        with pytest.raises(ValueError, match="at least one key"):
+            PromptWindow(Table()).prompts([])
