@@ -20,7 +20,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch comes first: the extension is built for the torch that is there
-$(STAMP): setup.py pyproject.toml $(wildcard csrc/*) | $(BIN)/python
+$(STAMP): setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*) | $(BIN)/python
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q -e ".[dev]"
 	@$(BIN)/python -c "from qwen_fused import backends; print('extension:', backends.describe()['extension'])"
@@ -29,7 +29,7 @@ $(STAMP): setup.py pyproject.toml $(wildcard csrc/*) | $(BIN)/python
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*/*
 
 # docs/api.md from the docstrings
 docs: $(STAMP)
@@ -44,7 +44,7 @@ NVCC ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc 2>
 
 cuda-check:
 	@if [ -z "$(NVCC)" ]; then echo "cuda-check: skipped, there is no nvcc (set CUDA_HOME)"; exit 0; fi; \
-	for source in csrc/*.cu; do for arch in 80 90 100; do \
+	for source in csrc/*/*.cu; do for arch in 80 90 100; do \
 		echo "$$source sm_$$arch"; \
 		$(NVCC) -std=c++17 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Xptxas -v,-warn-spills \
 			-gencode arch=compute_$$arch,code=sm_$$arch -c $$source -o /dev/null || exit 1; \

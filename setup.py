@@ -81,14 +81,16 @@ def extension() -> tuple[list, type]:
     limit_jobs()
     obstacle = cuda_obstacle(torch)
     # *_cuda.cu has the kernels and no torch header; *_cuda_ops.cpp checks arguments and registers them
-    sources = sorted(s for s in glob.glob("csrc/*.cpp") if obstacle is None or not s.endswith("_cuda_ops.cpp"))
+    sources = sorted(glob.glob("csrc/**/*.cpp", recursive=True))
+    if obstacle is not None:
+        sources = [source for source in sources if not source.endswith("_cuda_ops.cpp")]
     cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi"]
     if obstacle is None:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
         # torch's own list of capabilities knows this variable only; reload the home found above
         cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME", cpp_extension.CUDA_HOME)
         kind = cpp_extension.CUDAExtension
-        sources += sorted(glob.glob("csrc/*.cu"))
+        sources += sorted(glob.glob("csrc/**/*.cu", recursive=True))
     else:
         print(f"qwen_fused: building the CPU half only: {obstacle}", file=sys.stderr)
         kind = cpp_extension.CppExtension

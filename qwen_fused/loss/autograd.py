@@ -29,7 +29,7 @@ def register_fakes(name: str) -> None:
 
 
 def register_autograd(name: str) -> None:
-    """Give them their autograd, which csrc/efe_autograd.cpp has for the compiled pair."""
+    """Give them their autograd, which csrc/loss/efe_autograd.cpp has for the compiled pair."""
     forward, backward = f"qwen_fused::{name}", f"qwen_fused::{name}_backward"
     gradients = partial(_backward, getattr(torch.ops.qwen_fused, f"{name}_backward"))
     torch.library.register_autograd(forward, gradients, setup_context=_save)

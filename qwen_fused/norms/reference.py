@@ -1,4 +1,4 @@
-"""Per-group gradient norms in plain torch: the spec of csrc/grad_norm_*, and what runs where they are not built."""
+"""Per-group gradient norms in plain torch: the spec of csrc/norms/, and what runs where they are not built."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "csrc"
+CSRC = ROOT / "csrc" / "norms"
 SHIM = ROOT / "tests" / "norms" / "cuda_shim"
 SANITIZERS = {
     "plain": ["-O2"],

@@ -24,8 +24,15 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parents[3]
 CSRC = ROOT / "csrc"
 THREADS = Path(__file__).resolve().parent / "threads"
-TILES = "efe_tiles.cpp"
-SOURCES = ("ops.cpp", "efe_autograd.cpp", "efe_loss_cpu.cpp", "grad_norm_cpu.cpp", "grad_clip_cpu.cpp", TILES)
+TILES = "loss/efe_tiles.cpp"
+SOURCES = (
+    "ops.cpp",
+    "loss/efe_autograd.cpp",
+    "loss/efe_loss_cpu.cpp",
+    "norms/grad_norm_cpu.cpp",
+    "norms/grad_clip_cpu.cpp",
+    TILES,
+)
 FLAGS = {
     "address": ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-fopenmp"],
     "thread": ["-fsanitize=thread", "-pthread", f"-I{THREADS}"],
@@ -75,8 +82,8 @@ FAULTS = (
     Fault(
         "a vector read past the last cell",
         Run("address", 1, ("loss/test_efe_layouts.py",), "test_canvas and cpp"),
-        "efe_tiles.cpp",
-        "efe_cells.h",
+        "loss/efe_tiles.cpp",
+        "loss/efe_cells.h",
         "i + std::min(l, count - 1)",
         "i + l",
         "heap-buffer-overflow",
@@ -84,8 +91,8 @@ FAULTS = (
     Fault(
         "a block written past the last element",
         Run("address", 4, ("norms/test_clip.py",)),
-        "grad_clip_cpu.cpp",
-        "grad_clip_cpu.cpp",
+        "norms/grad_clip_cpu.cpp",
+        "norms/grad_clip_cpu.cpp",
         "(x + i), &out, bytes)",
         "(x + i), &out, 16)",
         "heap-buffer-overflow",
@@ -93,8 +100,8 @@ FAULTS = (
     Fault(
         "exponents that leave their integers",
         Run("address", 1, ("loss/test_efe_loss.py",)),
-        "efe_tiles.cpp",
-        "efe_math.h",
+        "loss/efe_tiles.cpp",
+        "loss/efe_math.h",
         "const U power = (bit_cast_to<U>(shifted) << 23) + (127u << 23);",
         "const I power = (bit_cast_to<I>(shifted) << 23) + (127 << 23);",
         "signed integer overflow",
@@ -102,8 +109,8 @@ FAULTS = (
     Fault(
         "vectors read through a cast pointer",
         Run("address", 4, ("norms/test_group_grad_norm.py",)),
-        "grad_norm_cpu.cpp",
-        "vectorize.h",
+        "norms/grad_norm_cpu.cpp",
+        "common/vectorize.h",
         "  Vector to;\n  std::memcpy(&to, from, sizeof(Vector));\n  return to;",
         "  return *reinterpret_cast<const Vector*>(from);",
         "misaligned address",
@@ -111,8 +118,8 @@ FAULTS = (
     Fault(
         "one slot for every tile of the loss",
         Run("thread", 4, ("loss/test_efe_loss.py",), "test_threads"),
-        "efe_loss_cpu.cpp",
-        "efe_loss_cpu.cpp",
+        "loss/efe_loss_cpu.cpp",
+        "loss/efe_loss_cpu.cpp",
         "slots.data() + unit * size)",
         "slots.data())",
         "data race",
@@ -120,8 +127,8 @@ FAULTS = (
     Fault(
         "tiles handed out without an atomic counter",
         Run("thread", 4, ("loss/test_efe_loss.py",), "test_threads"),
-        "efe_loss_cpu.cpp",
-        "turns.h",
+        "loss/efe_loss_cpu.cpp",
+        "common/turns.h",
         "std::atomic<int64_t> next{0};",
         "using Order = std::memory_order; struct { int64_t n; int64_t load(Order) { return n; } bool "
         "compare_exchange_weak(int64_t& a, int64_t b, Order) { return n == a ? (n = b, true) : (a = n, false); } } "
@@ -132,10 +139,10 @@ FAULTS = (
 
 
 def compiled(folder: Path, sanitizer: str, level: int, source: Path) -> Path:
-    """The object of one source file, which finds the headers beside it first."""
+    """The object of one source file."""
     target = folder / f"{source.stem}-{sanitizer}{level}.o"
     command = ["g++", "-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"]
-    command += [*FLAGS[sanitizer], f"-DQF_BEST_LEVEL={level}", f"-I{CSRC}"]
+    command += [*FLAGS[sanitizer], f"-DQF_BEST_LEVEL={level}"]
     command += [f"-isystem{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"])]
     done = subprocess.run([*command, "-c", source, "-o", target], capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -158,12 +165,11 @@ def package(home: Path, sanitizer: str, objects: list[Path]) -> Path:
 
 
 def with_fault(folder: Path, fault: Fault) -> Path:
-    """The object of the fault's source, made from copies of it and of the file that is changed."""
+    """The object of the fault's source, made in a copy of csrc/ in which that one file is changed."""
     text = (CSRC / fault.file).read_text()
     if fault.before not in text:
         raise SystemExit(f"sanitize: {fault.file} has no place to plant {fault.name!r}")
-    folder.mkdir()
-    shutil.copy(CSRC / fault.source, folder)
+    shutil.copytree(CSRC, folder)
     (folder / fault.file).write_text(text.replace(fault.before, fault.after))
     return compiled(folder, fault.run.sanitizer, fault.run.level, folder / fault.source)
 

@@ -9,7 +9,7 @@
 
 #include <vector>
 
-#include "checks.h"
+#include "../common/checks.h"
 #include "grad_norm_cuda.h"
 
 namespace qwen_fused {

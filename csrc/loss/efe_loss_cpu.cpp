@@ -13,10 +13,10 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/turns.h"
 #include "efe_arguments.h"
 #include "efe_finish.h"
 #include "efe_job.h"
-#include "turns.h"
 
 namespace qwen_fused {
 namespace {

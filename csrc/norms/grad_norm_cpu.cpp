@@ -9,9 +9,9 @@
 #include <limits>
 #include <vector>
 
-#include "checks.h"
-#include "chunks.h"
-#include "vectorize.h"
+#include "../common/checks.h"
+#include "../common/chunks.h"
+#include "../common/vectorize.h"
 
 namespace qwen_fused {
 namespace {

@@ -10,8 +10,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "../common/vectorize.h"
 #include "efe_job.h"
-#include "vectorize.h"
 
 // a lower one tests the code for lesser machines on this one
 #ifndef QF_BEST_LEVEL
