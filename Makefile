@@ -26,9 +26,14 @@ $(STAMP): setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*) | $(BIN)/python
 	@$(BIN)/python -c "from qwen_fused import backends; print('extension:', backends.describe()['extension'])"
 	@touch $@
 
+# prose wraps at 100; docs/api.md and the figures of docs/performance.md are written in the same form
+PROSE = --wrap 100 --number --compact-tables README.md CHANGELOG.md CONTRIBUTING.md docs
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mdformat --check $(PROSE)
 	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*/*
 
 # docs/api.md from the docstrings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import textwrap
 from pathlib import Path
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -32,10 +33,14 @@ def section(record: dict) -> str:
     driver = f", driver {m['driver']}, CUDA {m['cuda']}" if m["kind"] == "cuda" else f", {m['threads']} threads"
     lines = [
         f"### {m['device']}\n",
-        f"{m['date']}, torch {m['torch']}, Triton {m['triton']}, Python {m['python']}{driver}; "
-        f"clocks {rates(m['clocks'])}, at the end {rates(m['clocks_at_end'])}.\n",
-        f"Ceilings, measured: copy {c['copy_gb_per_s']:.1f} GB/s, read {c['read_gb_per_s']:.1f} GB/s, "
-        f"fp32 without matrix units {c['fp32_gflop_per_s']:.0f} GFLOP/s.\n",
+        wrapped(
+            f"{m['date']}, torch {m['torch']}, Triton {m['triton']}, Python {m['python']}{driver}; "
+            f"clocks {rates(m['clocks'])}, at the end {rates(m['clocks_at_end'])}."
+        ),
+        wrapped(
+            f"Ceilings, measured: copy {c['copy_gb_per_s']:.1f} GB/s, read {c['read_gb_per_s']:.1f} GB/s, "
+            f"fp32 without matrix units {c['fp32_gflop_per_s']:.0f} GFLOP/s."
+        ),
         f"![roofline](../bench/results/{stem}-roofline.png)\n",
         f"![bars](../bench/results/{stem}-bars.png)\n",
     ]
@@ -45,6 +50,11 @@ def section(record: dict) -> str:
         lines.append(f"`{bench}`, commit {commit}, load {min(loads)} to {max(loads)}:\n")
         lines += [table(found, c, m["kind"] == "cuda"), ""]
     return "\n".join(lines) + "\n"
+
+
+def wrapped(prose: str) -> str:
+    """A paragraph as `make lint` wants it."""
+    return textwrap.fill(prose, 100, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def rates(clocks: dict) -> str:
@@ -57,7 +67,7 @@ def table(rows: list[dict], ceilings: dict, cuda: bool) -> str:
     """Every row; the share is of the ceiling that the work has: reading alone, or reading and writing."""
     head = ["what", "who", "ms [p20, p80]", "× ours", "rate", "of the ceiling", "error", "peak MB"]
     head += ["launches", "syncs"] if cuda else []
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = ["| " + " | ".join(head) + " |", "| -- " * len(head) + "|"]
     for row in rows:
         rate, share = "", ""
         if row["gb_per_s"] is not None and row["bytes"] >= 1e6:
@@ -66,7 +76,8 @@ def table(rows: list[dict], ceilings: dict, cuda: bool) -> str:
             share = f"{100 * row['gb_per_s'] / ceilings['read_gb_per_s' if reads else 'copy_gb_per_s']:.0f} %"
         if row["episodes_per_s"] is not None:
             rate = f"{row['episodes_per_s']:.1f} episodes/s"
-        who = f"**{row['who']}**" if row["ours"] else row["who"]
+        name = f"`{row['who']}`" if "_" in row["who"] else row["who"]
+        who = f"**{name}**" if row["ours"] else name
         cells = [row["case"], who, f"{row['ms']:.3g} [{row['p20']:.3g}, {row['p80']:.3g}]"]
         cells += [f"{row['times_ours']:.2f}", rate, share, "" if row["error"] is None else f"{row['error']:.0e}"]
         cells += ["" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"]

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mdformat
+
 import qwen_fused
 from qwen_fused.cli import main as cli
 from qwen_fused.norms.group_grad_norm import PendingStats
@@ -58,7 +60,9 @@ def render() -> str:
         "## Commands\n",
         *commands_text(),
     ]
-    return "\n".join(parts).rstrip() + "\n"
+    # the form that `make lint` asks of every page
+    options = {"wrap": 100, "number": True, "plugin": {"tables": {"compact_tables": True}}}
+    return mdformat.text("\n".join(parts), options=options, extensions={"gfm", "tables"})
 
 
 def split(values: list[Any]) -> tuple[list[type], list[Any]]:
