@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwen_fused.arc.reader import SPLITS, load_tasks
 from qwen_fused.arc.symmetry import SYMMETRIES, turn
-from qwen_fused.arc.tasks import COLORS, MAX_SIDE, SPLITS, Pair, Task, TaskCollection, load_tasks
+from qwen_fused.arc.tasks import COLORS, MAX_SIDE, Pair, Task, TaskCollection
 
 __all__ = [
     "COLORS",
