@@ -15,7 +15,7 @@ from qwen_fused.arc.scoring import Evaluation, write_submission
 from qwen_fused.common.device import resolve_device
 from qwen_fused.common.files import claim, write_whole
 from qwen_fused.config import TrainConfig
-from qwen_fused.parallel.processes import Ranks, processes
+from qwen_fused.parallel.processes import Ranks, process_group
 from qwen_fused.qwen.memory import check_memory
 from qwen_fused.report.answers import write_examples
 from qwen_fused.report.page import write_report
@@ -44,10 +44,10 @@ def train(config: TrainConfig) -> Path:
         Interrupted: SIGINT, SIGTERM or SIGHUP, after a checkpoint was written.
     """
     trackers = tracker_names(config.trackers)
-    with processes() as ranks, ranks.aside() as scratch:
+    with process_group() as ranks, ranks.silenced() as scratch:
         run = open_run(config) if config.resume else None
         folder = scratch or (run.folder if run else new_run_folder(config.out))
-        run_in(folder, config, run, ranks, trackers if ranks.first else ())
+        run_in(folder, config, run, ranks, trackers if ranks.is_main else ())
     return folder
 
 
@@ -90,8 +90,8 @@ def set_up(config: TrainConfig, folder: Path, run: Continuation | None, ranks: R
             folder.rmdir()
         raise
     # nothing is put aside before every process has read what it goes on with
-    ranks.agree(0)
-    if run and ranks.first:
+    ranks.all_reduce_max(0)
+    if run and ranks.is_main:
         clear_future(run)
     replace(config, resume=None, resume_changed=False).save(folder / "config.yaml")
     return trainer, memory
@@ -155,7 +155,7 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
             advance(progress.step)
             epoch_ends = config.eval_every and progress.step % (per_epoch * config.eval_every) == 0
             saves = progress.step % config.checkpoint_every == 0
-            number, is_over = trainer.ranks.agree(asked_to_end() or 0, clock.is_over())
+            number, is_over = trainer.ranks.all_reduce_max(asked_to_end() or 0, clock.is_over())
             if epoch_ends or saves or number or is_over:
                 log_done(trainer, log, pending)
             if epoch_ends and progress.step < last:
@@ -249,7 +249,7 @@ def validate(trainer: Trainer, log: RunLog) -> Evaluation:
         trainer.progress.best_accuracy = result.cell_accuracy
         weights = trainer.weights()
         (trainer.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if trainer.ranks.first:
+        if trainer.ranks.is_main:
             write_state(trainer.folder / "checkpoints" / "best.safetensors", {"model": weights})
     return result
 
@@ -263,7 +263,7 @@ def finish(trainer: Trainer, log: RunLog) -> None:
     training = evaluate(model, test_episodes(some), batch_size=batch_size)
     log.say(f"Unseen test pairs of {len(some)} training tasks: {describe_evaluation(training)}")
     shown = chosen_examples(model, trainer.held_out, validation)
-    if not trainer.ranks.first:
+    if not trainer.ranks.is_main:
         return
     evaluation = {"validation": validation.to_dict(), "training": training.to_dict()}
     write_whole(folder / "evaluation.json", json.dumps(evaluation))

@@ -85,11 +85,11 @@ class Trainer:
         self.model = QwenPlanner(config).to(self.device).train()
         self.window = PromptWindow(self.model.prompt.pooled, config.prompt_window, mode=config.window_mode)
         self.sharded: ShardedQwen | None = None
-        if config.shard_qwen and self.ranks.size > 1:
+        if config.shard_qwen and self.ranks.world_size > 1:
             # a second of imports that one process has no use for
             from qwen_fused.parallel.fsdp import ShardedQwen
 
-            self.sharded = ShardedQwen(self.model.prompt.backbone, self.device, self.ranks.size)
+            self.sharded = ShardedQwen(self.model.prompt.backbone, self.device, self.ranks.world_size)
             self.window.parameters = self.sharded.shards
         self.groups = self.model.groups()
         self.optimizer = self._optimizer()
@@ -147,18 +147,18 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         out, pooled = self.forward(batch[part.rows], epoch=epoch, part=part)
         out.prompt.retain_grad()
-        loss_scale = self.backward(out.loss * part.share, [pooled])
+        loss_scale = self.backward(out.loss * part.weight, [pooled])
         assert out.prompt.grad is not None
-        prompt_grad = self.ranks.norm(out.prompt.grad.float().norm() / loss_scale)
+        prompt_grad = self.ranks.all_reduce_norm(out.prompt.grad.float().norm() / loss_scale)
         if flush:
             with self.sharded.flushing() if self.sharded else nullcontext():
                 # the mean over the window's batches
                 self.window.flush(loss_scale / self.window.batches)
-        self.ranks.sum_gradients(self.norms.parameters)
+        self.ranks.all_reduce_gradients(self.norms.parameters)
         stats = self.step()
-        self.model.objective.update_anchor(batch.target, self.ranks.gather(out.score.efe.solved, part))
+        self.model.objective.update_anchor(batch.target, self.ranks.all_gather(out.score.efe.solved, part))
         self.progress.step += 1
-        values = to_host(self.ranks.sum(scalars(out, prompt_grad) * part.share))
+        values = to_host(self.ranks.all_reduce(scalars(out, prompt_grad) * part.weight))
         return PendingBatch(self.progress.step, epoch, len(episodes), flush, rates, values, stats.read_later())
 
     def backward(self, loss: Tensor, pooled: Sequence[Tensor]) -> Tensor:
@@ -235,8 +235,8 @@ class Trainer:
         dtype, noise = AUTOCAST[self.config.precision], None
         if self.sharded:
             self.sharded.gather()
-        if part is not None and self.ranks.size > 1:
-            noise = torch.randn(part.whole, self.config.prompt_dim, device=self.device)[part.rows]
+        if part is not None and self.ranks.world_size > 1:
+            noise = torch.randn(part.batch_size, self.config.prompt_dim, device=self.device)[part.rows]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             pooled = self.window.prompts([episode.demonstrations for episode in batch.episodes])
             return self.model(batch, epoch=epoch, pooled=pooled, noise=noise), pooled
@@ -298,7 +298,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this moment; every process must call it, and the first one writes."""
         state, folder = self.state_dict(), self.folder / "checkpoints"
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return folder
         return save_checkpoint(folder, self.progress.step, state, keep=self.config.keep_checkpoints)
 
@@ -308,7 +308,7 @@ def keep_finite(pooled: Tensor, loss_scale: Tensor, ranks: Ranks) -> None:
     if pooled.grad is None:
         return
     gradient = pooled.grad / loss_scale
-    pooled.grad = torch.where(ranks.all(gradient.isfinite().all()), gradient, torch.zeros_like(gradient))
+    pooled.grad = torch.where(ranks.all_reduce_and(gradient.isfinite().all()), gradient, torch.zeros_like(gradient))
 
 
 def by_layer(members: Sequence[tuple[str, torch.nn.Parameter]]) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:

@@ -28,7 +28,7 @@ def gather_window(window: PromptWindow, batches: Sequence[Keys], ranks: Ranks) -
         ranks: this process among all.
     """
     state = window.state_dict()
-    if ranks.size == 1 or not state["batches"]:
+    if ranks.world_size == 1 or not state["batches"]:
         return state
     chunks = new_keys(batches)
     place = {key: index for index, key in enumerate(key for chunk in chunks for key in chunk)}
@@ -36,13 +36,13 @@ def gather_window(window: PromptWindow, batches: Sequence[Keys], ranks: Ranks) -
     outputs = torch.cat(state["outputs"])
     held = outputs.new_zeros(len(place), dtype=torch.float32)
     held[mine] = 1.0
-    outputs = ranks.sum(_at(mine, outputs, len(place))) / ranks.sum(held)[:, None]
+    outputs = ranks.all_reduce(_at(mine, outputs, len(place))) / ranks.all_reduce(held)[:, None]
     counts = [len(chunk) for chunk in chunks]
     return {
         **state,
         "starts": [sum(counts[:k]) for k in range(len(counts))],
         "outputs": list(outputs.split(counts)),
-        "gradient": ranks.sum(_at(mine, state["gradient"], len(place))),
+        "gradient": ranks.all_reduce(_at(mine, state["gradient"], len(place))),
         **{name: _as_many(state[name], len(counts)) for name in ("rng_cpu", "rng_cuda", "autocast")},
     }
 
@@ -55,10 +55,10 @@ def share_window(state: dict[str, Any], batches: Sequence[Keys], ranks: Ranks) -
         batches: as there.
         ranks: this process among all.
     """
-    if ranks.size == 1 or not state["batches"]:
+    if ranks.world_size == 1 or not state["batches"]:
         return state, [key for batch in batches for key in batch]
     place = {key: index for index, key in enumerate(key for chunk in new_keys(batches) for key in chunk)}
-    parts = [[batch[ranks.part(len(batch), rank).rows] for batch in batches] for rank in range(ranks.size)]
+    parts = [[batch[ranks.part(len(batch), rank).rows] for batch in batches] for rank in range(ranks.world_size)]
     # the first process that uses a prompt takes its gradient so far
     owner: dict[Hashable, int] = {}
     for rank, part in enumerate(parts):
