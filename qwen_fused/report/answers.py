@@ -18,7 +18,7 @@ import numpy as np
 
 from qwen_fused.arc.scoring import cell_accuracy
 from qwen_fused.arc.tasks import parse_grid
-from qwen_fused.common.files import write_whole
+from qwen_fused.common.files import write_atomic
 from qwen_fused.report.draw_grids import ARC_COLORS, ERROR_COLORS, error_grid
 
 KEYS = ("task_id", "index", "input", "target", "predicted")
@@ -89,7 +89,7 @@ def write_examples(path: str | Path, examples: Iterable[Mapping[str, Any]]) -> N
     """
     written = [plain_example(example, f"examples[{number}]") for number, example in enumerate(examples)]
     # the index may come as one of numpy's integers
-    write_whole(Path(path), json.dumps(written, default=int))
+    write_atomic(Path(path), json.dumps(written, default=int))
 
 
 def plain_example(example: Mapping[str, Any], where: str = "example") -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-from qwen_fused.common.files import write_whole
+from qwen_fused.common.files import write_atomic
 from qwen_fused.report import curves, draw_grids, heatmaps
 from qwen_fused.report.answers import Example, read_examples
 from qwen_fused.report.run_files import (
@@ -65,7 +65,7 @@ def write_report(run_dir: str | Path) -> Path:
         """The figure for the page; it is a PNG beside it too."""
         if figure is None:
             return ""
-        write_whole(pictures / f"{name}.png", curves.to_png(figure))
+        write_atomic(pictures / f"{name}.png", curves.to_png(figure))
         return curves.to_svg(figure, name)
 
     charts = []
@@ -81,7 +81,7 @@ def write_report(run_dir: str | Path) -> Path:
     }
     for number, example in enumerate(examples):
         figure = draw_grids.draw_grids(f"{example.task_id}  ·  {example.verdict}", example.row)
-        write_whole(pictures / f"example-{number + 1:02d}.png", curves.to_png(figure))
+        write_atomic(pictures / f"example-{number + 1:02d}.png", curves.to_png(figure))
 
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -109,7 +109,7 @@ def write_report(run_dir: str | Path) -> Path:
         arc_colors=["#" + bytes(color).hex() for color in draw_grids.ARC_COLORS],
         error_colors=["#" + bytes(color).hex() for color in draw_grids.ERROR_COLORS],
     )
-    write_whole(run_dir / "report.html", page.encode())
+    write_atomic(run_dir / "report.html", page.encode())
     return run_dir / "report.html"
 
 

@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from qwen_fused.common.files import write_whole
+from qwen_fused.common.files import write_atomic
 from qwen_fused.report.answers import plain_example, read_examples
 from qwen_fused.report.curves import to_pixels
 from qwen_fused.report.draw_grids import draw_rows
@@ -173,7 +173,7 @@ def cut_rows(path: Path, step: int) -> list[bytes]:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
     if len(kept) < len(lines):
-        write_whole(path, b"".join(kept))
+        write_atomic(path, b"".join(kept))
     return kept
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from qwen_fused.arc.episodes import test_episodes
 from qwen_fused.arc.scoring import Evaluation, write_submission
 from qwen_fused.common.device import resolve_device
-from qwen_fused.common.files import claim, write_whole
+from qwen_fused.common.files import lock_folder, write_atomic
 from qwen_fused.config import TrainConfig
 from qwen_fused.parallel.processes import Ranks, process_group
 from qwen_fused.qwen.memory import check_memory
@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> Path:
 
 def run_in(folder: Path, config: TrainConfig, run: Continuation | None, ranks: Ranks, trackers: Sequence[str]) -> None:
     """The run from set-up to report, in its folder."""
-    with claim(folder):
+    with lock_folder(folder):
         trainer, memory = set_up(config, folder, run, ranks)
         resume_step = run.step if run else None
         log = RunLog(folder, resume_step=resume_step, trackers=trackers, config=config.to_dict())
@@ -127,7 +127,7 @@ def prove_first(trainer: Trainer, log: RunLog) -> None:
         report = prove_trainer(trainer)
     finally:
         trainer.ranks = ranks
-    write_whole(trainer.folder / "proof.json", json.dumps(report.to_dict(), indent=2))
+    write_atomic(trainer.folder / "proof.json", json.dumps(report.to_dict(), indent=2))
     log.say(str(report).rstrip())
     if not report.ok:
         raise TrainingStopped("the gradient does not reach what should train; --no-prove trains all the same")
@@ -266,7 +266,7 @@ def finish(trainer: Trainer, log: RunLog) -> None:
     if not trainer.ranks.is_main:
         return
     evaluation = {"validation": validation.to_dict(), "training": training.to_dict()}
-    write_whole(folder / "evaluation.json", json.dumps(evaluation))
+    write_atomic(folder / "evaluation.json", json.dumps(evaluation))
     write_submission(folder / "submission.json", trainer.held_out, validation.predictions)
     write_examples(folder / "examples.json", shown)
     log.say(f"Report: {write_report(folder)}")

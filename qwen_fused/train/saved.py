@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qwen_fused.config import TrainConfig, about
+from qwen_fused.config import TrainConfig, error_prefix
 from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.qwen.backbone import save_backbone
 from qwen_fused.report.run_files import check_run
@@ -37,7 +37,7 @@ def load_model(run: Path, weights: str = "last", device: torch.device | str = "c
         raise ValueError(f"run must be a run folder with a checkpoint, got {run}")
     for note in notes:
         print(note)
-    with about(f"run {run}"):
+    with error_prefix(f"run {run}"):
         model = QwenPlanner(config).to(device)
     with fitting(path):
         model.load_state_dict(state["model"])
