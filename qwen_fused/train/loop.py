@@ -27,11 +27,11 @@ from qwen_fused.train.checkpoint import list_checkpoints, write_state
 from qwen_fused.train.monitor import out_of_memory
 from qwen_fused.train.pending import PendingBatch
 from qwen_fused.train.prove_trainer import prove_trainer
-from qwen_fused.train.resume import Continuation, clear_future, compare_origin, fitting, open_run
+from qwen_fused.train.resume import Continuation, compare_fingerprint, explain_mismatch, open_run, set_later_aside
 from qwen_fused.train.signals import Interrupted, catch_signals
 from qwen_fused.train.trainer import Trainer, TrainingStopped
 
-TRAINING_TASKS_SHOWN = 100
+TRAINING_TASKS_EVALUATED = 100
 
 
 def train(config: TrainConfig) -> Path:
@@ -80,9 +80,9 @@ def set_up(config: TrainConfig, folder: Path, run: Continuation | None, ranks: R
         memory = check_memory(config, resolve_device(ranks.device(config.device)))
         trainer = Trainer(config, folder, ranks)
         if run:
-            compare_origin(run, trainer.origin, allow=config.resume_changed)
+            compare_fingerprint(run, trainer.fingerprint, allow=config.resume_changed)
         if run and run.state and run.checkpoint:
-            with fitting(run.checkpoint):
+            with explain_mismatch(run.checkpoint):
                 trainer.load_state_dict(run.state)
     except BaseException:
         # a run that never was leaves no folder
@@ -92,7 +92,7 @@ def set_up(config: TrainConfig, folder: Path, run: Continuation | None, ranks: R
     # nothing is put aside before every process has read what it goes on with
     ranks.all_reduce_max(0)
     if run and ranks.is_main:
-        clear_future(run)
+        set_later_aside(run)
     replace(config, resume=None, resume_changed=False).save(folder / "config.yaml")
     return trainer, memory
 
@@ -259,7 +259,7 @@ def finish(trainer: Trainer, log: RunLog) -> None:
     folder, model, batch_size = trainer.folder, trainer.model, trainer.config.batch_size
     validation = validate(trainer, log)
     # every k-th task: what training tasks' unseen pairs show, they show in a hundred
-    some = trainer.training[:: -(-len(trainer.training) // TRAINING_TASKS_SHOWN)]
+    some = trainer.training[:: -(-len(trainer.training) // TRAINING_TASKS_EVALUATED)]
     training = evaluate(model, test_episodes(some), batch_size=batch_size)
     log.say(f"Unseen test pairs of {len(some)} training tasks: {describe_evaluation(training)}")
     shown = chosen_examples(model, trainer.held_out, validation)

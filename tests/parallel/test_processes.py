@@ -14,7 +14,7 @@ from qwen_fused.parallel.processes import BUCKET_BYTES, Ranks, buckets, process_
 from qwen_fused.train.checkpoint import read_state, write_state
 from qwen_fused.train.pending import SCALARS
 from qwen_fused.train.trainer import Trainer
-from qwen_fused.train.window_parts import new_keys
+from qwen_fused.train.window_state import new_keys
 
 RANKS, BATCHES, HALF = 2, 8, 4
 # batches that two processes cannot share evenly, windows whose middle is where the checkpoint is
