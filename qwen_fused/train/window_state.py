@@ -53,7 +53,7 @@ def scatter_window_state(
     """This process's share of a whole window's state, and the keys that it holds, for `PromptWindow.load_state_dict`.
 
     Args:
-        state: from `gather_window`, or of one process alone.
+        state: from `gather_window_state`, or of one process alone.
         batches: as there.
         ranks: this process among all.
     """
