@@ -64,7 +64,7 @@ class TrainConfig:
     prompt_dim: int = 256
     """Width D of the prompt embedding."""
     agent_channels: int = 64
-    """Width of the planner's state."""
+    """Width of the agent's state."""
     plan_steps: int = 5
     """Planning steps T."""
     policy_hidden: int = 512
