@@ -2,7 +2,7 @@
 
 Reads what is there of a run folder, so that a run can be looked at while it is under way or after it was killed:
 config.yaml, metrics.jsonl, gradients.jsonl and predictions.jsonl as the trainer writes them (a row cut short is left
-out), examples.json as described in examples.py, evaluation.json as {name of the set: `Evaluation.to_dict()`} with the
+out), examples.json as described in answers.py, evaluation.json as {name of the set: `Evaluation.to_dict()`} with the
 set for the headline first, and proof.json as `ProofReport.to_dict()`.
 """
 
@@ -72,9 +72,9 @@ def write_report(run_dir: str | Path) -> Path:
     for chart in curves.CHARTS:
         figure = curves.draw_chart(chart, metrics)
         if figure is not None:
-            read = curves.readings(figure, chart, metrics)
+            read = curves.hover_data(figure, chart, metrics)
             charts.append({"chart": chart, "svg": svg(chart.name, figure), "read": read})
-    maps_drawn = {
+    heatmaps_drawn = {
         "layers": svg("layers", heatmaps.draw_gradients(gradients)),
         "sizes": svg("sizes", heatmaps.draw_sizes(records)),
         "tasks": svg("tasks", heatmaps.draw_tasks(records)),
@@ -99,8 +99,8 @@ def write_report(run_dir: str | Path) -> Path:
         course=_course(metrics),
         evaluation=evaluation,
         charts=charts,
-        maps=maps_drawn,
-        hardest=heatmaps.by_task(records)[:HARDEST],
+        heatmaps=heatmaps_drawn,
+        hardest=heatmaps.task_means(records)[:HARDEST],
         films=films,
         examples=[(why, [e for e in examples if e.why == why]) for why in dict.fromkeys(e.why for e in examples)],
         proof=proof,

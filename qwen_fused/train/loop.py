@@ -19,9 +19,9 @@ from qwen_fused.parallel.processes import Ranks, process_group
 from qwen_fused.qwen.memory import check_memory
 from qwen_fused.report.answers import write_examples
 from qwen_fused.report.page import write_report
+from qwen_fused.report.pick_examples import final_examples, watched_episodes, watched_examples
 from qwen_fused.report.run_log import RunLog, log_line
 from qwen_fused.report.trackers import tracker_names
-from qwen_fused.report.watched import chosen_examples, watched_episodes, watched_examples
 from qwen_fused.solver.evaluate import evaluate
 from qwen_fused.train.checkpoint import list_checkpoints, write_state
 from qwen_fused.train.monitor import out_of_memory
@@ -207,7 +207,7 @@ def log_batch(trainer: Trainer, log: RunLog, pending: PendingBatch) -> None:
             raise
         stopped, metrics = error, error.metrics
     metrics["episodes_per_second"] = pending.episodes / pending.seconds
-    log.row(metrics)
+    log.metrics(metrics)
     if pending.flushed:
         log.gradients(pending.step, trainer.layer_norms)
     for hint in trainer.hints:
@@ -262,7 +262,7 @@ def finish(trainer: Trainer, log: RunLog) -> None:
     some = trainer.training[:: -(-len(trainer.training) // TRAINING_TASKS_EVALUATED)]
     training = evaluate(model, test_episodes(some), batch_size=batch_size)
     log.say(f"Unseen test pairs of {len(some)} training tasks: {describe_evaluation(training)}")
-    shown = chosen_examples(model, trainer.held_out, validation)
+    shown = final_examples(model, trainer.held_out, validation)
     if not trainer.ranks.is_main:
         return
     evaluation = {"validation": validation.to_dict(), "training": training.to_dict()}

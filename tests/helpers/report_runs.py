@@ -9,7 +9,7 @@ import yaml
 
 from qwen_fused.arc.episodes import test_episodes
 from qwen_fused.report.answers import plain_example, write_examples
-from qwen_fused.report.watched import watched_episodes, watched_examples
+from qwen_fused.report.pick_examples import watched_episodes, watched_examples
 from qwen_fused.solver.evaluate import evaluate
 
 

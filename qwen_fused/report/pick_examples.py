@@ -29,7 +29,7 @@ def watched_examples(episodes: Sequence[Episode], evaluation: Evaluation) -> lis
     return [_example(episode, records[episode.task_id, episode.index]) for episode in episodes]
 
 
-def chosen_examples(model: QwenPlanner, tasks: Sequence[Task], evaluation: Evaluation) -> list[dict[str, Any]]:
+def final_examples(model: QwenPlanner, tasks: Sequence[Task], evaluation: Evaluation) -> list[dict[str, Any]]:
     """Episodes of an evaluation of these tasks with all there is to draw: best, middling and worst by cells right."""
     episodes = test_episodes(tasks)
     scores = [record.score.cells if record.score else 0.0 for record in evaluation.records]

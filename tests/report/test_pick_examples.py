@@ -8,7 +8,7 @@ import pytest
 from qwen_fused.arc.episodes import load_tasks, test_episodes
 from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.report.answers import plain_example, read_example
-from qwen_fused.report.watched import chosen_examples, watched_episodes, watched_examples
+from qwen_fused.report.pick_examples import final_examples, watched_episodes, watched_examples
 from qwen_fused.solver.evaluate import evaluate
 
 
@@ -42,7 +42,7 @@ def test_watched_examples_are_the_evaluations_answers(small_config, tasks):
 def test_examples_of_every_kind(small_config, tasks):
     model = QwenPlanner(small_config())
     evaluation = evaluate(model, test_episodes(tasks))
-    examples = chosen_examples(model, tasks, evaluation)
+    examples = final_examples(model, tasks, evaluation)
     cells = {(r.task_id, r.index): r.score.cells for r in evaluation.records}
     kinds = {kind: [cells[e["task_id"], e["index"]] for e in examples if e["why"] == kind] for kind in (
         "nearest", "in between", "hardest")}  # fmt: skip
@@ -57,7 +57,7 @@ def test_examples_of_every_kind(small_config, tasks):
 def test_few_episodes_are_shown_once(small_config, tasks):
     model = QwenPlanner(small_config())
     evaluation = evaluate(model, test_episodes(tasks[:2]))
-    examples = chosen_examples(model, tasks[:2], evaluation)
+    examples = final_examples(model, tasks[:2], evaluation)
     assert len(examples) == len({(e["task_id"], e["index"]) for e in examples}) == len(evaluation.records)
 
 
