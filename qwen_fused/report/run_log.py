@@ -23,7 +23,7 @@ from rich.progress import (
 )
 
 from qwen_fused.common.files import write_atomic
-from qwen_fused.report.answers import plain_example, read_examples
+from qwen_fused.report.answers import Example, plain_examples
 from qwen_fused.report.curves import to_pixels
 from qwen_fused.report.draw_grids import draw_rows
 from qwen_fused.report.trackers import Trackers
@@ -125,12 +125,11 @@ class RunLog:
         self._gradients.write({"step": step, "norms": dict(norms)})
         self._trackers.scalars(step, {f"qwen_grad/{name}": norm for name, norm in norms.items()})
 
-    def predictions(self, step: int, examples: Sequence[Mapping[str, Any]]) -> None:
+    def predictions(self, step: int, examples: Sequence[Example]) -> None:
         """What the watched episodes are answered after `step` batches, to predictions.jsonl and as a picture."""
-        plain = [plain_example(example) for example in examples]
-        self._predictions.write({"step": step, "examples": plain})
+        self._predictions.write({"step": step, "examples": plain_examples(examples, "predictions")})
         if self._trackers:
-            rows = [(f"{e.task_id}  ·  {e.verdict}", e.row) for e in read_examples(plain, "predictions")]
+            rows = [(f"{example.task_id}  ·  {example.verdict}", example.row) for example in examples]
             self._trackers.image(step, "predictions", to_pixels(draw_rows(rows, width=6)))
 
     def sync(self) -> None:
