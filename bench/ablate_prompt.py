@@ -30,15 +30,15 @@ def exchanged(x: Tensor) -> Tensor:
 
 
 def put_together(out: PromptOutput, text: Tensor, control: Tensor) -> PromptOutput:
-    return replace(out, text=text, control=control, prompt=0.5 * text + 0.5 * control)
+    return replace(out, text_embedding=text, control=control, prompt=0.5 * text + 0.5 * control)
 
 
 WAYS: dict[str, Callable[[PromptOutput], PromptOutput]] = {
     "as it is": lambda out: out,
-    "text exchanged": lambda out: put_together(out, exchanged(out.text), out.control),
-    "control exchanged": lambda out: put_together(out, out.text, exchanged(out.control)),
-    "both exchanged": lambda out: put_together(out, exchanged(out.text), exchanged(out.control)),
-    "both left out": lambda out: put_together(out, torch.zeros_like(out.text), torch.zeros_like(out.control)),
+    "text exchanged": lambda out: put_together(out, exchanged(out.text_embedding), out.control),
+    "control exchanged": lambda out: put_together(out, out.text_embedding, exchanged(out.control)),
+    "both exchanged": lambda out: put_together(out, exchanged(out.text_embedding), exchanged(out.control)),
+    "both left out": lambda out: put_together(out, torch.zeros_like(out.text_embedding), torch.zeros_like(out.control)),
 }
 
 

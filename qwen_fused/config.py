@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from qwen_fused.common.files import write_whole
+from qwen_fused.common.files import write_atomic
 from qwen_fused.common.typed_yaml import check_types, from_plain, read_mapping, to_plain
 from qwen_fused.loss.efe_loss import EFEWeights
 
@@ -64,7 +64,7 @@ class TrainConfig:
     prompt_dim: int = 256
     """Width D of the prompt embedding."""
     agent_channels: int = 64
-    """Width of the planner's state."""
+    """Width of the agent's state."""
     plan_steps: int = 5
     """Planning steps T."""
     policy_hidden: int = 512
@@ -177,7 +177,7 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML."""
-        write_whole(path, self.to_yaml())
+        write_atomic(path, self.to_yaml())
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> TrainConfig:
@@ -196,17 +196,17 @@ class TrainConfig:
             ValueError: the file cannot be read, or says what no configuration can say; file and key are named.
         """
         plain = read_mapping(path)
-        with about(str(path)):
+        with error_prefix(str(path)):
             return from_plain(cls, plain, base)
 
 
 @contextmanager
-def about(what: str) -> Iterator[None]:
+def error_prefix(prefix: str) -> Iterator[None]:
     """Begin the sentence of a ValueError with what it is about."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
+        raise ValueError(f"{prefix}: {error}") from None
 
 
 def require(condition: bool, name: str, expected: str, got: object) -> None:

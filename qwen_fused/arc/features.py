@@ -7,12 +7,10 @@ reads the query's answer. The numbers, their order and the classes' thresholds a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from qwen_fused.arc.episodes import Pair
+from qwen_fused.arc.tasks import Pair
 
 FEATURES: tuple[str, ...] = (
     "area_ratio",

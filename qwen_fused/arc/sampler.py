@@ -14,7 +14,7 @@ import numpy as np
 from qwen_fused.arc.episodes import Episode, Task, augment, leave_out
 
 # pairs a task must have for two of them to be asked under one prompt: at least two then still demonstrate
-TWO_ASK = 4
+MIN_PAIRS_FOR_TWO_QUERIES = 4
 
 
 class EpisodeSampler:
@@ -59,19 +59,19 @@ class EpisodeSampler:
             raise ValueError(f"augment must be in [0, 1], got {augment}")
         # sorted, so that the order of loading does not change the batches
         self.tasks = sorted(tasks, key=lambda task: task.id)
-        self.asked = [(task, index) for task in self.tasks for index in range(len(task.train))]
-        if not self.asked:
+        self.queries = [(task, index) for task in self.tasks for index in range(len(task.train))]
+        if not self.queries:
             raise ValueError("tasks must hold at least one task with train pairs, got none")
-        self.sides = [leave_out(task, (index,))[0].side for task, index in self.asked]
+        self.sides = [leave_out(task, (index,))[0].side for task, index in self.queries]
         self.batch_size, self.seed, self.augment = batch_size, seed, augment
         self.window, self.visits = window, min(visits, window)
         self.pool = -(-window // self.visits)
-        self._plans: OrderedDict[int, list[np.ndarray]] = OrderedDict()
+        self._batch_orders: OrderedDict[int, list[np.ndarray]] = OrderedDict()
         self._drawn: OrderedDict[int, list[tuple[Episode, ...]]] = OrderedDict()
 
     def batches_per_epoch(self) -> int:
         """How many batches one epoch has, the smaller last one included."""
-        return -(-len(self.asked) // self.batch_size)
+        return -(-len(self.queries) // self.batch_size)
 
     def ends_window(self, index: int) -> bool:
         """Whether batch `index` of an epoch is the last of its window."""
@@ -94,16 +94,16 @@ class EpisodeSampler:
         whole, rest = divmod(batches, self.window)
         pool = min(self.pool, rest) if window == whole else self.pool
         drawn_per_epoch = whole * self.pool + min(self.pool, rest)
-        drawn = self._draw(epoch * drawn_per_epoch + window * self.pool + place % pool)
+        drawn = self._draw_batch(epoch * drawn_per_epoch + window * self.pool + place % pool)
         return [episodes[place // pool % len(episodes)] for episodes in drawn]
 
-    def _draw(self, number: int) -> list[tuple[Episode, ...]]:
+    def _draw_batch(self, number: int) -> list[tuple[Episode, ...]]:
         """Batch `number` of the endless passes over all pairs: per prompt the episodes that it serves."""
         if number in self._drawn:
             return self._drawn[number]
         sweep, index = divmod(number, self.batches_per_epoch())
-        chosen = self._plan(sweep)[index]
-        # 0 is the plan's stream (see _plan), so places count from 1
+        chosen = self._batch_order(sweep)[index]
+        # 0 is the stream of the order (see _batch_order), so places count from 1
         first = 1 + index * self.batch_size
         drawn = [self._episodes(int(k), [self.seed, sweep, first + i]) for i, k in enumerate(chosen)]
         self._drawn[number] = drawn
@@ -114,29 +114,29 @@ class EpisodeSampler:
 
     def _episodes(self, number: int, stream: list[int]) -> tuple[Episode, ...]:
         """The episodes of one prompt: of a pair, and of a second one where the prompt is used again."""
-        task, index = self.asked[number]
+        task, index = self.queries[number]
         rng = np.random.default_rng(stream)
         turned = rng.random() < self.augment
         asked = [index]
-        if self.visits > 1 and len(task.train) >= TWO_ASK:
+        if self.visits > 1 and len(task.train) >= MIN_PAIRS_FOR_TWO_QUERIES:
             second = int(rng.integers(len(task.train) - 1))
             asked.append(second + (second >= index))
         episodes = leave_out(task, asked)
         return augment(episodes, rng) if turned else episodes
 
-    def _plan(self, sweep: int) -> list[np.ndarray]:
-        """Numbers of the asked pairs of every batch of one pass over them all."""
-        if sweep in self._plans:
-            return self._plans[sweep]
+    def _batch_order(self, sweep: int) -> list[np.ndarray]:
+        """Numbers of the pairs of every batch of one pass over them all."""
+        if sweep in self._batch_orders:
+            return self._batch_orders[sweep]
         rng = np.random.default_rng([self.seed, sweep, 0])
         # within one size, a task's episodes are spread evenly from a random start: neighbours differ in task
-        per_group = Counter((side, task.id) for side, (task, _) in zip(self.sides, self.asked, strict=True))
+        per_group = Counter((side, task.id) for side, (task, _) in zip(self.sides, self.queries, strict=True))
         start = {group: rng.random() for group in per_group}
         seen: Counter[tuple[int, str]] = Counter()
-        keys = np.empty(len(self.asked))
-        for number in rng.permutation(len(self.asked)):
+        keys = np.empty(len(self.queries))
+        for number in rng.permutation(len(self.queries)):
             side = self.sides[number]
-            group = (side, self.asked[number][0].id)
+            group = (side, self.queries[number][0].id)
             keys[number] = side + (seen[group] + start[group]) / per_group[group]
             seen[group] += 1
         order = np.argsort(keys, kind="stable")
@@ -146,8 +146,8 @@ class EpisodeSampler:
         cut = int(rng.integers(full + 1)) * self.batch_size
         short, long = order[cut : cut + rest], np.concatenate([order[:cut], order[cut + rest :]])
         batches = list(long.reshape(full, self.batch_size)[rng.permutation(full)])
-        self._plans[sweep] = batches + [short] if rest else batches
+        self._batch_orders[sweep] = batches + [short] if rest else batches
         # a window may reach over the end of a pass
-        while len(self._plans) > 2:
-            self._plans.popitem(last=False)
-        return self._plans[sweep]
+        while len(self._batch_orders) > 2:
+            self._batch_orders.popitem(last=False)
+        return self._batch_orders[sweep]

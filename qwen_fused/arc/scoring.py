@@ -17,7 +17,7 @@ import numpy as np
 
 from qwen_fused.arc.episodes import Episode
 from qwen_fused.arc.tasks import Task
-from qwen_fused.common.files import write_whole
+from qwen_fused.common.files import write_atomic
 
 ATTEMPTS = 2
 
@@ -177,4 +177,4 @@ def write_submission(
                 raise ValueError(f"task {task.id}, test[{index}] must have 1 or 2 attempts, got {len(grids)}")
             names = {"attempt_1": grids[0], "attempt_2": grids[-1]}
             submission[task.id].append({name: np.asarray(grid).tolist() for name, grid in names.items()})
-    write_whole(Path(path), json.dumps(submission))
+    write_atomic(Path(path), json.dumps(submission))

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from qwen_fused.cli.flags import Source, parse, parse_over_source, train_config
-from qwen_fused.config import TrainConfig, about
+from qwen_fused.config import TrainConfig, error_prefix
 
 EXIT_CODES = """\
 exit codes
@@ -130,7 +130,7 @@ def run_eval(arguments: Sequence[str]) -> int:
 
     model = load_model(config.run, config.weights, resolve_device(config.device))
     trained = model.config
-    with about(f"run {config.run}"):
+    with error_prefix(f"run {config.run}"):
         known_tasks = load_tasks(trained.dataset).tasks
         tasks = load_tasks(trained.dataset, "evaluation").tasks if config.split == "evaluation" else ()
     if config.split == "evaluation":

@@ -14,7 +14,7 @@ PARTIAL = ".partial-"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_replace(path: Path) -> Iterator[Path]:
     """Give a path to write to; when all went well what is there takes the place of `path`, else it is removed.
 
     A kill leaves the old file or the new one, and perhaps a folder .partial-*, which `remove_partial` clears.
@@ -23,17 +23,17 @@ def replacing(path: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
     try:
         yield folder / path.name
-        sync(folder / path.name)
+        fsync(folder / path.name)
         os.replace(folder / path.name, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     # the new name itself is on disk only when its folder is
-    sync(path.parent)
+    fsync(path.parent)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file as a whole, in place of what was there."""
-    with replacing(path) as partial:
+    with atomic_replace(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
@@ -43,7 +43,7 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(stray)
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Have a file or folder on disk before going on."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -53,7 +53,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a run folder for this process; the system lets go of it when the process ends, however it ends.
 
     Raises:

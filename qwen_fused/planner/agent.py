@@ -1,4 +1,4 @@
-"""The planner: a weight-tied recurrent core that turns a source grid into a destination grid in T steps under a prompt.
+"""The agent: a weight-tied recurrent core that turns a source grid into a destination grid in T steps under a prompt.
 
 Both directions run through the same core in one batch: forward from the query to the answer, backward (training
 only) from the answer to the query. The state is carried over the steps and read out at each of them, so every step
@@ -206,7 +206,7 @@ class GridAgent(nn.Module):
             prompt: [B, D] float.
             query: [B, H, W] int64 colours, any value outside [0, C) where there is no cell.
             query_size, size: [B, 2] int64, rows and columns of the query and of the answer to plan for.
-            target: [B, H, W] int64, the answer the backward planner starts from (training only).
+            target: [B, H, W] int64, the answer the backward plan starts from (training only).
             readouts: emit only the last so many steps (all by default); evaluation needs one.
 
         Returns:

@@ -21,7 +21,7 @@ from qwen_fused.arc.symmetry import SYMMETRIES, swaps_sides, turn_back
 from qwen_fused.config import TrainConfig
 from qwen_fused.planner.agent import GridAgent
 from qwen_fused.planner.evaluation_mode import evaluating
-from qwen_fused.planner.objective import PlanObjective, Score
+from qwen_fused.planner.objective import PlanObjective, PlanScore
 from qwen_fused.planner.policy import REWARD_SCALE, Action, PolicyLoss, PromptPolicy
 from qwen_fused.qwen.prompt import QwenPrompt
 
@@ -33,7 +33,7 @@ class StepOutput:
     """One training step's loss and what is logged of it."""
 
     loss: Tensor  # 0-d
-    score: Score
+    score: PlanScore
     policy: PolicyLoss
     action: Action
     reward: Tensor  # [B]

@@ -21,7 +21,7 @@ from qwen_fused.planner.agent import Plan
 
 
 @dataclass
-class Score:
+class PlanScore:
     """The objective of one batch and its parts; 0-d tensors except for `efe`."""
 
     loss: Tensor
@@ -92,7 +92,7 @@ class PlanObjective(nn.Module):
 
     def forward(
         self, plan: Plan, size_logits: Tensor, prompt: Tensor, query: Tensor, target: Tensor, size: Tensor, epoch: int
-    ) -> Score:
+    ) -> PlanScore:
         """Score a plan.
 
         Args:
@@ -128,7 +128,7 @@ class PlanObjective(nn.Module):
         share = self.size_share(epoch)
         loss = (1 - share) * (efe.loss + self.reversibility * reversibility) + share * size_loss
         right = (size_logits.argmax(2) == size - 1).all(1).float().mean()
-        return Score(loss, efe, reversibility.detach(), size_loss.detach(), right)
+        return PlanScore(loss, efe, reversibility.detach(), size_loss.detach(), right)
 
     def observation_entropy(self) -> Tensor:
         """Entropy [C] of P(o|s) for each state s."""

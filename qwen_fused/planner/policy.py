@@ -53,7 +53,7 @@ class Curiosity(nn.Module):
 
     def __init__(self, state_dim: int, action_dim: int, hidden: int = 64):
         super().__init__()
-        # plan states grow as the planner learns; normalised, the errors stay comparable
+        # plan states grow as the agent learns; normalised, the errors stay comparable
         self.encode = nn.Sequential(nn.LayerNorm(state_dim), nn.Linear(state_dim, hidden))
         self.predict = nn.Sequential(nn.Linear(hidden + action_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden))
         self.invert = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.GELU(), nn.Linear(hidden, action_dim))
@@ -140,7 +140,7 @@ class PromptPolicy(nn.Module):
         score = -(advantage * action.log_prob).mean()
         value = F.mse_loss(action.value, reward)
         entropy = action.entropy.mean()
-        # states are observations here: curiosity must not pull the planner towards what is easy to predict
+        # states are observations here: curiosity must not pull the agent towards what is easy to predict
         curiosity = self.curiosity(
             state.detach().float(), next_state.detach().float(), action.delta, self.delta_scale
         ).mean()

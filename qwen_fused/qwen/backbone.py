@@ -26,11 +26,11 @@ from qwen_fused.qwen.tiny import seeded, tiny_qwen
 
 FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
-SAMPLE = "in:\n0123456789\n"
+SAMPLE_TEXT = "in:\n0123456789\n"
 
 # scale of the random second LoRA matrix. Zero, peft's default, would give the first matrix a zero gradient in
 # the first step; this leaves the backbone's function unchanged to about a part in a thousand.
-LORA_INIT = 1e-3
+LORA_INIT_STD = 1e-3
 
 
 @contextmanager
@@ -101,13 +101,13 @@ def _load_pretrained(qwen: str, dtype: torch.dtype, attention: str) -> tuple[Pre
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         # a wrong value in its files may show at the first text only
-        spelt = tokenizer.decode(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
+        spelt = tokenizer.decode(tokenizer(SAMPLE_TEXT, add_special_tokens=False)["input_ids"])
     except Exception as error:
         raise ValueError(f"qwen: {qwen!r} has no tokenizer that loads ({_first_line(error)})") from None
     if tokenizer.init_kwargs.get("auto_map"):
         raise ValueError(f"qwen: the tokenizer in {qwen!r} asks for code of its own (auto_map), which is never run")
     # without its files a tokenizer may load all the same, and know nothing but its special tokens
-    if spelt != SAMPLE:
+    if spelt != SAMPLE_TEXT:
         raise ValueError(f"qwen: the tokenizer in {qwen!r} cannot spell a grid: are its files all there?")
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -159,7 +159,7 @@ def add_lora(backbone: PreTrainedModel, rank: int) -> PeftModel:
         adapted = get_peft_model(backbone, config)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
-            nn.init.normal_(parameter, std=LORA_INIT)
+            nn.init.normal_(parameter, std=LORA_INIT_STD)
     return adapted
 
 
@@ -171,7 +171,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
     seed: int = 0,
-    whole: Sequence[str] = (),
+    added_tokens: Sequence[str] = (),
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Load a Qwen backbone (no language-model head) and its tokenizer, ready to train.
 
@@ -183,7 +183,7 @@ def load_backbone(
         dtype: of the backbone's weights; adapters on half-precision weights are kept in float32.
         attention: transformers' attention implementation, one of ATTENTION.
         seed: of the tiny weights and of the adapters; the global generators are not moved.
-        whole: for "tiny", texts that are one token each.
+        added_tokens: for "tiny", texts that are one token each.
 
     Returns:
         The backbone in train mode and the tokenizer.
@@ -198,7 +198,7 @@ def load_backbone(
     backbone: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     if qwen == "tiny":
-        backbone, tokenizer = tiny_qwen(seed, whole=whole, dtype=dtype, attention=attention)
+        backbone, tokenizer = tiny_qwen(seed, added_tokens=added_tokens, dtype=dtype, attention=attention)
     else:
         with seeded(seed):
             backbone, tokenizer = _load_pretrained(qwen, dtype, attention)

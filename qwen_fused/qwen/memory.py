@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel, PretrainedConfig
 
+from qwen_fused.config import TrainConfig
 from qwen_fused.qwen.backbone import load_config
-from qwen_fused.qwen.prompt import WHOLE
+from qwen_fused.qwen.prompt_text import ADDED_TOKENS
 from qwen_fused.qwen.tiny import byte_tokenizer, tiny_config
-
-if TYPE_CHECKING:
-    from qwen_fused.config import TrainConfig
 
 GIB = 1024**3
 
 # (adapters, half precision) -> elements that a layer saves per token, per unit of: hidden width, queries' width,
 # keys' width, intermediate width, and queries' and keys' width again where they are normalised (Qwen3). Frozen norms
 # save less, norms in half precision keep float32 copies, and so do adapters on half-precision weights.
-SAVED = {
+SAVED_WIDTHS = {
     (False, False): (6, 2, 2, 4, 2),
     (False, True): (8, 2, 2, 4, 3),
     (True, False): (4, 2, 2, 4, 1),
@@ -44,22 +42,23 @@ class MemoryEstimate:
     activations: int
 
     @property
-    def certain(self) -> int:
+    def without_activations(self) -> int:
         """What is needed however short the prompts are."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
-        return self.certain + self.activations
+        return self.without_activations + self.activations
 
     def __str__(self) -> str:
         parts = ", ".join(
-            f"{name} {size(getattr(self, name))}" for name in ("weights", "gradients", "optimizer", "activations")
+            f"{name} {format_bytes(getattr(self, name))}"
+            for name in ("weights", "gradients", "optimizer", "activations")
         )
-        return f"Qwen needs about {size(self.total)}: {parts}."
+        return f"Qwen needs about {format_bytes(self.total)}: {parts}."
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Bytes for people: "0.52 GiB", "13 GiB", "4.1 MiB"."""
     value, unit = (count / GIB, "GiB") if count >= GIB / 10 else (count * 1024 / GIB, "MiB")
     return f"{value:.{2 if value < 1 else 1 if value < 10 else 0}f} {unit}"
@@ -74,7 +73,7 @@ def saved_per_token(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int
         inner = config.moe_intermediate_size * config.num_experts_per_tok
     normalised = q + kv if config.model_type.startswith("qwen3") else 0
     widths = (config.hidden_size, q, kv, inner, normalised)
-    counts = SAVED[lora_rank > 0, dtype.itemsize == 2]
+    counts = SAVED_WIDTHS[lora_rank > 0, dtype.itemsize == 2]
     # between an adapter's two factors there are seven times `rank` float32 numbers
     return sum(n * width for n, width in zip(counts, widths, strict=True)) * dtype.itemsize + 4 * 7 * lora_rank
 
@@ -109,7 +108,7 @@ def estimate_memory(
     Raises:
         ValueError: as `load_backbone`.
     """
-    config = tiny_config(len(byte_tokenizer(WHOLE))) if qwen == "tiny" else load_config(qwen)
+    config = tiny_config(len(byte_tokenizer(ADDED_TOKENS))) if qwen == "tiny" else load_config(qwen)
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=dtype)
     weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
@@ -180,7 +179,7 @@ def advise(available: int, qwen: str = "tiny", **arguments) -> str | None:
     if arguments.get("lora_rank"):
         del measures["--lora-rank 16"]
     measures = {flag: new for flag, new in measures.items() if not new.items() <= arguments.items()}
-    need = f"Qwen needs about {size(estimate.total)} and {size(available)} is free"
+    need = f"Qwen needs about {format_bytes(estimate.total)} and {format_bytes(available)} is free"
     together: dict = {}
     for flag, change in measures.items():
         if estimate_memory(qwen, **{**arguments, **change}).total <= available:
@@ -219,7 +218,7 @@ def check_memory(config: TrainConfig, device: torch.device) -> str:
     advice = None if available is None else advise(available, config.qwen, **arguments)
     if available is None or advice is None:
         return str(estimate)
-    if estimate.certain > available:
+    if estimate.without_activations > available:
         raise ValueError(f"not enough memory on {device} before any activation is kept: {advice}")
     return f"{estimate}\nWarning: on {device}, at the longest prompts, {advice}"
 

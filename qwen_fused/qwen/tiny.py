@@ -38,11 +38,11 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def byte_tokenizer(whole: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+def byte_tokenizer(added_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A tokenizer with one token per byte; byte ids are those of GPT-2's and Qwen's vocabularies.
 
     Args:
-        whole: texts that become one token each instead of one per byte, in the order of their ids (from 257).
+        added_tokens: texts that become one token each instead of one per byte, in the order of their ids (from 257).
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
@@ -54,7 +54,7 @@ def byte_tokenizer(whole: Sequence[str] = ()) -> PreTrainedTokenizerFast:
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in whole])
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in added_tokens])
     return tokenizer
 
 
@@ -72,7 +72,7 @@ def tiny_config(vocab_size: int, family: str = "qwen2", **changes) -> Pretrained
 def tiny_qwen(
     seed: int = 0,
     *,
-    whole: Sequence[str] = (),
+    added_tokens: Sequence[str] = (),
     family: str = "qwen2",
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
@@ -82,7 +82,7 @@ def tiny_qwen(
 
     Args:
         seed: of the weights; the global generators are neither read nor moved.
-        whole: texts that are one token each, see `byte_tokenizer`.
+        added_tokens: texts that are one token each, see `byte_tokenizer`.
         family: "qwen2" or "qwen3".
         dtype: of the weights.
         attention: transformers' attention implementation.
@@ -91,7 +91,7 @@ def tiny_qwen(
     Returns:
         The backbone without a language-model head, in train mode, and its tokenizer.
     """
-    tokenizer = byte_tokenizer(whole)
+    tokenizer = byte_tokenizer(added_tokens)
     config = tiny_config(len(tokenizer), family, **changes)
     with seeded(seed):
         model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attention)

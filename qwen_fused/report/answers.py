@@ -18,7 +18,7 @@ import numpy as np
 
 from qwen_fused.arc.scoring import cell_accuracy
 from qwen_fused.arc.tasks import parse_grid
-from qwen_fused.common.files import write_whole
+from qwen_fused.common.files import write_atomic
 from qwen_fused.report.draw_grids import ARC_COLORS, ERROR_COLORS, error_grid
 
 KEYS = ("task_id", "index", "input", "target", "predicted")
@@ -33,10 +33,24 @@ class Example:
     input: np.ndarray
     target: np.ndarray | None
     predicted: np.ndarray
-    plan: tuple[np.ndarray, ...]  # what each planning step would answer, first to last
-    backward: tuple[np.ndarray, ...]  # the input as made of the target, then the grid beside each planning step
-    demonstrations: tuple[tuple[np.ndarray, np.ndarray], ...]
-    why: str  # what it is an example of
+    plan: tuple[np.ndarray, ...] = ()  # what each planning step would answer, first to last
+    backward: tuple[np.ndarray, ...] = ()  # the input as made of the target, then the grid beside each planning step
+    demonstrations: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    why: str = ""  # what it is an example of
+
+    def to_dict(self) -> dict[str, Any]:
+        """The example as examples.json holds it: plain values, grids as lists of rows."""
+        return {
+            "task_id": self.task_id,
+            "index": int(self.index),
+            "input": _rows(self.input),
+            "target": None if self.target is None else _rows(self.target),
+            "predicted": _rows(self.predicted),
+            "plan": [_rows(grid) for grid in self.plan],
+            "backward": [_rows(grid) for grid in self.backward],
+            "why": self.why,
+            "demonstrations": [[_rows(grid) for grid in pair] for pair in self.demonstrations],
+        }
 
     @property
     def solved(self) -> bool:
@@ -70,8 +84,7 @@ class Example:
     def backward_row(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
         """The backward plan, each grid where `row` has its forward counterpart."""
         return [
-            (f"back {number}" if number else "made back", grid, ARC_COLORS)
-            for number, grid in enumerate(self.backward)
+            (f"back {number}" if number else "made back", grid, ARC_COLORS) for number, grid in enumerate(self.backward)
         ]
 
     @property
@@ -81,25 +94,19 @@ class Example:
         return int(np.clip(114 // side, 3, 18))
 
 
-def write_examples(path: str | Path, examples: Iterable[Mapping[str, Any]]) -> None:
-    """Write examples.json; grids may be arrays, and pairs tuples of them.
+def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
+    """Write examples.json.
 
     Raises:
-        ValueError: an example lacks a key, or one of its grids is not a grid; the message says which.
+        ValueError: one of an example's grids is not a grid; the message says which. Nothing is written then.
     """
-    written = [plain_example(example, f"examples[{number}]") for number, example in enumerate(examples)]
-    # the index may come as one of numpy's integers
-    write_whole(Path(path), json.dumps(written, default=int))
+    write_atomic(Path(path), json.dumps(plain_examples(examples, "examples")))
 
 
-def plain_example(example: Mapping[str, Any], where: str = "example") -> dict[str, Any]:
-    """An example as examples.json holds it, from arrays or lists; ValueError names `where` and what is wrong."""
-    plain = {key: example[key] for key in KEYS if key in example}
-    plain |= {key: _plain(plain[key]) for key in ("input", "target", "predicted") if key in plain}
-    plain |= {key: [_plain(grid) for grid in example.get(key, ())] for key in ("plan", "backward")}
-    plain["why"] = str(example.get("why", ""))
-    plain["demonstrations"] = [[_plain(grid) for grid in pair] for pair in example.get("demonstrations", ())]
-    read_example(plain, where)
+def plain_examples(examples: Iterable[Example], source: str) -> list[dict[str, Any]]:
+    """Examples as examples.json holds them, checked as they are when they are read; ValueError as `read_examples`."""
+    plain = [example.to_dict() for example in examples]
+    read_examples(plain, source)
     return plain
 
 
@@ -143,5 +150,5 @@ def read_example(content: Any, where: str) -> Example:
     )
 
 
-def _plain(grid: Any) -> Any:
-    return None if grid is None else np.asarray(grid).tolist()
+def _rows(grid: Any) -> Any:
+    return np.asarray(grid).tolist()

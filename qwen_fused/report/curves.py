@@ -166,7 +166,7 @@ def _shown(chart: Chart, metrics: Mapping[str, np.ndarray]) -> dict[str, str]:
     return {key: label for key, label in chart.series.items() if np.isfinite(metrics.get(key, np.nan)).any()}
 
 
-def readings(figure: Figure, chart: Chart, metrics: Mapping[str, np.ndarray]) -> dict:
+def hover_data(figure: Figure, chart: Chart, metrics: Mapping[str, np.ndarray]) -> dict:
     """What a pointer over the drawn chart reads: where the axes lie, and the running means at up to 400 steps."""
     (axes,) = figure.axes
     position, steps = axes.get_position(), metrics["step"]

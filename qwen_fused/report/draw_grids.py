@@ -15,7 +15,7 @@ from matplotlib.image import imsave
 from qwen_fused.report.curves import INK, STYLE
 
 # a caption, a grid, and the table its numbers are colours of
-Captioned = tuple[str, np.ndarray, np.ndarray]
+CaptionedGrid = tuple[str, np.ndarray, np.ndarray]
 
 # the palette of arcprize.org, by colour number
 ARC_COLORS = np.array(
@@ -31,6 +31,7 @@ RIGHT, WRONG, MISSING, EXTRA = range(4)
 ERROR_COLORS = np.array(
     [(0x89, 0x87, 0x81, 0x40), (0xE3, 0x49, 0x48, 0xFF), (0xED, 0xA1, 0x00, 0xFF), (0x90, 0x85, 0xE9, 0xFF)], np.uint8
 )
+
 
 def error_grid(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
     """What became of each cell: RIGHT, WRONG, MISSING (not reached by the prediction) or EXTRA (outside the target)."""
@@ -51,12 +52,12 @@ def grid_uri(grid: np.ndarray, colors: np.ndarray = ARC_COLORS) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def draw_grids(title: str, row: Sequence[Captioned]) -> Figure:
+def draw_grids(title: str, row: Sequence[CaptionedGrid]) -> Figure:
     """Captioned grids side by side, with cells of one size."""
     return draw_rows([(title, row)])
 
 
-def draw_rows(rows: Sequence[tuple[str, Sequence[Captioned]]], width: float | None = None) -> Figure:
+def draw_rows(rows: Sequence[tuple[str, Sequence[CaptionedGrid]]], width: float | None = None) -> Figure:
     """Titled rows of captioned grids, one below the other, each with cells of one size.
 
     Args:
@@ -79,7 +80,7 @@ def draw_rows(rows: Sequence[tuple[str, Sequence[Captioned]]], width: float | No
     return figure
 
 
-def plot_grids(axes: Axes, title: str, row: Sequence[Captioned]) -> None:
+def plot_grids(axes: Axes, title: str, row: Sequence[CaptionedGrid]) -> None:
     """Captioned grids side by side on axes of the row's proportions."""
     layout = Layout(row)
     gap, tallest = layout.gap, layout.tallest
@@ -98,7 +99,7 @@ def plot_grids(axes: Axes, title: str, row: Sequence[Captioned]) -> None:
 class Layout:
     """Measures of a row of grids, in cells; a slot is never narrower than its caption."""
 
-    def __init__(self, row: Sequence[Captioned]):
+    def __init__(self, row: Sequence[CaptionedGrid]):
         self.gap = 0.12 * max(max(grid.shape) for _, grid, _ in row)
         self.tallest = max(grid.shape[0] for _, grid, _ in row)
         self.slots = [max(grid.shape[1], 4 * self.gap) + self.gap for _, grid, _ in row]

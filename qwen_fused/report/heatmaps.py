@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from qwen_fused.report.curves import INK, STYLE
 
 # columns that a page can show; longer runs are averaged into so many
-MOST_COLUMNS = 480
+MAX_COLUMNS = 480
 
 
 def gradient_matrix(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -31,10 +31,10 @@ def gradient_matrix(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], np.nd
     layers = sorted(names, key=lambda name: (not name.startswith("layer "), _number(name), name))
     steps = np.array([row["step"] for row in rows])
     norms = np.array([[row["norms"].get(name, np.nan) for row in rows] for name in layers], dtype=np.float64)
-    if len(steps) > MOST_COLUMNS:
-        starts = np.linspace(0, len(steps), MOST_COLUMNS, endpoint=False).astype(int)
+    if len(steps) > MAX_COLUMNS:
+        starts = np.linspace(0, len(steps), MAX_COLUMNS, endpoint=False).astype(int)
         parts = np.split(norms, starts[1:], axis=1)
-        norms, steps = np.stack([_typical(part) for part in parts], 1), steps[starts]
+        norms, steps = np.stack([_geometric_mean(part) for part in parts], 1), steps[starts]
     return layers, steps, norms
 
 
@@ -88,9 +88,7 @@ def draw_sizes(records: Sequence[Mapping[str, Any]]) -> Figure | None:
             axes.plot([0, 31], [0, 31], color=INK["rule"], linewidth=0.8, zorder=0)
             for chosen, color in ((right, "series-2"), (~right, "series-3")):
                 height_or_width, guess = pairs[chosen].T
-                axes.scatter(
-                    height_or_width, guess, s=14 * counts[chosen], color=INK[color], alpha=0.75, linewidths=0
-                )
+                axes.scatter(height_or_width, guess, s=14 * counts[chosen], color=INK[color], alpha=0.75, linewidths=0)
             share = np.mean(true[:, side] == predicted[:, side])
             axes.set_title(f"{name}: {100 * share:.0f} % right", fontsize=9, loc="left", color=INK["ink"])
             axes.set(xlim=(0, 31), ylim=(0, 31), xlabel="true", ylabel="predicted" if side == 0 else "")
@@ -102,7 +100,7 @@ def draw_sizes(records: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
-def by_task(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def task_means(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Tasks with known answers, hardest first: cells right of the first attempts, the same of copying, sizes right."""
     tasks: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
@@ -118,7 +116,7 @@ def by_task(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def draw_tasks(records: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Every task by cells right, hardest first, beside what copying the input gets; None without a known answer."""
-    tasks = by_task(records)
+    tasks = task_means(records)
     if not tasks:
         return None
     place = np.arange(len(tasks))
@@ -155,7 +153,7 @@ def _extent(steps: np.ndarray, layers: int) -> tuple[float, float, float, float]
     return steps[0] - half, steps[-1] + half, layers - 0.5, -0.5
 
 
-def _typical(part: np.ndarray) -> np.ndarray:
+def _geometric_mean(part: np.ndarray) -> np.ndarray:
     """Geometric mean of the positive norms of each layer; 0 where there is none, NaN where a number is missing."""
     positive = part > 0
     logs = np.where(positive, np.log(np.where(positive, part, 1.0)), 0.0).sum(1) / np.maximum(positive.sum(1), 1)

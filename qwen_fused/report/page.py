@@ -2,7 +2,7 @@
 
 Reads what is there of a run folder, so that a run can be looked at while it is under way or after it was killed:
 config.yaml, metrics.jsonl, gradients.jsonl and predictions.jsonl as the trainer writes them (a row cut short is left
-out), examples.json as described in examples.py, evaluation.json as {name of the set: `Evaluation.to_dict()`} with the
+out), examples.json as described in answers.py, evaluation.json as {name of the set: `Evaluation.to_dict()`} with the
 set for the headline first, and proof.json as `ProofReport.to_dict()`.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-from qwen_fused.common.files import write_whole
+from qwen_fused.common.files import write_atomic
 from qwen_fused.report import curves, draw_grids, heatmaps
 from qwen_fused.report.answers import Example, read_examples
 from qwen_fused.report.run_files import (
@@ -65,23 +65,23 @@ def write_report(run_dir: str | Path) -> Path:
         """The figure for the page; it is a PNG beside it too."""
         if figure is None:
             return ""
-        write_whole(pictures / f"{name}.png", curves.to_png(figure))
+        write_atomic(pictures / f"{name}.png", curves.to_png(figure))
         return curves.to_svg(figure, name)
 
     charts = []
     for chart in curves.CHARTS:
         figure = curves.draw_chart(chart, metrics)
         if figure is not None:
-            read = curves.readings(figure, chart, metrics)
+            read = curves.hover_data(figure, chart, metrics)
             charts.append({"chart": chart, "svg": svg(chart.name, figure), "read": read})
-    maps_drawn = {
+    heatmaps_drawn = {
         "layers": svg("layers", heatmaps.draw_gradients(gradients)),
         "sizes": svg("sizes", heatmaps.draw_sizes(records)),
         "tasks": svg("tasks", heatmaps.draw_tasks(records)),
     }
     for number, example in enumerate(examples):
         figure = draw_grids.draw_grids(f"{example.task_id}  ·  {example.verdict}", example.row)
-        write_whole(pictures / f"example-{number + 1:02d}.png", curves.to_png(figure))
+        write_atomic(pictures / f"example-{number + 1:02d}.png", curves.to_png(figure))
 
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -99,8 +99,8 @@ def write_report(run_dir: str | Path) -> Path:
         course=_course(metrics),
         evaluation=evaluation,
         charts=charts,
-        maps=maps_drawn,
-        hardest=heatmaps.by_task(records)[:HARDEST],
+        heatmaps=heatmaps_drawn,
+        hardest=heatmaps.task_means(records)[:HARDEST],
         films=films,
         examples=[(why, [e for e in examples if e.why == why]) for why in dict.fromkeys(e.why for e in examples)],
         proof=proof,
@@ -109,7 +109,7 @@ def write_report(run_dir: str | Path) -> Path:
         arc_colors=["#" + bytes(color).hex() for color in draw_grids.ARC_COLORS],
         error_colors=["#" + bytes(color).hex() for color in draw_grids.ERROR_COLORS],
     )
-    write_whole(run_dir / "report.html", page.encode())
+    write_atomic(run_dir / "report.html", page.encode())
     return run_dir / "report.html"
 
 

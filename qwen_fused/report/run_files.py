@@ -14,7 +14,7 @@ import yaml
 from qwen_fused.common.typed_yaml import nearest
 from qwen_fused.report.answers import Example, read_examples
 
-EVALUATED = [
+EVALUATION_KEYS = [
     "episodes",
     "scored",
     "tasks",
@@ -26,7 +26,7 @@ EVALUATED = [
     "copy_cell_accuracy",
     "copy_solved",
 ]
-RUNGS = {True: ("ok", "✓"), False: ("bad", "✗"), None: ("open", "–")}
+RUNG_MARKS = {True: ("ok", "✓"), False: ("bad", "✗"), None: ("open", "–")}
 
 
 def check_run(run: Path) -> None:
@@ -82,7 +82,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     """{name of the set: `Evaluation.to_dict()`}, empty where there is no file."""
     evaluation = read_file(path, {})
     for name, result in evaluation.items():
-        missing = [key for key in EVALUATED if not isinstance(result, dict) or key not in result]
+        missing = [key for key in EVALUATION_KEYS if not isinstance(result, dict) or key not in result]
         if missing:
             raise ValueError(f'{path}: the set "{name}" must have {", ".join(missing)}')
     return evaluation
@@ -95,7 +95,7 @@ def read_proof(path: Path) -> dict[str, Any]:
     if not isinstance(rungs, dict) or not all(isinstance(rung, dict) for rung in rungs.values()):
         raise ValueError(f"{path}: rungs must be an object of objects")
     ladder = [
-        {"name": name, "state": RUNGS.get(rung.get("ok"), RUNGS[None]), "detail": rung.get("detail", "")}
+        {"name": name, "state": RUNG_MARKS.get(rung.get("ok"), RUNG_MARKS[None]), "detail": rung.get("detail", "")}
         for name, rung in rungs.items()
     ]
     return {"verdict": proof.get("verdict", ""), "rungs": ladder, "cut": proof.get("cut")} if ladder else {}

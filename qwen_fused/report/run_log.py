@@ -22,8 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from qwen_fused.common.files import write_whole
-from qwen_fused.report.answers import plain_example, read_examples
+from qwen_fused.common.files import write_atomic
+from qwen_fused.report.answers import Example, plain_examples
 from qwen_fused.report.curves import to_pixels
 from qwen_fused.report.draw_grids import draw_rows
 from qwen_fused.report.trackers import Trackers
@@ -51,11 +51,11 @@ METRICS = (
 )
 
 
-class Rows:
+class JsonLines:
     """A file of JSON lines with rising steps; a run that goes on from `resume_step` writes the later ones again."""
 
     def __init__(self, path: Path, resume_step: int | None):
-        kept = cut_rows(path, resume_step) if resume_step is not None else []
+        kept = truncate_rows(path, resume_step) if resume_step is not None else []
         self.count, self._last = len(kept), _step(kept[-1]) if kept else -1
         # line-buffered: a killed run keeps every finished row
         self._file = open(path, "a", buffering=1)  # noqa: SIM115
@@ -99,9 +99,9 @@ class RunLog:
     ):
         self.folder = folder
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._metrics = Rows(folder / "metrics.jsonl", resume_step)
-        self._gradients = Rows(folder / "gradients.jsonl", resume_step)
-        self._predictions = Rows(folder / "predictions.jsonl", resume_step)
+        self._metrics = JsonLines(folder / "metrics.jsonl", resume_step)
+        self._gradients = JsonLines(folder / "gradients.jsonl", resume_step)
+        self._predictions = JsonLines(folder / "predictions.jsonl", resume_step)
         self._log = open(folder / "train.log", "a", buffering=1)  # noqa: SIM115
         self._trackers = Trackers(trackers, folder, config or {}, resume_step, self.say)
         if resume_step is not None and self._metrics.count != resume_step:
@@ -112,26 +112,25 @@ class RunLog:
         self.console.print(text, markup=False)
         self._log.write(text + "\n")
 
-    def row(self, metrics: dict[str, Any]) -> None:
+    def metrics(self, metrics: dict[str, Any]) -> None:
         """One batch to metrics.jsonl and to the trackers."""
         values = {name: metrics[name] for name in METRICS}
         self._metrics.write(values)
         # Qwen's norm is not known before the first window ends
         known = {name: value for name, value in values.items() if name != "step" and value is not None}
-        self._trackers.numbers(metrics["step"], known)
+        self._trackers.scalars(metrics["step"], known)
 
     def gradients(self, step: int, norms: Mapping[str, float]) -> None:
         """The gradient norm of each of Qwen's layers where Qwen steps, to gradients.jsonl and to the trackers."""
         self._gradients.write({"step": step, "norms": dict(norms)})
-        self._trackers.numbers(step, {f"qwen_grad/{name}": norm for name, norm in norms.items()})
+        self._trackers.scalars(step, {f"qwen_grad/{name}": norm for name, norm in norms.items()})
 
-    def predictions(self, step: int, examples: Sequence[Mapping[str, Any]]) -> None:
+    def predictions(self, step: int, examples: Sequence[Example]) -> None:
         """What the watched episodes are answered after `step` batches, to predictions.jsonl and as a picture."""
-        plain = [plain_example(example) for example in examples]
-        self._predictions.write({"step": step, "examples": plain})
+        self._predictions.write({"step": step, "examples": plain_examples(examples, "predictions")})
         if self._trackers:
-            rows = [(f"{e.task_id}  ·  {e.verdict}", e.row) for e in read_examples(plain, "predictions")]
-            self._trackers.picture(step, "predictions", to_pixels(draw_rows(rows, width=6)))
+            rows = [(f"{example.task_id}  ·  {example.verdict}", example.row) for example in examples]
+            self._trackers.image(step, "predictions", to_pixels(draw_rows(rows, width=6)))
 
     def sync(self) -> None:
         """Have every row on disk; before a checkpoint, so that no checkpoint is ahead of its rows."""
@@ -166,14 +165,14 @@ def log_line(metrics: dict[str, Any]) -> str:
     )
 
 
-def cut_rows(path: Path, step: int) -> list[bytes]:
+def truncate_rows(path: Path, step: int) -> list[bytes]:
     """Take the rows after a step, and rows that are cut short, out of a file of rows; returns those that are left."""
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
     if len(kept) < len(lines):
-        write_whole(path, b"".join(kept))
+        write_atomic(path, b"".join(kept))
     return kept
 
 

@@ -17,7 +17,7 @@ from qwen_fused.arc.scoring import cell_accuracy
 from qwen_fused.common.typed_yaml import nearest
 from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.report.curves import to_png
-from qwen_fused.report.draw_grids import ARC_COLORS, ERROR_COLORS, Captioned, draw_rows, error_grid
+from qwen_fused.report.draw_grids import ARC_COLORS, ERROR_COLORS, CaptionedGrid, draw_rows, error_grid
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Row:
     """Captioned grids under one title."""
 
     title: str
-    grids: list[Captioned]
+    grids: list[CaptionedGrid]
 
 
 def find_task(dataset: str, task_id: str) -> Task:
@@ -48,7 +48,7 @@ def describe_task(task: Task, model: QwenPlanner | None = None) -> list[Row]:
     """Demonstrations, then each test input: with a model its plan and two attempts, the target, and the errors."""
     rows = []
     for number, pair in enumerate(task.train):
-        grids: list[Captioned] = [("input", pair.input, ARC_COLORS)]
+        grids: list[CaptionedGrid] = [("input", pair.input, ARC_COLORS)]
         if pair.output is not None:
             grids.append(("output", pair.output, ARC_COLORS))
         rows.append(Row(f"demonstration {number + 1}", grids))
@@ -74,7 +74,7 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
     """Draw in the terminal, two columns to a cell; grids that don't fit side by side go below each other."""
     for row in rows:
         console.print(row.title, style="bold", markup=False)
-        line: list[Captioned] = []
+        line: list[CaptionedGrid] = []
         width = 0
         for captioned in row.grids:
             needed = _width(captioned)
@@ -106,7 +106,7 @@ def _verdict(attempts: Sequence[np.ndarray], answer: np.ndarray) -> str:
     return f"{100 * cell_accuracy(attempts[0], answer):.1f} % of cells right"
 
 
-def _table(line: Sequence[Captioned]) -> Padding:
+def _table(line: Sequence[CaptionedGrid]) -> Padding:
     table = Table.grid(padding=(0, 3, 0, 0))
     for _ in line:
         table.add_column(vertical="bottom")
@@ -129,10 +129,10 @@ def _cells(grid: np.ndarray, colors: np.ndarray) -> Text:
     return text
 
 
-def _caption(captioned: Captioned) -> str:
+def _caption(captioned: CaptionedGrid) -> str:
     caption, grid, _ = captioned
     return f"{caption} {grid.shape[0]}x{grid.shape[1]}"
 
 
-def _width(captioned: Captioned) -> int:
+def _width(captioned: CaptionedGrid) -> int:
     return max(2 * captioned[1].shape[1], len(_caption(captioned))) + 3

@@ -21,10 +21,10 @@ from qwen_fused.common.typed_yaml import nearest
 class Tracker(Protocol):
     """One place that a run's numbers and pictures go to."""
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of one batch, by name."""
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture, [h, w, 3] uint8."""
 
     def close(self) -> None:
@@ -42,11 +42,11 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         self.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         self.writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
@@ -66,10 +66,10 @@ class Hosted:
         name = folder.resolve().name
         self.run = module.init(project="qwen-fused", name=name, config=dict(config), resume="allow", **options)
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         self.run.log({name: self.module.Image(pixels)}, step=step)
 
     def close(self) -> None:
@@ -158,13 +158,13 @@ class Trackers:
             if tracker is not None:
                 self._working[name] = tracker
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of one batch, by name."""
-        self._each(lambda tracker: tracker.numbers(step, values))
+        self._each(lambda tracker: tracker.scalars(step, values))
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture, [h, w, 3] uint8."""
-        self._each(lambda tracker: tracker.picture(step, name, pixels))
+        self._each(lambda tracker: tracker.image(step, name, pixels))
 
     def close(self) -> None:
         """Close them all."""

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen_fused.common.files import replacing
+from qwen_fused.common.files import atomic_replace
 
 FORMAT = "1"
 PATTERN = re.compile(r"step-(\d{6,})\.safetensors")
@@ -48,7 +48,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_flatten(state, "", tensors))
     metadata = {"format": FORMAT, "state": structure, "sha256": _digest(structure, tensors)}
-    with replacing(path) as partial:
+    with atomic_replace(path) as partial:
         try:
             save_file(tensors, partial, metadata=metadata)
         except SafetensorError as error:

@@ -13,25 +13,25 @@ from pathlib import Path
 from qwen_fused.arc.episodes import test_episodes
 from qwen_fused.arc.scoring import Evaluation, write_submission
 from qwen_fused.common.device import resolve_device
-from qwen_fused.common.files import claim, write_whole
+from qwen_fused.common.files import lock_folder, write_atomic
 from qwen_fused.config import TrainConfig
-from qwen_fused.parallel.processes import Ranks, processes
+from qwen_fused.parallel.processes import Ranks, process_group
 from qwen_fused.qwen.memory import check_memory
 from qwen_fused.report.answers import write_examples
 from qwen_fused.report.page import write_report
+from qwen_fused.report.pick_examples import final_examples, watched_episodes, watched_examples
 from qwen_fused.report.run_log import RunLog, log_line
 from qwen_fused.report.trackers import tracker_names
-from qwen_fused.report.watched import chosen_examples, watched_episodes, watched_examples
 from qwen_fused.solver.evaluate import evaluate
 from qwen_fused.train.checkpoint import list_checkpoints, write_state
 from qwen_fused.train.monitor import out_of_memory
 from qwen_fused.train.pending import PendingBatch
 from qwen_fused.train.prove_trainer import prove_trainer
-from qwen_fused.train.resume import Continuation, clear_future, compare_origin, fitting, open_run
+from qwen_fused.train.resume import Continuation, compare_fingerprint, explain_mismatch, open_run, set_later_aside
 from qwen_fused.train.signals import Interrupted, catch_signals
 from qwen_fused.train.trainer import Trainer, TrainingStopped
 
-TRAINING_TASKS_SHOWN = 100
+TRAINING_TASKS_EVALUATED = 100
 
 
 def train(config: TrainConfig) -> Path:
@@ -44,16 +44,16 @@ def train(config: TrainConfig) -> Path:
         Interrupted: SIGINT, SIGTERM or SIGHUP, after a checkpoint was written.
     """
     trackers = tracker_names(config.trackers)
-    with processes() as ranks, ranks.aside() as scratch:
+    with process_group() as ranks, ranks.silenced() as scratch:
         run = open_run(config) if config.resume else None
         folder = scratch or (run.folder if run else new_run_folder(config.out))
-        run_in(folder, config, run, ranks, trackers if ranks.first else ())
+        run_in(folder, config, run, ranks, trackers if ranks.is_main else ())
     return folder
 
 
 def run_in(folder: Path, config: TrainConfig, run: Continuation | None, ranks: Ranks, trackers: Sequence[str]) -> None:
     """The run from set-up to report, in its folder."""
-    with claim(folder):
+    with lock_folder(folder):
         trainer, memory = set_up(config, folder, run, ranks)
         resume_step = run.step if run else None
         log = RunLog(folder, resume_step=resume_step, trackers=trackers, config=config.to_dict())
@@ -80,9 +80,9 @@ def set_up(config: TrainConfig, folder: Path, run: Continuation | None, ranks: R
         memory = check_memory(config, resolve_device(ranks.device(config.device)))
         trainer = Trainer(config, folder, ranks)
         if run:
-            compare_origin(run, trainer.origin, allow=config.resume_changed)
+            compare_fingerprint(run, trainer.fingerprint, allow=config.resume_changed)
         if run and run.state and run.checkpoint:
-            with fitting(run.checkpoint):
+            with explain_mismatch(run.checkpoint):
                 trainer.load_state_dict(run.state)
     except BaseException:
         # a run that never was leaves no folder
@@ -90,9 +90,9 @@ def set_up(config: TrainConfig, folder: Path, run: Continuation | None, ranks: R
             folder.rmdir()
         raise
     # nothing is put aside before every process has read what it goes on with
-    ranks.agree(0)
-    if run and ranks.first:
-        clear_future(run)
+    ranks.all_reduce_max(0)
+    if run and ranks.is_main:
+        set_later_aside(run)
     replace(config, resume=None, resume_changed=False).save(folder / "config.yaml")
     return trainer, memory
 
@@ -127,7 +127,7 @@ def prove_first(trainer: Trainer, log: RunLog) -> None:
         report = prove_trainer(trainer)
     finally:
         trainer.ranks = ranks
-    write_whole(trainer.folder / "proof.json", json.dumps(report.to_dict(), indent=2))
+    write_atomic(trainer.folder / "proof.json", json.dumps(report.to_dict(), indent=2))
     log.say(str(report).rstrip())
     if not report.ok:
         raise TrainingStopped("the gradient does not reach what should train; --no-prove trains all the same")
@@ -155,7 +155,7 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
             advance(progress.step)
             epoch_ends = config.eval_every and progress.step % (per_epoch * config.eval_every) == 0
             saves = progress.step % config.checkpoint_every == 0
-            number, is_over = trainer.ranks.agree(asked_to_end() or 0, clock.is_over())
+            number, is_over = trainer.ranks.all_reduce_max(asked_to_end() or 0, clock.is_over())
             if epoch_ends or saves or number or is_over:
                 log_done(trainer, log, pending)
             if epoch_ends and progress.step < last:
@@ -207,7 +207,7 @@ def log_batch(trainer: Trainer, log: RunLog, pending: PendingBatch) -> None:
             raise
         stopped, metrics = error, error.metrics
     metrics["episodes_per_second"] = pending.episodes / pending.seconds
-    log.row(metrics)
+    log.metrics(metrics)
     if pending.flushed:
         log.gradients(pending.step, trainer.layer_norms)
     for hint in trainer.hints:
@@ -249,7 +249,7 @@ def validate(trainer: Trainer, log: RunLog) -> Evaluation:
         trainer.progress.best_accuracy = result.cell_accuracy
         weights = trainer.weights()
         (trainer.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if trainer.ranks.first:
+        if trainer.ranks.is_main:
             write_state(trainer.folder / "checkpoints" / "best.safetensors", {"model": weights})
     return result
 
@@ -259,14 +259,14 @@ def finish(trainer: Trainer, log: RunLog) -> None:
     folder, model, batch_size = trainer.folder, trainer.model, trainer.config.batch_size
     validation = validate(trainer, log)
     # every k-th task: what training tasks' unseen pairs show, they show in a hundred
-    some = trainer.training[:: -(-len(trainer.training) // TRAINING_TASKS_SHOWN)]
+    some = trainer.training[:: -(-len(trainer.training) // TRAINING_TASKS_EVALUATED)]
     training = evaluate(model, test_episodes(some), batch_size=batch_size)
     log.say(f"Unseen test pairs of {len(some)} training tasks: {describe_evaluation(training)}")
-    shown = chosen_examples(model, trainer.held_out, validation)
-    if not trainer.ranks.first:
+    shown = final_examples(model, trainer.held_out, validation)
+    if not trainer.ranks.is_main:
         return
     evaluation = {"validation": validation.to_dict(), "training": training.to_dict()}
-    write_whole(folder / "evaluation.json", json.dumps(evaluation))
+    write_atomic(folder / "evaluation.json", json.dumps(evaluation))
     write_submission(folder / "submission.json", trainer.held_out, validation.predictions)
     write_examples(folder / "examples.json", shown)
     log.say(f"Report: {write_report(folder)}")

@@ -31,7 +31,7 @@ class PendingBatch:
     seconds: float = 1.0  # that the batch took, for the loop to set
 
 
-def scalars(out: StepOutput, prompt_grad: Tensor) -> Tensor:
+def stack_scalars(out: StepOutput, prompt_grad: Tensor) -> Tensor:
     """SCALARS of a step as one tensor [len(SCALARS)] float32, so that they travel together."""
     efe = out.score.efe
     values = {

@@ -2,9 +2,9 @@
 
 The newest checkpoint that is whole is taken, and a damaged one is told. A run whose first checkpoint was never written
 starts again at its first batch, in its folder. Settings that only say how long a run goes, where, and how it is watched
-(`FREE`) may change. Any other setting, the tasks and the version of this package may not, since the continuation would
-be another run: `--resume-changed` goes on with what is given now. Other sources of the same version and another torch
-are told in the log.
+(`MAY_CHANGE`) may change. Any other setting, the tasks and the version of this package may not, since the continuation
+would be another run: `--resume-changed` goes on with what is given now. Other sources of the same version and another
+torch are told in the log.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from qwen_fused.common.files import remove_partial
 from qwen_fused.config import TrainConfig
 from qwen_fused.train.checkpoint import list_checkpoints, read_state
 
-FREE = frozenset(
+MAY_CHANGE = frozenset(
     {
         "max_batches", "max_minutes", "device", "prove", "on_nonfinite", "log_every", "checkpoint_every",
         "keep_checkpoints", "eval_every", "out", "resume", "resume_changed", "trackers",
         "shard_qwen",
     }
 )  # fmt: skip
-ASIDE = "set-aside"
-STATE = ("model", "optimizer", "scaler", "progress", "window", "monitor", "rng", "origin")
+SET_ASIDE = "set-aside"
+STATE_KEYS = ("model", "optimizer", "scaler", "progress", "window", "monitor", "rng", "origin")
 
 
 @dataclasses.dataclass
@@ -71,13 +71,13 @@ def open_run(config: TrainConfig) -> Continuation:
     assert config.resume is not None
     folder = run_folder(config.resume)
     saved = TrainConfig.load(folder / "config.yaml")
-    checkpoint, state, notes = newest_state(config.resume)
-    if state is not None and not set(STATE) <= set(state):
+    checkpoint, state, notes = read_newest_state(config.resume)
+    if state is not None and not set(STATE_KEYS) <= set(state):
         raise ValueError(f"resume must be a run's step-*.safetensors, got {checkpoint}, which holds weights only")
     changes = [
         f"{field.name} was {getattr(saved, field.name)}, is {getattr(config, field.name)}"
         for field in dataclasses.fields(TrainConfig)
-        if field.name not in FREE and getattr(config, field.name) != getattr(saved, field.name)
+        if field.name not in MAY_CHANGE and getattr(config, field.name) != getattr(saved, field.name)
     ]
     run = Continuation(folder, checkpoint, state, notes, changes)
     if not config.resume_changed:
@@ -94,7 +94,7 @@ def refuse_changes(run: Continuation) -> None:
         )
 
 
-def newest_state(path: Path) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+def read_newest_state(path: Path) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
     """Read the checkpoint that a file or a run folder stands for: in a folder the newest that is whole.
 
     Returns:
@@ -121,7 +121,7 @@ def newest_state(path: Path) -> tuple[Path | None, dict[str, Any] | None, list[s
     return None, None, [f"{path} has no checkpoint yet: starting at its first batch."]
 
 
-def origin(training: Iterable[Task], held_out: Iterable[Task]) -> dict[str, str]:
+def fingerprint(training: Iterable[Task], held_out: Iterable[Task]) -> dict[str, str]:
     """What a continuation should have in common with the run as it was, besides its settings."""
     from qwen_fused import __version__
 
@@ -138,7 +138,7 @@ def origin(training: Iterable[Task], held_out: Iterable[Task]) -> dict[str, str]
     return {"tasks": digest.hexdigest(), "version": __version__, "code": code.hexdigest(), "torch": torch.__version__}
 
 
-def compare_origin(run: Continuation, now: Mapping[str, str], *, allow: bool) -> None:
+def compare_fingerprint(run: Continuation, now: Mapping[str, str], *, allow: bool) -> None:
     """Compare with what wrote the checkpoint.
 
     Raises:
@@ -158,7 +158,7 @@ def compare_origin(run: Continuation, now: Mapping[str, str], *, allow: bool) ->
     run.notes += [f"Changed: {change}." for change in run.changes]
 
 
-def clear_future(run: Continuation) -> None:
+def set_later_aside(run: Continuation) -> None:
     """Move checkpoints that come after the one taken, or are damaged, out of the way, and half-written files too."""
     checkpoints = run.folder / "checkpoints"
     for folder in (run.folder, checkpoints):
@@ -167,14 +167,14 @@ def clear_future(run: Continuation) -> None:
     found = list_checkpoints(checkpoints)
     stale = [p for p in found if _step(p) >= run.step and not (run.checkpoint and p.samefile(run.checkpoint))]
     for path in stale:
-        (checkpoints / ASIDE).mkdir(exist_ok=True)
-        path.replace(checkpoints / ASIDE / path.name)
+        (checkpoints / SET_ASIDE).mkdir(exist_ok=True)
+        path.replace(checkpoints / SET_ASIDE / path.name)
     if stale:
-        run.notes.append(f"Put aside in {checkpoints / ASIDE}: {', '.join(path.name for path in stale)}.")
+        run.notes.append(f"Put aside in {checkpoints / SET_ASIDE}: {', '.join(path.name for path in stale)}.")
 
 
 @contextmanager
-def fitting(checkpoint: Path) -> Iterator[None]:
+def explain_mismatch(checkpoint: Path) -> Iterator[None]:
     """Say in one sentence that a checkpoint is of another model than its configuration builds."""
     try:
         yield

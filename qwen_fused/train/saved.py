@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from qwen_fused.config import TrainConfig, about
+from qwen_fused.config import TrainConfig, error_prefix
 from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.qwen.backbone import save_backbone
 from qwen_fused.report.run_files import check_run
 from qwen_fused.train.checkpoint import read_state
-from qwen_fused.train.resume import fitting, newest_state
+from qwen_fused.train.resume import explain_mismatch, read_newest_state
 
 
 def load_model(run: Path, weights: str = "last", device: torch.device | str = "cpu") -> QwenPlanner:
@@ -32,14 +32,14 @@ def load_model(run: Path, weights: str = "last", device: torch.device | str = "c
     best = run / "checkpoints" / "best.safetensors"
     if weights == "best" and not best.is_file():
         raise ValueError(f"weights must be last for a run that has not been evaluated, got best: there is no {best}")
-    path, state, notes = (best, read_state(best), []) if weights == "best" else newest_state(run)
+    path, state, notes = (best, read_state(best), []) if weights == "best" else read_newest_state(run)
     if path is None or state is None:
         raise ValueError(f"run must be a run folder with a checkpoint, got {run}")
     for note in notes:
         print(note)
-    with about(f"run {run}"):
+    with error_prefix(f"run {run}"):
         model = QwenPlanner(config).to(device)
-    with fitting(path):
+    with explain_mismatch(path):
         model.load_state_dict(state["model"])
     return model
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 # Ctrl-C, what schedulers and `kill` send, and a terminal that goes away
-ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -35,7 +35,7 @@ def catch_signals() -> Iterator[Callable[[], int | None]]:
 
     before = {}
     try:
-        for number in ASKED:
+        for number in END_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, handler)
     except ValueError:

@@ -21,20 +21,20 @@ from qwen_fused.norms.group_grad_norm import GradStats, GroupGradNorm, nonfinite
 from qwen_fused.parallel.processes import Part, Ranks
 from qwen_fused.planner.model import QwenPlanner, StepOutput
 from qwen_fused.train.checkpoint import save_checkpoint
+from qwen_fused.train.full_state import full_state, shard_optimizer_state, shard_state
 from qwen_fused.train.monitor import GradientMonitor, Hint
 from qwen_fused.train.optimizer import MasterAdamW
-from qwen_fused.train.pending import SCALARS, PendingBatch, scalars
-from qwen_fused.train.resume import origin
-from qwen_fused.train.whole_state import spread, spread_optimizer, whole
-from qwen_fused.train.window_parts import gather_window, share_window
+from qwen_fused.train.pending import SCALARS, PendingBatch, stack_scalars
+from qwen_fused.train.resume import fingerprint
+from qwen_fused.train.window_state import gather_window_state, scatter_window_state
 from qwen_fused.window.prompt_window import PromptWindow
 
 if TYPE_CHECKING:
     from qwen_fused.parallel.fsdp import ShardedQwen
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # fp16's scaler halves its scale at each overflow; this many in a row is no longer a matter of scale
-MOST_OVERFLOWS = 25
+MAX_OVERFLOWS = 25
 
 
 class TrainingStopped(RuntimeError):
@@ -72,7 +72,7 @@ class Trainer:
         collection = load_tasks(config.dataset)
         self.skipped = collection.skipped
         self.training, self.held_out = split_tasks(collection.tasks, config.val_fraction, config.split_seed)
-        self.origin = origin(self.training, self.held_out)
+        self.fingerprint = fingerprint(self.training, self.held_out)
         self.sampler = EpisodeSampler(
             self.training,
             batch_size=config.batch_size,
@@ -85,11 +85,11 @@ class Trainer:
         self.model = QwenPlanner(config).to(self.device).train()
         self.window = PromptWindow(self.model.prompt.pooled, config.prompt_window, mode=config.window_mode)
         self.sharded: ShardedQwen | None = None
-        if config.shard_qwen and self.ranks.size > 1:
+        if config.shard_qwen and self.ranks.world_size > 1:
             # a second of imports that one process has no use for
             from qwen_fused.parallel.fsdp import ShardedQwen
 
-            self.sharded = ShardedQwen(self.model.prompt.backbone, self.device, self.ranks.size)
+            self.sharded = ShardedQwen(self.model.prompt.backbone, self.device, self.ranks.world_size)
             self.window.parameters = self.sharded.shards
         self.groups = self.model.groups()
         self.optimizer = self._optimizer()
@@ -147,18 +147,18 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         out, pooled = self.forward(batch[part.rows], epoch=epoch, part=part)
         out.prompt.retain_grad()
-        loss_scale = self.backward(out.loss * part.share, [pooled])
+        loss_scale = self.backward(out.loss * part.weight, [pooled])
         assert out.prompt.grad is not None
-        prompt_grad = self.ranks.norm(out.prompt.grad.float().norm() / loss_scale)
+        prompt_grad = self.ranks.all_reduce_norm(out.prompt.grad.float().norm() / loss_scale)
         if flush:
             with self.sharded.flushing() if self.sharded else nullcontext():
                 # the mean over the window's batches
                 self.window.flush(loss_scale / self.window.batches)
-        self.ranks.sum_gradients(self.norms.parameters)
+        self.ranks.all_reduce_gradients(self.norms.parameters)
         stats = self.step()
-        self.model.objective.update_anchor(batch.target, self.ranks.gather(out.score.efe.solved, part))
+        self.model.objective.update_anchor(batch.target, self.ranks.all_gather(out.score.efe.solved, part))
         self.progress.step += 1
-        values = to_host(self.ranks.sum(scalars(out, prompt_grad) * part.share))
+        values = to_host(self.ranks.all_reduce(stack_scalars(out, prompt_grad) * part.weight))
         return PendingBatch(self.progress.step, epoch, len(episodes), flush, rates, values, stats.read_later())
 
     def backward(self, loss: Tensor, pooled: Sequence[Tensor]) -> Tensor:
@@ -170,7 +170,7 @@ class Trainer:
         self.scaler.scale(loss).backward()
         loss_scale = self.scaler.scale(torch.ones((), device=self.device))
         for leaf in pooled:
-            keep_finite(leaf, loss_scale, self.ranks)
+            unscale_leaf(leaf, loss_scale, self.ranks)
         return loss_scale
 
     def step(self) -> GradStats:
@@ -232,11 +232,11 @@ class Trainer:
             epoch: for the curriculum.
             part: where they are part of a larger batch: which.
         """
-        dtype, noise = AUTOCAST[self.config.precision], None
+        dtype, noise = AUTOCAST_DTYPES[self.config.precision], None
         if self.sharded:
             self.sharded.gather()
-        if part is not None and self.ranks.size > 1:
-            noise = torch.randn(part.whole, self.config.prompt_dim, device=self.device)[part.rows]
+        if part is not None and self.ranks.world_size > 1:
+            noise = torch.randn(part.batch_size, self.config.prompt_dim, device=self.device)[part.rows]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             pooled = self.window.prompts([episode.demonstrations for episode in batch.episodes])
             return self.model(batch, epoch=epoch, pooled=pooled, noise=noise), pooled
@@ -245,7 +245,7 @@ class Trainer:
         """Count a batch whose gradient is not finite; why to stop, where configuration or a stuck scaler says so."""
         self.progress.nonfinite += 1
         self.progress.overflows += 1
-        stuck = self.progress.overflows >= MOST_OVERFLOWS
+        stuck = self.progress.overflows >= MAX_OVERFLOWS
         if stuck or (self.config.on_nonfinite == "stop" and not self.scaler.is_enabled()):
             return (
                 f"batch {step}: {bad}; the loss was {loss:.4g}. That batch was not applied. Lower --qwen-lr "
@@ -260,33 +260,33 @@ class Trainer:
         """
         return {
             "model": self.weights(),
-            "optimizer": whole(self.optimizer.state_dict()),
+            "optimizer": full_state(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "progress": dataclasses.asdict(self.progress),
-            "window": gather_window(self.window, self._window_keys(), self.ranks),
+            "window": gather_window_state(self.window, self._window_keys(), self.ranks),
             "monitor": self.monitor.state_dict(),
             "rng": rng_state(self.device),
-            "origin": self.origin,
+            "origin": self.fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`, into a run of any number of processes."""
-        self.model.load_state_dict(spread(state["model"], self.model.state_dict()))
+        self.model.load_state_dict(shard_state(state["model"], self.model.state_dict()))
         # rates and decay are the configuration's: the optimizer would take them from the checkpoint
         given = [{name: group[name] for name in ("peak", "weight_decay")} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(spread_optimizer(state["optimizer"], self.optimizer))
+        self.optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], self.optimizer))
         for group, settings in zip(self.optimizer.param_groups, given, strict=True):
             group.update(settings)
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.monitor.load_state_dict(state["monitor"])
-        window, keys = share_window(state["window"], self._window_keys(), self.ranks)
+        window, keys = scatter_window_state(state["window"], self._window_keys(), self.ranks)
         self.window.load_state_dict(window, keys, self.device)
         set_rng_state(state["rng"], self.device)
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state; every process must ask for it."""
-        return whole(self.model.state_dict())
+        return full_state(self.model.state_dict())
 
     def _window_keys(self) -> list[list[Hashable]]:
         """The keys of the prompt window's batches so far."""
@@ -298,17 +298,17 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this moment; every process must call it, and the first one writes."""
         state, folder = self.state_dict(), self.folder / "checkpoints"
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return folder
         return save_checkpoint(folder, self.progress.step, state, keep=self.config.keep_checkpoints)
 
 
-def keep_finite(pooled: Tensor, loss_scale: Tensor, ranks: Ranks) -> None:
+def unscale_leaf(pooled: Tensor, loss_scale: Tensor, ranks: Ranks) -> None:
     """Take a batch's loss scale off its leaf's gradient; a batch that overflowed leaves the window without a trace."""
     if pooled.grad is None:
         return
     gradient = pooled.grad / loss_scale
-    pooled.grad = torch.where(ranks.all(gradient.isfinite().all()), gradient, torch.zeros_like(gradient))
+    pooled.grad = torch.where(ranks.all_reduce_and(gradient.isfinite().all()), gradient, torch.zeros_like(gradient))
 
 
 def by_layer(members: Sequence[tuple[str, torch.nn.Parameter]]) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:

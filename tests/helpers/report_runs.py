@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from qwen_fused.arc.episodes import test_episodes
-from qwen_fused.report.answers import plain_example, write_examples
-from qwen_fused.report.watched import watched_episodes, watched_examples
+from qwen_fused.report.answers import Example, plain_examples, write_examples
+from qwen_fused.report.pick_examples import watched_episodes, watched_examples
 from qwen_fused.solver.evaluate import evaluate
 
 
@@ -62,9 +63,9 @@ def make_run(folder: Path, tasks, *, batches: int = 120, evaluated: bool = True)
         write_examples(folder / "examples.json", [example(e, result.records[k]) for k, e in enumerate(episodes[:12])])
         watched = watched_episodes(tasks)
         # at first everything is answered by the query
-        first = [{**e, "predicted": e["input"]} for e in watched_examples(watched, result)]
+        first = [replace(e, predicted=e.input) for e in watched_examples(watched, result)]
         rows = [(0, first)] + [(step, watched_examples(watched, result)) for step in (50, 100)]
-        lines = [{"step": step, "examples": [plain_example(e) for e in shown]} for step, shown in rows]
+        lines = [{"step": step, "examples": plain_examples(shown, "x")} for step, shown in rows]
         (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     steps = range(10, batches + 1, 10)
     norms = [{"step": s, "norms": {"layer 0": 1 / s, "layer 1": 2 / s, "other": 0.0}} for s in steps]
@@ -72,15 +73,15 @@ def make_run(folder: Path, tasks, *, batches: int = 120, evaluated: bool = True)
     return folder
 
 
-def example(episode, record) -> dict:
-    return {
-        "task_id": episode.task_id,
-        "index": episode.index,
-        "input": episode.query,
-        "target": episode.answer,
-        "predicted": record.attempts[0],
-        "plan": [record.attempts[0]] * 5,
-        "backward": [episode.query] + [episode.answer] * 5,
-        "why": "nearest" if record.score.any else "hardest",
-        "demonstrations": [(pair.input, pair.output) for pair in episode.demonstrations],
-    }
+def example(episode, record) -> Example:
+    return Example(
+        task_id=episode.task_id,
+        index=episode.index,
+        input=episode.query,
+        target=episode.answer,
+        predicted=record.attempts[0],
+        plan=(record.attempts[0],) * 5,
+        backward=(episode.query,) + (episode.answer,) * 5,
+        why="nearest" if record.score.any else "hardest",
+        demonstrations=tuple((pair.input, pair.output) for pair in episode.demonstrations),
+    )

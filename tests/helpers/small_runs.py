@@ -36,10 +36,10 @@ def write_small_tasks(folder: Path) -> Path:
 def write_small_qwen(folder: Path) -> Path:
     """Save a Qwen as deep as the tiny one, with its tokens, a quarter as wide: a batch takes a third of the time."""
     from qwen_fused.qwen.backbone import save_backbone
-    from qwen_fused.qwen.prompt import INPUT, OUTPUT, RULES
+    from qwen_fused.qwen.prompt_text import ADDED_TOKENS
     from qwen_fused.qwen.tiny import tiny_qwen
 
-    save_backbone(*tiny_qwen(whole=(*RULES.values(), INPUT, OUTPUT), hidden_size=48, intermediate_size=96), folder)
+    save_backbone(*tiny_qwen(added_tokens=ADDED_TOKENS, hidden_size=48, intermediate_size=96), folder)
     return folder
 
 

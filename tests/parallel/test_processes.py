@@ -10,11 +10,11 @@ import torch
 from two_processes import run_ranks, said
 
 from qwen_fused.config import TrainConfig
-from qwen_fused.parallel.processes import BUCKET, Ranks, buckets, processes
+from qwen_fused.parallel.processes import BUCKET_BYTES, Ranks, buckets, process_group
 from qwen_fused.train.checkpoint import read_state, write_state
 from qwen_fused.train.pending import SCALARS
 from qwen_fused.train.trainer import Trainer
-from qwen_fused.train.window_parts import new_keys
+from qwen_fused.train.window_state import new_keys
 
 RANKS, BATCHES, HALF = 2, 8, 4
 # batches that two processes cannot share evenly, windows whose middle is where the checkpoint is
@@ -43,7 +43,7 @@ def in_halves(config: TrainConfig, folder: Path, name: str, ranks: Ranks | None 
     trainer = Trainer(config, folder, ranks)
     rows = go(trainer, HALF)
     state = trainer.state_dict()
-    if trainer.ranks.first:
+    if trainer.ranks.is_main:
         write_state(folder / f"{name}.safetensors", state)
     rows += go(trainer, BATCHES)
     return {"rows": rows, "state": kept(trainer)}
@@ -58,13 +58,13 @@ def second_half(config: TrainConfig, folder: Path, name: str, ranks: Ranks | Non
 
 def work(rank: int, path: Path, config: TrainConfig, sharded: TrainConfig) -> int:
     results = {}
-    with processes() as ranks:
+    with process_group() as ranks:
         results["two"] = in_halves(config, path, "two", ranks)
         results["one, then two"] = second_half(config, path, "one", ranks)
         results["sharded"] = in_halves(sharded, path, "sharded", ranks)
         results["two, then sharded"] = second_half(sharded, path, "two", ranks)
         results["small batch"] = small_batch(config, path, ranks)
-        results["agreed"] = ranks.agree(rank, 3 - rank, False)
+        results["largest"] = ranks.all_reduce_max(rank, 3 - rank, False)
     torch.save(results, path / f"{rank}.pt")
     return 0
 
@@ -126,23 +126,23 @@ def test_a_batch_smaller_than_the_world(runs) -> None:
         assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), key
 
 
-def test_processes_agree(runs) -> None:
+def test_largest_number_of_all_processes(runs) -> None:
     for found in (runs, runs["second"]):
-        assert found["agreed"] == [1, 3, 0]
+        assert found["largest"] == [1, 3, 0]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
 def test_parts_cover_a_batch_once(count: int) -> None:
     for size in (1, 2, 3, 5):
         parts = [Ranks(rank, size).part(count) for rank in range(size)]
-        covered = [row for part in parts if part.share for row in range(count)[part.rows]]
+        covered = [row for part in parts if part.weight for row in range(count)[part.rows]]
         assert covered == list(range(count))
-        assert sum(part.share for part in parts) == pytest.approx(1.0)
+        assert sum(part.weight for part in parts) == pytest.approx(1.0)
         assert all(len(range(count)[part.rows]) for part in parts)
 
 
 def test_buckets_hold_everything_once_and_little_enough() -> None:
-    few = BUCKET // 4 // 2
+    few = BUCKET_BYTES // 4 // 2
     grads = [
         torch.empty(few + 1),
         torch.empty(3),

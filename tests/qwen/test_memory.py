@@ -7,7 +7,7 @@ from qwens import save_qwen
 from qwen_fused.cli.main import main
 from qwen_fused.config import TrainConfig
 from qwen_fused.qwen.backbone import load_backbone
-from qwen_fused.qwen.memory import advise, available_memory, check_memory, estimate_memory, size
+from qwen_fused.qwen.memory import advise, available_memory, check_memory, estimate_memory, format_bytes
 from qwen_fused.qwen.tiny import SHAPE
 from qwen_fused.train.optimizer import MasterAdamW
 
@@ -79,7 +79,7 @@ def test_retained_graphs_count_by_batch():
 def test_says_itself():
     text = str(estimate_memory(batch_size=1, max_prompt_tokens=64))
     assert text.startswith("Qwen needs about ") and text.endswith(".") and "activations" in text
-    assert [size(n * 1024**2) for n in (1, 99, 512, 2048, 20480)] == [
+    assert [format_bytes(n * 1024**2) for n in (1, 99, 512, 2048, 20480)] == [
         "1.0 MiB",
         "99 MiB",
         "0.50 GiB",
@@ -163,13 +163,18 @@ class TestCheck:
 
     def test_warns_where_only_the_longest_prompts_do_not_fit(self, check):
         need = estimate_memory()
-        said = check(need.certain + 1, window_mode="recompute")
+        said = check(need.without_activations + 1, window_mode="recompute")
         assert said.startswith(str(need)) and "\nWarning: on cpu, at the longest prompts, " in said and "--" in said
         assert "Warning" not in check(need.total, window_mode="recompute")
 
     def test_refuses_what_cannot_fit(self, check):
         with pytest.raises(ValueError, match="not enough memory on cpu before any activation.* pass --lora-rank 16"):
-            check(estimate_memory().certain - 1, batch_size=1, max_prompt_tokens=64, gradient_checkpointing=True)
+            check(
+                estimate_memory().without_activations - 1,
+                batch_size=1,
+                max_prompt_tokens=64,
+                gradient_checkpointing=True,
+            )
 
     def test_a_run_that_cannot_fit_stops_before_it_loads_anything(self, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr("qwen_fused.qwen.memory.available_memory", lambda device: 1000)

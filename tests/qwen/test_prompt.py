@@ -5,29 +5,14 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from demonstrations import DEMONSTRATIONS, pair, text_of
 from qwens import exact_norms, qwen_tokenizer, save_qwen  # noqa: F401
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from qwen_fused.arc.episodes import Pair
-from qwen_fused.arc.features import FEATURES, RULES, demonstration_features, normalise, rule_sentence
-from qwen_fused.qwen.prompt import GROUP_TOKENS, INPUT, OUTPUT, QwenPrompt, grid_text, similar_lengths
-
-
-def pair(seed: int, h: int = 4, w: int = 5, output: tuple[int, int] | None = None) -> Pair:
-    rng = np.random.default_rng(seed)
-    return Pair(rng.integers(0, 10, (h, w), dtype=np.uint8), rng.integers(0, 10, output or (h, w), dtype=np.uint8))
-
-
-def text_of(pairs) -> str:
-    """The prompt's text, written out by hand."""
-    text = rule_sentence(demonstration_features(pairs)) + "\n"
-    for p in pairs:
-        text += INPUT + grid_text(p.input) + OUTPUT + grid_text(p.output)
-    return text
-
-
-DEMONSTRATIONS = [[pair(0), pair(1)], [pair(2, 9, 3)], [pair(3, 2, 2), pair(4, 6, 6), pair(5, 1, 1)]]
+from qwen_fused.arc.features import FEATURES, demonstration_features, normalise
+from qwen_fused.qwen.prompt import TOKENS_PER_FORWARD, QwenPrompt, group_by_length
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +22,12 @@ def prompt() -> QwenPrompt:
 
 def test_shapes_and_hybrid(prompt):
     out = prompt(DEMONSTRATIONS)
-    assert out.prompt.shape == out.text.shape == out.control.shape == (3, 24)
+    assert out.prompt.shape == out.text_embedding.shape == out.control.shape == (3, 24)
     assert out.features.shape == (3, len(FEATURES)) and not out.features.requires_grad
-    assert torch.equal(out.prompt, 0.5 * out.text + 0.5 * out.control)
+    assert torch.equal(out.prompt, 0.5 * out.text_embedding + 0.5 * out.control)
     want = np.stack([normalise(demonstration_features(pairs)) for pairs in DEMONSTRATIONS])
     assert np.array_equal(out.features.numpy(), want)
-    assert out.dropped_pairs == out.cut_pairs == 0
-    assert out.tokens == sum(len(prompt.tokenizer(text_of(pairs))["input_ids"]) for pairs in DEMONSTRATIONS)
+    assert out.truncated == 0.0
 
 
 def test_pooled_state_stands_in_for_the_pass(prompt):
@@ -52,15 +36,11 @@ def test_pooled_state_stands_in_for_the_pass(prompt):
     assert pooled.shape == (3, prompt.backbone.config.hidden_size) and pooled.dtype == torch.float32
     prompt.zero_grad()
     again = prompt(DEMONSTRATIONS, pooled)
-    assert torch.equal(again.prompt, out.prompt) and again.tokens == out.tokens
+    assert torch.equal(again.prompt, out.prompt) and again.truncated == out.truncated
     again.prompt.square().sum().backward()
     assert pooled.grad.norm() > 0 and all(p.grad is None for p in prompt.backbone.parameters())
     with pytest.raises(ValueError, match=r"pooled must be \[3, 192\], got \(2, 192\)"):
         prompt(DEMONSTRATIONS, pooled[:2])
-
-
-def test_grid_text():
-    assert grid_text(np.array([[0, 7, 7], [7, 0, 0]], dtype=np.uint8)) == "077\n700\n"
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen2.5", "qwen3", "qwen2_moe", "qwen3_moe"])
@@ -70,7 +50,7 @@ def test_text_is_the_pooled_hidden_state_of_the_whole_text(kind, pooling, tmp_pa
     prompt = QwenPrompt(str(tmp_path), dim=16, pooling=pooling)
     plain = AutoModel.from_pretrained(tmp_path)
     assert isinstance(prompt.backbone, type(plain)) and prompt.backbone.training
-    for pairs, got in zip(DEMONSTRATIONS, prompt(DEMONSTRATIONS).text, strict=True):
+    for pairs, got in zip(DEMONSTRATIONS, prompt(DEMONSTRATIONS).text_embedding, strict=True):
         # one tokenisation of the whole text, through the saved model: no padding, no pieces
         ids = torch.tensor([qwen_tokenizer()(text_of(pairs))["input_ids"]])
         hidden = saved.eval().model(ids).last_hidden_state[0]
@@ -90,15 +70,15 @@ def test_a_prompt_alone_equals_the_same_prompt_in_a_batch(pooling):
     assert (together[0] - together[1]).abs().max() > 0.1
 
 
-def test_groups_of_similar_lengths(monkeypatch, prompt):
+def test_group_by_length(monkeypatch, prompt):
     lengths = [5, 400, 30, 512, 7, 399]
-    groups = similar_lengths(lengths, 800)
+    groups = group_by_length(lengths, 800)
     assert sorted(index for group in groups for index in group) == list(range(6))
     assert [sorted(group) for group in groups] == [[3], [1, 5], [0, 2, 4]]
     with torch.no_grad():
         want = prompt(DEMONSTRATIONS).prompt
-        monkeypatch.setitem(GROUP_TOKENS, "cpu", 1)
-        assert similar_lengths([3, 3], 1) == [[0], [1]]
+        monkeypatch.setitem(TOKENS_PER_FORWARD, "cpu", 1)
+        assert group_by_length([3, 3], 1) == [[0], [1]]
         torch.testing.assert_close(prompt(DEMONSTRATIONS).prompt, want, rtol=1e-4, atol=1e-5)
 
 
@@ -113,7 +93,11 @@ def test_every_demonstration_cell_changes_the_prompt(prompt):
                 changed = [*pairs]
                 changed[index] = Pair(**grids)
                 got = prompt([changed])
-                assert not torch.allclose(got.text, want.text, rtol=0, atol=1e-6), (index, which, cell)
+                assert not torch.allclose(got.text_embedding, want.text_embedding, rtol=0, atol=1e-6), (
+                    index,
+                    which,
+                    cell,
+                )
 
 
 def test_the_query_and_its_answer_have_no_way_in():
@@ -128,54 +112,6 @@ def test_the_query_and_its_answer_have_no_way_in():
 def test_rejects_nothing_to_read(prompt, demonstrations):
     with pytest.raises(ValueError, match="at least one"):
         prompt(demonstrations)
-
-
-def test_whole_pairs_are_dropped_from_the_end(monkeypatch):
-    # a rule and its newline are two tokens, a pair of 4 x 5 grids 2 + 2 * 24
-    prompt = QwenPrompt(dim=16, max_prompt_tokens=2 + 2 * 50)
-    pairs = [pair(seed) for seed in range(4)]
-    out = prompt([pairs, pairs[:2], pairs[:3]])
-    assert (out.dropped_pairs, out.cut_pairs, out.tokens) == (2 + 0 + 1, 0, 3 * 102)
-    # the shown pairs are the first two; the rule and the control half still speak of all
-    shown = [len(row) for row, _, _ in map(prompt._ids, prompt._encode([pairs]))]
-    assert shown == [102]
-    changed = [*pairs[:3], pair(99)]
-    got, want = prompt([changed]), prompt([pairs])
-    assert torch.equal(got.text, want.text) and not torch.equal(got.control, want.control)
-    # a short pair after a dropped one does not take its place
-    assert prompt([[pairs[0], pair(9, 6, 6), pair(9, 1, 1)]]).dropped_pairs == 2
-
-
-def test_a_first_pair_too_long_keeps_the_top_of_both_grids():
-    prompt = QwenPrompt(dim=16, max_prompt_tokens=100)
-    long = pair(0, 30, 30, output=(30, 14))
-    out = prompt([[long, pair(1, 1, 1)], [pair(1, 1, 1)]])
-    assert (out.dropped_pairs, out.cut_pairs, out.tokens) == (1, 1, 100 + 2 + 6)
-    ids, dropped, cut = prompt._ids(prompt._encode([[long, pair(1, 1, 1)]])[0])
-    text = prompt.tokenizer.decode(ids)
-    before, after = text.split(OUTPUT)
-    assert len(ids) == 100 and dropped == 1 and cut
-    assert (INPUT + grid_text(long.input)).startswith(before.split("\n", 1)[1]) and len(before) > 60
-    assert grid_text(long.output).startswith(after) and len(after) > 20
-
-
-def test_nothing_is_tokenised_twice(monkeypatch):
-    prompt = QwenPrompt(dim=16)
-    seen: list[str] = []
-    tokenise = prompt._tokenise
-    monkeypatch.setattr(prompt, "_tokenise", lambda texts: seen.extend(texts) or tokenise(texts))
-    first = prompt(DEMONSTRATIONS)
-    assert len(seen) == 2 * 6
-    again = prompt([[pair(0), pair(1), pair(0)], *DEMONSTRATIONS[1:]])
-    assert len(seen) == 2 * 6
-    torch.testing.assert_close(again.text[1:], first.text[1:], rtol=1e-4, atol=1e-5)
-
-
-def test_cache_is_bounded_and_a_batch_may_be_larger(prompt):
-    small = QwenPrompt(dim=24, seed=1)
-    small.cache_size = 2
-    assert torch.equal(small(DEMONSTRATIONS).prompt, prompt(DEMONSTRATIONS).prompt)
-    assert len(small._cache) == 2
 
 
 def test_same_seed_same_module_and_no_global_draw():
@@ -262,16 +198,16 @@ def test_half_precision_backbone():
     prompt, full = QwenPrompt(dim=16, dtype=torch.bfloat16), QwenPrompt(dim=16)
     assert {p.dtype for p in prompt.backbone.parameters()} == {torch.bfloat16}
     assert {p.dtype for m in (prompt.projection, prompt.control) for p in m.parameters()} == {torch.float32}
-    out = prompt(DEMONSTRATIONS).text
+    out = prompt(DEMONSTRATIONS).text_embedding
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, full(DEMONSTRATIONS).text, rtol=0, atol=0.1)
+    torch.testing.assert_close(out, full(DEMONSTRATIONS).text_embedding, rtol=0, atol=0.1)
 
 
 def test_autocast_keeps_pooling_and_prompt_in_float32(prompt):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = prompt(DEMONSTRATIONS)
     assert out.prompt.dtype == out.control.dtype == torch.float32
-    torch.testing.assert_close(out.text, prompt(DEMONSTRATIONS).text, rtol=0, atol=0.1)
+    torch.testing.assert_close(out.text_embedding, prompt(DEMONSTRATIONS).text_embedding, rtol=0, atol=0.1)
 
 
 def test_one_backbone_no_head(prompt):
@@ -301,8 +237,3 @@ def test_weights_survive_a_state_dict(prompt):
 def test_rejects_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         QwenPrompt(**arguments)
-
-
-def test_rules_are_known_to_the_tokenizer(prompt):
-    assert set(prompt.rule_ids) == set(RULES.values())
-    assert all(len(ids) == 2 for ids in prompt.rule_ids.values())

@@ -50,7 +50,7 @@ def test_whole_texts_are_one_token():
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_saves_and_loads_like_any_other(family, tmp_path):
-    model, tokenizer = tiny_qwen(1, family=family, whole=("out:\n",), **SMALL)
+    model, tokenizer = tiny_qwen(1, family=family, added_tokens=("out:\n",), **SMALL)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     again, read = AutoModel.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)

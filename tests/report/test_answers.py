@@ -7,23 +7,23 @@ import json
 import numpy as np
 import pytest
 
-from qwen_fused.report.answers import read_examples, write_examples
+from qwen_fused.report.answers import Example, read_examples, write_examples
 
 
-def make(**changes) -> dict:
+def make(**changes) -> Example:
     example = {
         "task_id": "t",
         "index": np.int64(1),
         "input": np.array([[1, 2]], np.uint8),
         "target": np.array([[3], [4]]),
         "predicted": np.array([[3], [5]]),
-        "plan": [np.zeros((2, 2), np.int64)],
-        "backward": [np.full((1, 2), 6, np.uint8), [[7], [8]]],
-        "demonstrations": [(np.ones((1, 1), np.uint8), [[2]])],
+        "plan": (np.zeros((2, 2), np.int64),),
+        "backward": (np.full((1, 2), 6, np.uint8), np.array([[7], [8]])),
+        "demonstrations": ((np.ones((1, 1), np.uint8), np.array([[2]])),),
         "why": "hardest",
     }
     example.update(changes)
-    return {key: value for key, value in example.items() if value is not ...}
+    return Example(**{key: value for key, value in example.items() if value is not ...})
 
 
 def test_round_trip(tmp_path):
@@ -40,6 +40,16 @@ def test_round_trip(tmp_path):
     assert first.why == "hardest" and second.why == "" and second.backward_row == []
     assert second.target is None and second.plan == () and second.demonstrations == ()
     assert [file.name for file in tmp_path.iterdir()] == ["examples.json"]
+
+
+def test_keys_may_be_left_out_of_a_file():
+    least = {"task_id": "t", "index": 0, "input": [[1]], "target": None, "predicted": [[2]]}
+    (example,) = read_examples([least], "examples.json")
+    assert (example.plan, example.backward, example.demonstrations, example.why) == ((), (), (), "")
+    for key in least:
+        short = {name: value for name, value in least.items() if name != key}
+        with pytest.raises(ValueError, match=r"x\[1\] must have task_id, index, input, target, predicted, got "):
+            read_examples([least, short], "x")
 
 
 def test_verdict_and_row():
@@ -76,12 +86,11 @@ def test_cells_are_of_a_size_that_fits(side, cell):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"predicted": ...}, r"examples\[1\] must have task_id, index, input, target, predicted, got task_id"),
         ({"predicted": np.full((1, 1), 10)}, r"examples\[1\], predicted: the grid has colour 10"),
         ({"input": np.zeros((31, 1), int)}, r"examples\[1\], input: the grid is 31x1"),
         ({"input": np.zeros((1, 1))}, "a colour is an integer"),
-        ({"plan": [np.zeros((0, 3), int)]}, r"examples\[1\], plan: the grid is empty"),
-        ({"demonstrations": [([[1]],)]}, r"examples\[1\], demonstrations must be pairs"),
+        ({"plan": (np.zeros((0, 3), int),)}, r"examples\[1\], plan: the grid is empty"),
+        ({"demonstrations": ((np.ones((1, 1), int),),)}, r"examples\[1\], demonstrations must be pairs"),
     ],
 )
 def test_rejects_what_cannot_be_drawn(tmp_path, changes, message):

@@ -75,7 +75,7 @@ def test_readings_match_the_drawing():
     metrics = {"step": steps, "loss": 5 - steps / 1000}
     chart = Chart("loss", "Loss", {"loss": "loss"})
     figure = curves.draw_chart(chart, metrics)
-    read = curves.readings(figure, chart, metrics)
+    read = curves.hover_data(figure, chart, metrics)
     assert len(read["steps"]) == len(read["means"]["loss"]) == 400
     assert (read["steps"][0], read["steps"][-1]) == (1, 1000)
     mean = dict(zip(steps, running_mean(metrics["loss"], 50), strict=True))

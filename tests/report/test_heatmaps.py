@@ -23,13 +23,13 @@ def test_layers_are_in_order():
 
 
 def test_long_runs_are_averaged():
-    layers, steps, norms = heatmaps.gradient_matrix(gradient_rows(2 * heatmaps.MOST_COLUMNS))
-    assert norms.shape == (4, heatmaps.MOST_COLUMNS) and steps[:3].tolist() == [1, 3, 5]
+    layers, steps, norms = heatmaps.gradient_matrix(gradient_rows(2 * heatmaps.MAX_COLUMNS))
+    assert norms.shape == (4, heatmaps.MAX_COLUMNS) and steps[:3].tolist() == [1, 3, 5]
     assert norms[0, :2] == pytest.approx([np.sqrt(1 * 2), np.sqrt(3 * 4)])
 
 
 def test_zero_and_missing_stay_apart_from_numbers():
-    rows = gradient_rows(2 * heatmaps.MOST_COLUMNS)
+    rows = gradient_rows(2 * heatmaps.MAX_COLUMNS)
     for row in rows[:4]:
         row["norms"]["layer 1"] = 0.0
     rows[0]["norms"]["layer 2"] = float("nan")
@@ -64,7 +64,7 @@ def test_sizes_right_and_wrong():
 
 def test_tasks_hardest_first():
     records = [record("b", 0.9, solved=True), record("a", 0.2), record("b", 0.5), record("c", 1.0, solved=True)]
-    tasks = heatmaps.by_task(records)
+    tasks = heatmaps.task_means(records)
     assert [(t["task_id"], round(t["cells"], 3), t["solved"]) for t in tasks] == [
         ("a", 0.2, False), ("b", 0.7, False), ("c", 1.0, True)
     ]  # fmt: skip

@@ -18,7 +18,7 @@ from report_runs import make_run, metrics_row
 from qwen_fused.arc.episodes import test_episodes
 from qwen_fused.cli.main import main
 from qwen_fused.proof.prove import prove
-from qwen_fused.report.answers import write_examples
+from qwen_fused.report.answers import Example, write_examples
 from qwen_fused.report.page import write_report
 from qwen_fused.report.run_files import read_gradients, read_metrics, read_predictions
 
@@ -229,8 +229,7 @@ def test_names_are_text_and_nothing_more(tmp_path):
     hostile = "<script>alert(1)</script>$x^{"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"qwen": hostile, "dataset": "'\"><b>"}))
     grid = np.zeros((1, 1), np.uint8)
-    record = {"task_id": hostile, "index": 0, "input": grid, "target": None, "predicted": grid}
-    write_examples(tmp_path / "examples.json", [record])
+    write_examples(tmp_path / "examples.json", [Example(hostile, 0, input=grid, target=None, predicted=grid)])
     page = Page(write_report(tmp_path))
     assert page.tags.count("script") == 1 and page.text.count(hostile) == 3
     assert "no answer known" in page.text

@@ -43,7 +43,7 @@ def test_a_resumed_run_takes_the_place_of_what_it_does_again(tmp_path):
     for resume_step, steps, loss in [(None, (1, 2, 3, 4), 1.0), (2, (3, 4, 5), 2.0)]:
         sent = Trackers(["tensorboard"], tmp_path, {}, resume_step, pytest.fail)
         for step in steps:
-            sent.numbers(step, {"loss": loss})
+            sent.scalars(step, {"loss": loss})
         sent.close()
     scalars, _ = read_events(tmp_path / "tensorboard")
     assert scalars["loss"] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
@@ -57,8 +57,8 @@ def test_the_real_package_offline(name, tmp_path, monkeypatch):
     said = []
     sent = Trackers([name], tmp_path, {"seed": 1}, None, said.append)
     for step in (1, 2):
-        sent.numbers(step, {"loss": 1.0 / step})
-    sent.picture(2, "predictions", PICTURE)
+        sent.scalars(step, {"loss": 1.0 / step})
+    sent.image(2, "predictions", PICTURE)
     sent.close()
     assert said == [] and [p for p in tmp_path.rglob("*") if p.is_file()]
 
@@ -84,8 +84,8 @@ def test_what_a_package_is_told(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv("TRACKIO_DIR", "x")
     sent = Trackers([name], tmp_path / "run-7", {"seed": 3}, None, pytest.fail)
-    sent.numbers(5, {"loss": 2.5})
-    sent.picture(5, "predictions", PICTURE)
+    sent.scalars(5, {"loss": 2.5})
+    sent.image(5, "predictions", PICTURE)
     sent.close()
     (_, options), *rest = module.told
     assert options["project"] == "qwen-fused" and options["name"] == "run-7" and options["config"] == {"seed": 3}
@@ -98,12 +98,12 @@ class Failing:
     def __init__(self, folder, config, resume_step):
         self.seen = 0
 
-    def numbers(self, step, values):
+    def scalars(self, step, values):
         self.seen += 1
         if self.seen == 2:
             raise OSError("the disk is full\nand more")
 
-    def picture(self, step, name, pixels):
+    def image(self, step, name, pixels):
         raise SystemExit("goodbye")
 
     def close(self):
@@ -127,7 +127,7 @@ def test_no_failure_passes(act, tmp_path, monkeypatch):
     said = []
     sent = Trackers(["wandb"], tmp_path, {}, None, said.append)
     if act == "picture":
-        sent.picture(1, "predictions", PICTURE)
+        sent.image(1, "predictions", PICTURE)
     sent.close()
     assert len(said) == 1 and not sent
 
@@ -138,7 +138,7 @@ def test_a_tracker_that_cannot_start(tmp_path, monkeypatch):
 
     monkeypatch.setitem(TRACKERS, "wandb", broken)
     said = []
-    Trackers(["wandb"], tmp_path, {}, None, said.append).numbers(1, {})
+    Trackers(["wandb"], tmp_path, {}, None, said.append).scalars(1, {})
     assert said == ["Tracker wandb failed and is left out from here on: no network"]
 
 

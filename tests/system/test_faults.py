@@ -24,7 +24,7 @@ from small_runs import flags, fork, rows
 from soak import only_run, unequal
 
 from qwen_fused.cli import main as cli
-from qwen_fused.common.files import claim, replacing
+from qwen_fused.common.files import atomic_replace, lock_folder
 from qwen_fused.config import TrainConfig
 from qwen_fused.train import checkpoint, loop
 from qwen_fused.train.checkpoint import list_checkpoints, read_state
@@ -131,7 +131,7 @@ def test_full_disk_under_a_checkpoint(command, out, capsys, monkeypatch):
 
 def test_file_that_fails_half_way_is_not_there(tmp_path):
     (tmp_path / "a").write_text("old")
-    with pytest.raises(OSError, match="full"), replacing(tmp_path / "a") as partial:
+    with pytest.raises(OSError, match="full"), atomic_replace(tmp_path / "a") as partial:
         partial.write_text("ne")
         raise OSError(errno.ENOSPC, "full")
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
@@ -282,6 +282,6 @@ def test_data_deleted_in_the_middle_matters_at_the_next_start(small_config, smal
 def test_run_folder_has_one_writer(small_config, tmp_path):
     run = loop.train(small_config(max_batches=1))
     config = replace(TrainConfig.load(run / "config.yaml"), resume=run, max_batches=2)
-    with claim(run), pytest.raises(ValueError, match="another process writes to"):
+    with lock_folder(run), pytest.raises(ValueError, match="another process writes to"):
         loop.train(config)
     loop.train(config)

@@ -29,7 +29,7 @@ def killed(*args, **kwargs):
 
 
 def before_the_first_file(config: TrainConfig) -> None:
-    files.replacing = killed
+    files.atomic_replace = killed
     TrainConfig.save = killed
 
 
@@ -143,11 +143,11 @@ def test_killed_while_it_cuts_rows_loses_none(config, tmp_path, unbroken):
 
     def cutting(config):
         def half(path, content):
-            with files.replacing(path) as partial:
+            with files.atomic_replace(path) as partial:
                 partial.write_bytes(content[: len(content) // 2])
                 killed()
 
-        run_log.write_whole = half
+        run_log.write_atomic = half
 
     assert run(replace(config, resume=folder), output, cutting) == -signal.SIGKILL
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 7

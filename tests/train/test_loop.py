@@ -164,7 +164,7 @@ def test_cut_prompt_stops_the_run_before_its_first_batch(small_config, monkeypat
     (folder,) = config.out.iterdir()
     proof = json.loads((folder / "proof.json").read_text())
     assert not proof["ok"] and not proof["rungs"]["connected"]["ok"]
-    assert proof["cut"]["kind"] == "detach" and proof["cut"]["file"].endswith("test_train.py")
+    assert proof["cut"]["kind"] == "detach" and proof["cut"]["file"].endswith("test_loop.py")
     assert any("layers.0" in name for name in proof["rungs"]["connected"]["parameters"])
     assert (folder / "metrics.jsonl").read_text() == ""
 

@@ -75,7 +75,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before_it(run, again, damage):
     after = rows(run)
     assert after[:6] == before and [row["step"] for row in after] == list(range(1, 9))
     assert checkpoints(run) == ["2", "4", "6", "8"]
-    assert [path.name for path in (run / "checkpoints" / resume.ASIDE).iterdir()] == ["step-000006.safetensors"]
+    assert [path.name for path in (run / "checkpoints" / resume.SET_ASIDE).iterdir()] == ["step-000006.safetensors"]
 
 
 def test_damaged_checkpoint_named_itself_is_refused(run, again):
@@ -146,8 +146,17 @@ def test_resume_changed_takes_what_is_given_now(run, again, capsys):
 
 def test_every_setting_is_free_or_refused():
     """A setting that is added later is refused until somebody says that it changes nothing."""
-    assert {f for f in TrainConfig.__dataclass_fields__} > resume.FREE
-    assert not resume.FREE & {"qwen", "seed", "dataset", "precision", "qwen_lr", "batch_size", "epochs", "weights"}
+    assert {f for f in TrainConfig.__dataclass_fields__} > resume.MAY_CHANGE
+    assert not resume.MAY_CHANGE & {
+        "qwen",
+        "seed",
+        "dataset",
+        "precision",
+        "qwen_lr",
+        "batch_size",
+        "epochs",
+        "weights",
+    }
 
 
 def test_free_settings_change_at_will(run, again):
@@ -174,21 +183,21 @@ def test_changed_tasks_are_refused(trained, small_config, small_arc, tmp_path):
     assert len(rows(folder)) == 4
 
 
-def rewrite_origin(run: Path, **changes: str) -> None:
+def rewrite_fingerprint(run: Path, **changes: str) -> None:
     path = run / "checkpoints" / "step-000006.safetensors"
     state = read_state(path)
     write_state(path, {**state, "origin": {**state["origin"], **changes}})
 
 
 def test_another_version_is_refused_unless_told(run, again):
-    rewrite_origin(run, version="0.0.9")
+    rewrite_fingerprint(run, version="0.0.9")
     with pytest.raises(ValueError, match="qwen-fused was 0.0.9, is .*--resume-changed"):
         again()
     assert "Changed: qwen-fused was 0.0.9" in again(resume_changed=True)
 
 
 def test_another_torch_and_other_sources_are_told(run, again):
-    rewrite_origin(run, torch="2.9.0", code="0")
+    rewrite_fingerprint(run, torch="2.9.0", code="0")
     log = again()
     assert "torch was 2.9.0, is" in log and "The code is not what wrote" in log
 

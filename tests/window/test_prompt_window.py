@@ -77,7 +77,7 @@ class Run:
     def backward(self, pooled: Tensor, batch: list[int], scale: float = 1.0) -> None:
         """A loss that is not linear in the prompts, differs from batch to batch and steps its own weights."""
         with self.forward():
-            out = self.prompt([TASKS[k] for k in batch], pooled).text
+            out = self.prompt([TASKS[k] for k in batch], pooled).text_embedding
             # one number of the stream, so that the random state moves between batches as an agent's would
             noise = torch.rand((), dtype=out.dtype)
             loss = (torch.tanh(pooled @ self.head.T).square().sum() + (out * noise).cos().sum()) * scale

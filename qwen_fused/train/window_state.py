@@ -19,7 +19,7 @@ from qwen_fused.window.prompt_window import PromptWindow
 Keys = Sequence[Hashable]
 
 
-def gather_window(window: PromptWindow, batches: Sequence[Keys], ranks: Ranks) -> dict[str, Any]:
+def gather_window_state(window: PromptWindow, batches: Sequence[Keys], ranks: Ranks) -> dict[str, Any]:
     """The window's state with the prompts and gradients of every process. A collective.
 
     Args:
@@ -28,7 +28,7 @@ def gather_window(window: PromptWindow, batches: Sequence[Keys], ranks: Ranks) -
         ranks: this process among all.
     """
     state = window.state_dict()
-    if ranks.size == 1 or not state["batches"]:
+    if ranks.world_size == 1 or not state["batches"]:
         return state
     chunks = new_keys(batches)
     place = {key: index for index, key in enumerate(key for chunk in chunks for key in chunk)}
@@ -36,29 +36,31 @@ def gather_window(window: PromptWindow, batches: Sequence[Keys], ranks: Ranks) -
     outputs = torch.cat(state["outputs"])
     held = outputs.new_zeros(len(place), dtype=torch.float32)
     held[mine] = 1.0
-    outputs = ranks.sum(_at(mine, outputs, len(place))) / ranks.sum(held)[:, None]
+    outputs = ranks.all_reduce(_scattered(mine, outputs, len(place))) / ranks.all_reduce(held)[:, None]
     counts = [len(chunk) for chunk in chunks]
     return {
         **state,
         "starts": [sum(counts[:k]) for k in range(len(counts))],
         "outputs": list(outputs.split(counts)),
-        "gradient": ranks.sum(_at(mine, state["gradient"], len(place))),
-        **{name: _as_many(state[name], len(counts)) for name in ("rng_cpu", "rng_cuda", "autocast")},
+        "gradient": ranks.all_reduce(_scattered(mine, state["gradient"], len(place))),
+        **{name: _padded(state[name], len(counts)) for name in ("rng_cpu", "rng_cuda", "autocast")},
     }
 
 
-def share_window(state: dict[str, Any], batches: Sequence[Keys], ranks: Ranks) -> tuple[dict[str, Any], list[Hashable]]:
+def scatter_window_state(
+    state: dict[str, Any], batches: Sequence[Keys], ranks: Ranks
+) -> tuple[dict[str, Any], list[Hashable]]:
     """This process's share of a whole window's state, and the keys that it holds, for `PromptWindow.load_state_dict`.
 
     Args:
-        state: from `gather_window`, or of one process alone.
+        state: from `gather_window_state`, or of one process alone.
         batches: as there.
         ranks: this process among all.
     """
-    if ranks.size == 1 or not state["batches"]:
+    if ranks.world_size == 1 or not state["batches"]:
         return state, [key for batch in batches for key in batch]
     place = {key: index for index, key in enumerate(key for chunk in new_keys(batches) for key in chunk)}
-    parts = [[batch[ranks.part(len(batch), rank).rows] for batch in batches] for rank in range(ranks.size)]
+    parts = [[batch[ranks.part(len(batch), rank).rows] for batch in batches] for rank in range(ranks.world_size)]
     # the first process that uses a prompt takes its gradient so far
     owner: dict[Hashable, int] = {}
     for rank, part in enumerate(parts):
@@ -75,7 +77,7 @@ def share_window(state: dict[str, Any], batches: Sequence[Keys], ranks: Ranks) -
         "starts": [sum(counts[:k]) for k in range(len(counts))],
         "outputs": list(torch.cat(state["outputs"])[rows].split(counts)),
         "gradient": state["gradient"][rows] * owned[:, None],
-        **{name: _as_many(state[name], len(counts)) for name in ("rng_cpu", "rng_cuda", "autocast")},
+        **{name: _padded(state[name], len(counts)) for name in ("rng_cpu", "rng_cuda", "autocast")},
     }
     return mine, keys
 
@@ -91,10 +93,10 @@ def new_keys(batches: Sequence[Keys]) -> list[list[Hashable]]:
     return chunks
 
 
-def _at(rows: Tensor, values: Tensor, count: int) -> Tensor:
+def _scattered(rows: Tensor, values: Tensor, count: int) -> Tensor:
     """`values` in their rows of [count, ...] zeros."""
     return values.new_zeros((count, *values.shape[1:])).index_copy_(0, rows.to(values.device), values)
 
 
-def _as_many(entries: list[Any], count: int) -> list[Any]:
+def _padded(entries: list[Any], count: int) -> list[Any]:
     return (entries + entries[-1:] * count)[:count]

@@ -14,33 +14,33 @@ import torch
 from torch import Tensor
 
 
-def whole(value: Any) -> Any:
+def full_state(value: Any) -> Any:
     """A state with every sharded tensor put together, on every process. A collective."""
     if hasattr(value, "full_tensor"):
         return value.full_tensor()
     if isinstance(value, Mapping):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: full_state(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [whole(item) for item in value]
+        return [full_state(item) for item in value]
     return value
 
 
-def spread(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `whole` for named tensors: each is cut as the tensor of that name in `like` is."""
-    return {name: _cut(value, like.get(name)) for name, value in state.items()}
+def shard_state(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `full_state` for named tensors: each is cut as the tensor of that name in `like` is."""
+    return {name: _shard(value, like.get(name)) for name, value in state.items()}
 
 
-def spread_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The inverse of `whole` for an optimizer's state: what has its parameter's shape is cut as that is."""
+def shard_optimizer_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The inverse of `full_state` for an optimizer's state: what has its parameter's shape is cut as that is."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     entries = {
-        index: {name: _cut(value, held[index]) for name, value in entry.items()}
+        index: {name: _shard(value, held[index]) for name, value in entry.items()}
         for index, entry in state["state"].items()
     }
     return {**state, "state": entries}
 
 
-def _cut(value: Any, like: Any) -> Any:
+def _shard(value: Any, like: Any) -> Any:
     if not hasattr(like, "full_tensor") or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor

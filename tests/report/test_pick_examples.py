@@ -7,8 +7,8 @@ import pytest
 
 from qwen_fused.arc.episodes import load_tasks, test_episodes
 from qwen_fused.planner.model import QwenPlanner
-from qwen_fused.report.answers import plain_example, read_example
-from qwen_fused.report.watched import chosen_examples, watched_episodes, watched_examples
+from qwen_fused.report.answers import plain_examples, read_examples
+from qwen_fused.report.pick_examples import final_examples, watched_episodes, watched_examples
 from qwen_fused.solver.evaluate import evaluate
 
 
@@ -35,21 +35,21 @@ def test_watched_examples_are_the_evaluations_answers(small_config, tasks):
     model = QwenPlanner(small_config())
     watched, evaluation = watched_episodes(tasks, 3), evaluate(model, test_episodes(tasks))
     for episode, example in zip(watched, watched_examples(watched, evaluation), strict=True):
-        assert example["task_id"] == episode.task_id and np.array_equal(example["input"], episode.query)
-        assert np.array_equal(example["predicted"], model.predict([episode])[0][0])
+        assert example.task_id == episode.task_id and np.array_equal(example.input, episode.query)
+        assert np.array_equal(example.predicted, model.predict([episode])[0][0])
 
 
 def test_examples_of_every_kind(small_config, tasks):
     model = QwenPlanner(small_config())
     evaluation = evaluate(model, test_episodes(tasks))
-    examples = chosen_examples(model, tasks, evaluation)
+    examples = final_examples(model, tasks, evaluation)
     cells = {(r.task_id, r.index): r.score.cells for r in evaluation.records}
-    kinds = {kind: [cells[e["task_id"], e["index"]] for e in examples if e["why"] == kind] for kind in (
+    kinds = {kind: [cells[e.task_id, e.index] for e in examples if e.why == kind] for kind in (
         "nearest", "in between", "hardest")}  # fmt: skip
     assert [len(k) for k in kinds.values()] == [4, 4, 4]
     assert max(kinds["nearest"]) == max(cells.values()) and min(kinds["hardest"]) == min(cells.values())
     assert min(kinds["nearest"]) >= max(kinds["in between"]) >= min(kinds["in between"]) >= max(kinds["hardest"])
-    shown = read_example(plain_example(examples[0]), "x")
+    shown = read_examples(plain_examples(examples, "x"), "x")[0]
     assert len(shown.plan) == 3 and len(shown.backward) == 4
     assert shown.backward[0].shape == shown.input.shape and shown.backward[1].shape == shown.target.shape
 
@@ -57,8 +57,8 @@ def test_examples_of_every_kind(small_config, tasks):
 def test_few_episodes_are_shown_once(small_config, tasks):
     model = QwenPlanner(small_config())
     evaluation = evaluate(model, test_episodes(tasks[:2]))
-    examples = chosen_examples(model, tasks[:2], evaluation)
-    assert len(examples) == len({(e["task_id"], e["index"]) for e in examples}) == len(evaluation.records)
+    examples = final_examples(model, tasks[:2], evaluation)
+    assert len(examples) == len({(e.task_id, e.index) for e in examples}) == len(evaluation.records)
 
 
 def test_backward_plan_starts_from_the_answer(small_config, tasks):
