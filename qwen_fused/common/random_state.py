@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,10 +29,14 @@ class RandomState:
     def again(self) -> Iterator[None]:
         """Run with these states; the present ones come back afterwards."""
         with torch.random.fork_rng(devices=range(len(self.cuda))):
-            torch.set_rng_state(self.cpu)
-            if self.cuda:
-                torch.cuda.set_rng_state_all(self.cuda)
+            self.put_back()
             yield
+
+    def put_back(self) -> None:
+        """Set the generators to these states."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -45,3 +52,39 @@ def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@dataclass
+class GlobalRandomState:
+    """Every generator that code draws from without naming one: Python's, numpy's, torch's on each device."""
+
+    python: Any
+    numpy: Any
+    torch: RandomState
+
+    @classmethod
+    def now(cls) -> GlobalRandomState:
+        return cls(random.getstate(), np.random.get_state(), RandomState.now())
+
+    def put_back(self) -> None:
+        """Set all of them to these states."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        self.torch.put_back()
+
+
+def generator_state(generator: torch.Generator | np.random.Generator | random.Random) -> Any:
+    """State of one generator, of any of the three libraries."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.getstate()
+
+
+def set_generator_state(generator: torch.Generator | np.random.Generator | random.Random, state: Any) -> None:
+    """Inverse of `generator_state`."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.setstate(state)

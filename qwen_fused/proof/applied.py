@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from qwen_fused.proof.cuts import Trace
+from qwen_fused.proof.erased import erased
 from qwen_fused.proof.frames import NOWHERE, Frame
 from qwen_fused.proof.ladder import Finding, Rung, name_some
-from qwen_fused.proof.step import HALF, Step, erased
+from qwen_fused.proof.step import HALF_PRECISION, Step
 from qwen_fused.proof.subject import Gradients, Subject
 
-# growth of the whole gradient between backward and step that is no rounding
-GROWN = 1.01
+# norm of the gradient that the optimizer uses over that of the one backward left: more than this is no rounding
+LARGEST_RATIO = 1.01
 
 
 def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Trace, later: Trace | None) -> Rung:
@@ -24,7 +25,7 @@ def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Tr
         first: the first call.
         later: a later call, with the parameters moved a little.
     """
-    findings = _unlasting(first, later)
+    findings = _check_persistence(first, later)
     if gradients.erased:
         findings.append(erased(subject, gradients.erased, during_step=False))
     if not subject.optimizers:
@@ -34,17 +35,19 @@ def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Tr
     if step is None:
         ok = False if findings else None
         return Rung("applied", ok, "there is no gradient to step with", findings)
-    findings += _unmoved(subject, step, gradients)
+    findings += _check_update(subject, step, gradients)
     if not findings:
-        findings += _astray(step, gradients)
+        findings += _check_descent(step, gradients)
     if findings:
         return Rung("applied", False, name_some([f.kind for f in findings]), findings)
-    if step.held_back:
-        detail = f"a scheduler holds the learning rate of {name_some(step.held_back)} at 0; prove after its first step"
+    if step.scheduled_zero:
+        detail = (
+            f"a scheduler holds the learning rate of {name_some(step.scheduled_zero)} at 0; prove after its first step"
+        )
         return Rung("applied", None, detail)
     detail = f"{len(gradients.of)} parameters moved ({step.moved:.0%} of their elements)"
-    if step.kept:
-        detail += f", {len(step.kept)} of them so far in the optimizer's float32 masters only"
+    if step.master_only:
+        detail += f", {len(step.master_only)} of them so far in the optimizer's float32 masters only"
     detail += f"; the loss changes by {step.actual:+.2e}, first order says {step.predicted:+.2e}"
     if step.fraction is None:
         detail += ", which is not held against it"
@@ -53,10 +56,10 @@ def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Tr
     return Rung("applied", True, detail)
 
 
-def _astray(step: Step, gradients: Gradients) -> list[Finding]:
+def _check_descent(step: Step, gradients: Gradients) -> list[Finding]:
     """A step that is not down the gradient of this loss."""
     names = tuple(gradients.of)
-    if not step.had_state and step.predicted > 0 and step.actual > 20 * step.wobble:
+    if not step.had_state and step.predicted > 0 and step.actual > 20 * step.nondeterminism:
         detail = f"the step goes uphill: the loss rises by {step.actual:.2g}, as its gradient predicts"
         return [Finding("uphill", detail, names)]
     if step.fraction == 0.0:
@@ -65,7 +68,7 @@ def _astray(step: Step, gradients: Gradients) -> list[Finding]:
     return []
 
 
-def _unlasting(first: Trace, later: Trace | None) -> list[Finding]:
+def _check_persistence(first: Trace, later: Trace | None) -> list[Finding]:
     """Parameters made anew at each call, made too late, or used through a graph of an earlier call."""
     findings = []
     again = {site.user for _, site in later.fresh} if later is not None else set()
@@ -91,11 +94,11 @@ def _unlasting(first: Trace, later: Trace | None) -> list[Finding]:
             findings.append(Finding("stale cache", detail, names, site.user, site.inside))
             break
     else:
-        findings += _forgotten(first, later)
+        findings += _cached_values(first, later)
     return findings
 
 
-def _forgotten(first: Trace, later: Trace | None) -> list[Finding]:
+def _cached_values(first: Trace, later: Trace | None) -> list[Finding]:
     """Parameters that the first call's loss depended on and a later call's doesn't: their values are cached."""
     if later is None or not all(isinstance(t.loss, Tensor) for t in (first, later)):
         return []
@@ -109,11 +112,17 @@ def _forgotten(first: Trace, later: Trace | None) -> list[Finding]:
     return [Finding("stale cache", detail, names, None if site is NOWHERE else site.user, site.inside)]
 
 
-def _unmoved(subject: Subject, step: Step, gradients: Gradients) -> list[Finding]:
+def _check_update(subject: Subject, step: Step, gradients: Gradients) -> list[Finding]:
+    """Whether the optimizer stepped, by the gradients that backward left, and moved every parameter."""
     if not step.stepped:
         names = tuple(gradients.of)
         detail = "no optimizer's step was called (a gradient scaler skips it after an overflow)"
         return [Finding("no step", detail, names)]
+    return _check_used_gradients(subject, step, gradients) + _check_moved(subject, step)
+
+
+def _check_used_gradients(subject: Subject, step: Step, gradients: Gradients) -> list[Finding]:
+    """The gradients that the optimizer used are those that backward left, with the loss's scale taken off."""
     findings = []
     lost = tuple(name for name in step.missing if name not in gradients.erased and not subject.allow.name(name))
     if lost:
@@ -122,21 +131,28 @@ def _unmoved(subject: Subject, step: Step, gradients: Gradients) -> list[Finding
     if changed:
         detail = f"the gradient of {name_some(changed)} that the optimizer uses is not the one that backward left"
         findings.append(Finding("changed", detail, changed))
-    if gradients.scale > 1 and step.grown > GROWN:
+    if gradients.scale > 1 and step.norm_ratio > LARGEST_RATIO:
         detail = f"the loss is scaled by {gradients.scale:g} for backward, and the gradient that the optimizer uses is "
-        detail += f"still {step.grown:.3g} times the loss's own: unscale it before it is clipped and used"
+        detail += f"still {step.norm_ratio:.3g} times the loss's own: unscale it before it is clipped and used"
         findings.append(Finding("still scaled", detail, tuple(gradients.of)))
-    left = [n for n in step.still if n not in step.missing and n in step.rates and not subject.allow.name(n)]
-    left = [n for n in left if n not in step.held_back]
-    idle = tuple(name for name in left if step.rates[name] == 0)
-    if idle:
-        findings.append(Finding("learning rate 0", f"{name_some(idle)} has a gradient and a learning rate of 0", idle))
-    coarse = tuple(n for n in left if n not in idle and subject.named[n].dtype in HALF)
-    if coarse:
-        kind = str(subject.named[coarse[0]].dtype).removeprefix("torch.")
-        detail = f"the step of {name_some(coarse)} is too small for {kind}: every element rounds back to what it was"
-        findings.append(Finding("rounded away", detail, coarse))
-    rest = tuple(n for n in left if n not in idle and n not in coarse)
+    return findings
+
+
+def _check_moved(subject: Subject, step: Step) -> list[Finding]:
+    """Every parameter that has a gradient and is in a group moved; if not, why."""
+    unmoved = [n for n in step.unmoved if n not in step.missing and n in step.rates and not subject.allow.name(n)]
+    unmoved = [n for n in unmoved if n not in step.scheduled_zero]
+    zero_rate = tuple(name for name in unmoved if step.rates[name] == 0)
+    findings = []
+    if zero_rate:
+        detail = f"{name_some(zero_rate)} has a gradient and a learning rate of 0"
+        findings.append(Finding("learning rate 0", detail, zero_rate))
+    rounded = tuple(n for n in unmoved if n not in zero_rate and subject.named[n].dtype in HALF_PRECISION)
+    if rounded:
+        kind = str(subject.named[rounded[0]].dtype).removeprefix("torch.")
+        detail = f"the step of {name_some(rounded)} is too small for {kind}: every element rounds back to what it was"
+        findings.append(Finding("rounded away", detail, rounded))
+    rest = tuple(n for n in unmoved if n not in zero_rate and n not in rounded)
     if rest:
         detail = f"{name_some(rest)} has a gradient, and the step leaves it as it was"
         findings.append(Finding("not moved", detail, rest))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from qwen_fused.common.autograd_graph import graph_nodes
 from qwen_fused.proof import frames, kinds, modes
 from qwen_fused.proof.frames import Site
 from qwen_fused.proof.labels import tensors_in
+from qwen_fused.proof.subject import Subject
 
 FINE, NONE, ZERO, NONFINITE = "fine", "none", "zero", "non-finite"
 
@@ -61,6 +62,21 @@ def follow_backward(
                 site = frames.of_traceback(node.metadata.get("traceback_", ()))
                 found.append(Break(status, operation, is_custom, site, names))
     return found
+
+
+def breaks_of(
+    subject: Subject, names: Iterable[str], status: str
+) -> tuple[list[tuple[Break, tuple[str, ...]]], tuple[str, ...]]:
+    """The breaks of one status, each with those of the names that it is the first to stop, and the names left over."""
+    found = subject.watched_call(follow_backward, subject.trainable, subject.backward)
+    subject.snapshot.clear_gradients()
+    broken, left = [], tuple(names)
+    for brk in found:
+        hit = tuple(name for name in left if name in brk.parameters)
+        if brk.status == status and hit:
+            broken.append((brk, hit))
+            left = tuple(name for name in left if name not in hit)
+    return broken, left
 
 
 def first_nonfinite(loss_fn: Callable[[], Any]) -> tuple[str, Site] | None:

@@ -60,7 +60,6 @@ class Event:
     at: Frame | None = None
     slot: Slot | None = None
     record: Record | None = None
-    behind: int = 0  # cuts upstream
     continues: bool = False  # whether that storage was used as a tensor later
     carried: bool = False  # whether it became a leaf that the user's own backward can carry on from
     aliased: bool = False  # whether its result was written through later
@@ -108,6 +107,16 @@ class Trace:
     used: int = 0  # parameters that any operation read
     half: bool = False  # whether anything was computed in 16 bits
     named_after: dict[int, str] = field(default_factory=dict)  # id of a parameter -> its name when the call was over
+
+    @property
+    def depends_on(self) -> int:
+        """Labels of the parameters that the loss's values depend on."""
+        return self.labels.values(self.loss) if isinstance(self.loss, Tensor) else 0
+
+    @property
+    def alive(self) -> int:
+        """Labels of the parameters that autograd connects the loss to."""
+        return self.labels.alive(self.loss) if isinstance(self.loss, Tensor) else 0
 
     @property
     def through(self) -> int:

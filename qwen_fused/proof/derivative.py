@@ -97,12 +97,12 @@ class Directions:
         # what the loss is rounded to, with a margin for the operations before it; 16-bit rounding averages out in part
         self.noise = 4 * torch.finfo(fine).eps if fine in STEPS and fine != torch.bfloat16 else 2e-4
 
-    def check(self, number: int, wobble: float = 0.0, only: Collection[str] = ()) -> Verdict:
+    def check(self, number: int, nondeterminism: float = 0.0, only: Collection[str] = ()) -> Verdict:
         """Judge one direction.
 
         Args:
             number: which direction; the first has every parameter's gradient with its own sign.
-            wobble: by how much the loss differs between two evaluations at the same point.
+            nondeterminism: by how much the loss differs between two evaluations at the same point.
             only: names of the parameters to move, all when empty.
         """
         weights = self._weights(number, only or self.parameters.keys())
@@ -113,7 +113,7 @@ class Directions:
             return Verdict(None, math.nan, math.nan, math.nan, reason="the loss or its gradient is not finite")
         if scale == 0:
             return Verdict(None, math.nan, math.nan, math.nan, reason="the gradient is zero")
-        floor = self.noise * abs(loss) + wobble
+        floor = self.noise * abs(loss) + nondeterminism
         first = min(max(self.target * abs(loss) / scale, self.first), self.last)
         shares = {name: share / scale for name, share in shares.items()}
         deviation, slope = self._deviation(first, number, weights, scale)

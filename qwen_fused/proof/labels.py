@@ -43,6 +43,7 @@ class Labels:
 
     def __init__(self, parameters: Mapping[str, Tensor]):
         self.names = tuple(parameters)
+        self._places = {name: place for place, name in enumerate(parameters)}
         self.bits = {id(p): 1 << i for i, p in enumerate(parameters.values())}
         self.trainable = sum(1 << i for i, p in enumerate(parameters.values()) if p.requires_grad)
         self._values: dict[Key, int] = {}
@@ -75,6 +76,10 @@ class Labels:
     def names_of(self, label: int) -> tuple[str, ...]:
         """Names of the parameters in a label."""
         return tuple(name for i, name in enumerate(self.names) if label >> i & 1)
+
+    def bit_of(self, name: str) -> int:
+        """Label of one parameter."""
+        return 1 << self._places[name]
 
     def values(self, tensor: Tensor) -> int:
         """Parameters that the tensor's values depend on."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -187,24 +186,3 @@ def name_some(names: Iterable[str], most: int = 3) -> str:
     names = list(names)
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-def layer_of(name: str) -> str:
-    """The layer that a parameter belongs to: its name up to the first number, else all but the last two parts."""
-    parts = name.split(".")
-    for place, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: place + 1])
-    return ".".join(parts[: max(1, len(parts) - 1)])
-
-
-def group_by_layer(names: Iterable[str], most: int = 64) -> dict[str, list[str]]:
-    """Layer -> its parameters' names; joined by their first part when there are more than `most` layers."""
-    names = list(names)
-    layers: dict[str, list[str]] = {}
-    for name in names:
-        layers.setdefault(layer_of(name), []).append(name)
-    if len(layers) <= most:
-        return layers
-    counted = Counter(layer.split(".")[0] for layer in layers)
-    return {top: [name for name in names if name.split(".")[0] == top] for top in counted}

@@ -75,7 +75,7 @@ class Record:
 
 
 @dataclass
-class Nudge:
+class Perturbation:
     """Move a value that left tensors, to see whether the loss hears of it."""
 
     by: float
@@ -128,7 +128,7 @@ def replace_tensors(tree: Any, replacements: Mapping[int, Tensor]) -> Any:
 
 
 @dataclass(frozen=True)
-class Wide:
+class Upcast:
     """Compute in another floating-point type than the loss function asks for, with parameters at exact values.
 
     Every floating-point argument of every call is converted, and so is every type that is asked for by name. Autocast
@@ -177,7 +177,7 @@ _CASTS = {"float", "half", "bfloat16"}
 
 
 class _Replay:
-    def __init__(self, held: Mapping[Slot, Held], wide: Wide | None):
+    def __init__(self, held: Mapping[Slot, Held], wide: Upcast | None):
         self.held = dict(held)
         self.wide = wide
         self.slots = Slots()
@@ -208,7 +208,7 @@ class _Replay:
             return held.put(list(tensors_in((args, kwargs))), out)
 
 
-def evaluate(loss_fn: Callable[[], Any], held: Mapping[Slot, Held], wide: Wide | None = None) -> Any:
+def evaluate(loss_fn: Callable[[], Any], held: Mapping[Slot, Held], wide: Upcast | None = None) -> Any:
     """Call the loss function with the held results in place of its own.
 
     Args:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qwen_fused.common.random_state import GlobalRandomState, generator_state, set_generator_state
+
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
@@ -44,8 +46,8 @@ class Snapshot:
         plain = [m for m in self.modules.values() if not isinstance(m, torch.jit.ScriptModule)]
         self._attributes = [(m, _attributes(m)) for m in plain]
         self._optimizers = [(o, *_optimizer_state(o, copy_of)) for o in optimizers]
-        self._generators = [(g, _generator_state(g)) for g in _generators([*self.modules.values()], loss_fn)]
-        self._rng = _rng_state()
+        self._generators = [(g, generator_state(g)) for g in _generators([*self.modules.values()], loss_fn)]
+        self._random = GlobalRandomState.now()
 
     def reset(self) -> None:
         """Put random generators and buffers back, so that the loss function does once more what it did."""
@@ -54,8 +56,8 @@ class Snapshot:
         for buffer, value in self._buffers:
             buffer.data.copy_(value)
         for generator, state in self._generators:
-            _set_generator_state(generator, state)
-        _set_rng_state(self._rng)
+            set_generator_state(generator, state)
+        self._random.put_back()
 
     def reset_values(self) -> None:
         """Put the parameters' values back."""
@@ -162,32 +164,3 @@ def _is_filled(cell: Any) -> bool:
         return cell.cell_contents is not None
     except ValueError:
         return False
-
-
-def _generator_state(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.getstate()
-
-
-def _set_generator_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    else:
-        generator.setstate(state)
-
-
-def _rng_state() -> tuple:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _set_rng_state(state: tuple) -> None:
-    python, numpy, cpu, cuda = state
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state_all(cuda)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen_fused.proof import frames, kinds, modes
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.derivative import scales_of
-from qwen_fused.proof.labels import tensors_in
-from qwen_fused.proof.ladder import Finding, name_some
 from qwen_fused.proof.replay import ReplayMismatch
 from qwen_fused.proof.subject import Gradients, Subject, as_float
 
-HALF = (torch.float16, torch.bfloat16)
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 # parts of the step at which first order is looked for, and how closely it must hold
 FRACTIONS = (1.0, 1 / 16, 1 / 256)
 CLOSE = (0.5, 2.0)
@@ -31,9 +28,9 @@ class Step:
         stepped: whether any optimizer's step was called.
         missing: names whose gradient was gone, or all zero, when the optimizer came to use it.
         changed: names whose gradient pointed another way by then than backward had left it.
-        grown: norm of the gradient that the optimizer uses over that of the loss's own gradient.
-        still: names that did not move, though their gradient is more than the rounding of the others.
-        kept: names that rounded back to what they were, while the float32 master in the optimizer's state moved.
+        norm_ratio: norm of the gradient that the optimizer uses over that of the loss's own gradient.
+        unmoved: names that did not move, though their gradient is more than the rounding of the others.
+        master_only: names that rounded back to what they were, while the float32 master in the optimizer's state moved.
         moved: share of the elements that moved, among the parameters that have a gradient.
         predicted: <g, change of the parameters>, the loss's change to first order.
         actual: the loss's change.
@@ -41,26 +38,26 @@ class Step:
             can't be told (16-bit parameters, changes lost in rounding).
         ratio: actual over predicted change at the smallest part looked at.
         rates: name -> learning rate of its group.
-        held_back: names whose learning rate a scheduler keeps at 0 for now.
+        scheduled_zero: names whose learning rate a scheduler keeps at 0 for now.
         had_state: whether the optimizer had stepped before.
-        wobble: by how much the loss differs between two calls that should be the same.
+        nondeterminism: by how much the loss differs between two calls that should be the same.
     """
 
     stepped: bool = False
     missing: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
-    grown: float = 0.0
-    still: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
+    norm_ratio: float = 0.0
+    unmoved: tuple[str, ...] = ()
+    master_only: tuple[str, ...] = ()
     moved: float = 0.0
     predicted: float = 0.0
     actual: float = 0.0
     fraction: float | None = None
     ratio: float = 1.0
     rates: dict[str, float] = field(default_factory=dict)
-    held_back: tuple[str, ...] = ()
+    scheduled_zero: tuple[str, ...] = ()
     had_state: bool = False
-    wobble: float = 0.0
+    nondeterminism: float = 0.0
 
 
 def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace) -> Step | None:
@@ -75,14 +72,40 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace) -
     if not subject.optimizers or not gradients.of:
         return None
     step = Step(had_state=any(optimizer.state for optimizer in subject.optimizers))
+    _read_rates(subject, step, gradients)
+    alive = [name for name, g in gradients.of.items() if g.any()]
+    before = {name: subject.named[name].data.clone() for name in gradients.of}
+    masters = {name: master.clone() for name, master in _masters(subject).items()}
+    _step_watched(subject, step, gradients, alive)
+    changes = {name: subject.named[name].data - old for name, old in before.items()}
+    _measure_movement(subject, step, gradients, alive, before, changes, trace.half)
+    # an optimizer may make its masters in its first step
+    step.master_only = tuple(
+        name
+        for name, master in _masters(subject, step.unmoved).items()
+        if not torch.equal(master, masters.get(name, before[name]).to(master.dtype))
+    )
+    step.unmoved = tuple(name for name in step.unmoved if name not in step.master_only)
+    step.predicted = sum(float((gradients.of[n].double() * changes[n].double()).sum()) for n in alive)
+    step.actual = subject.value() - as_float(loss)
+    step.nondeterminism = abs(as_float(trace.loss) - as_float(loss))
+    _first_order(subject, step, before, changes, as_float(loss), trace)
+    subject.snapshot.reset_values()
+    subject.snapshot.reset_optimizers()
+    return step
+
+
+def _read_rates(subject: Subject, step: Step, gradients: Gradients) -> None:
+    """Learning rates of the parameters' groups, and which of them a scheduler keeps at 0 for now."""
     groups = [group for optimizer in subject.optimizers for group in optimizer.param_groups]
     rates = {id(p): (float(g["lr"]), float(g.get("initial_lr", 0.0))) for g in groups for p in g["params"]}
     known = {name: rates[id(subject.named[name])] for name in gradients.of if id(subject.named[name]) in rates}
     step.rates = {name: rate for name, (rate, _) in known.items()}
-    step.held_back = tuple(name for name, (rate, initial) in known.items() if rate == 0 and initial > 0)
-    alive = [name for name, g in gradients.of.items() if g.any()]
-    before = {name: subject.named[name].data.clone() for name in gradients.of}
-    masters = {name: master.clone() for name, master in _masters(subject).items()}
+    step.scheduled_zero = tuple(name for name, (rate, initial) in known.items() if rate == 0 and initial > 0)
+
+
+def _step_watched(subject: Subject, step: Step, gradients: Gradients, alive: Sequence[str]) -> None:
+    """Step as the caller does, and look at the gradients when an optimizer comes to use them."""
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         step.stepped = True
@@ -95,8 +118,8 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace) -
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         mine = [name for name in left if id(subject.named[name]) in own]
         if mine:
-            grown = _norm(left[name] for name in mine) / _norm(gradients.of[name] for name in mine) / taken_off
-            step.grown = max(step.grown, grown)
+            ratio = _norm(left[name] for name in mine) / _norm(gradients.of[name] for name in mine) / taken_off
+            step.norm_ratio = max(step.norm_ratio, ratio)
 
     hooks = [optimizer.register_step_pre_hook(look) for optimizer in subject.optimizers]
     try:
@@ -104,28 +127,25 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace) -
     finally:
         for hook in hooks:
             hook.remove()
-    changes = {name: subject.named[name].data - old for name, old in before.items()}
+
+
+def _measure_movement(
+    subject: Subject,
+    step: Step,
+    gradients: Gradients,
+    alive: Sequence[str],
+    before: Mapping[str, Tensor],
+    changes: Mapping[str, Tensor],
+    half: bool,
+) -> None:
+    """How many elements moved, and which parameters did not though their gradient is more than rounding."""
     counts = {name: int(change.count_nonzero()) for name, change in changes.items()}
     # a bias before a normalisation has a gradient of rounding noise, which need not move it
     weight = scales_of({name: before[name] for name in alive})
     shares = {name: weight[name] * float(gradients.of[name].float().norm()) for name in alive}
-    floor = {True: 1e-3, False: 1e-6}[trace.half] * max(shares.values(), default=0.0)
-    left = tuple(name for name in alive if not counts[name] and shares[name] > floor)
-    # an optimizer may make its masters in its first step
-    step.kept = tuple(
-        name
-        for name, master in _masters(subject, left).items()
-        if not torch.equal(master, masters.get(name, before[name]).to(master.dtype))
-    )
-    step.still = tuple(name for name in left if name not in step.kept)
+    floor = {True: 1e-3, False: 1e-6}[half] * max(shares.values(), default=0.0)
+    step.unmoved = tuple(name for name in alive if not counts[name] and shares[name] > floor)
     step.moved = sum(counts[name] for name in alive) / max(1, sum(changes[name].numel() for name in alive))
-    step.predicted = sum(float((gradients.of[n].double() * changes[n].double()).sum()) for n in alive)
-    step.actual = subject.value() - as_float(loss)
-    step.wobble = abs(as_float(trace.loss) - as_float(loss))
-    _first_order(subject, step, before, changes, as_float(loss), trace)
-    subject.snapshot.reset_values()
-    subject.snapshot.reset_optimizers()
-    return step
 
 
 def _masters(subject: Subject, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -133,9 +153,15 @@ def _masters(subject: Subject, names: Iterable[str] | None = None) -> dict[str, 
     found = {}
     for name in subject.named if names is None else names:
         parameter = subject.named[name]
+        if parameter.dtype not in HALF_PRECISION:
+            continue
         states = (optimizer.state[parameter] for optimizer in subject.optimizers if parameter in optimizer.state)
         for value in (value for state in states for value in state.values()):
-            if parameter.dtype in HALF and _is_wider(value, parameter) and torch.equal(value.to(parameter), parameter):
+            if (
+                parameter.dtype in HALF_PRECISION
+                and _is_wider(value, parameter)
+                and torch.equal(value.to(parameter), parameter)
+            ):
                 found[name] = value
     return found
 
@@ -162,10 +188,10 @@ def _first_order(
         # what an operation taken at its word does inside, a hard mask say, may jump along the step and can't be held
         return
     held = trace.held(carried=subject.own_backward)
-    rounded = any(change.dtype in HALF for change in changes.values()) or trace.half
+    rounded = any(change.dtype in HALF_PRECISION for change in changes.values()) or trace.half
     for fraction in FRACTIONS:
         predicted = fraction * step.predicted
-        told_apart = 100 * torch.finfo(torch.float32).eps * abs(loss) + 20 * step.wobble
+        told_apart = 100 * torch.finfo(torch.float32).eps * abs(loss) + 20 * step.nondeterminism
         if rounded or not abs(predicted) > told_apart:
             return
         if fraction == 1.0 and not held:
@@ -181,42 +207,3 @@ def _first_order(
         step.fraction = fraction if CLOSE[0] <= step.ratio <= CLOSE[1] else 0.0
         if step.fraction:
             return
-
-
-def erased(subject: Subject, names: tuple[str, ...], during_step: bool) -> Finding:
-    """Name the line that erased gradients, by doing backward and step once more with every call watched."""
-    loss = subject.call()
-    found: list[frames.Site] = []
-    watched = subject.named[names[0]]
-
-    def handler(func: Any, args: tuple, kwargs: dict) -> Any:
-        held = watched.grad
-        was = held is not None and bool(held.any())
-        out = func(*args, **kwargs)
-        concerned = kinds.name_of(func) == "grad.__set__" or any(True for _ in tensors_in((args, kwargs)))
-        if was and not found and concerned and (watched.grad is None or not watched.grad.any()):
-            found.append(frames.locate())
-        return out
-
-    subject.snapshot.clear_gradients()
-    with modes.FunctionMode(handler):
-        frames.boundary(subject.backward, loss)
-        if during_step:
-            subject.step()
-    if during_step:
-        subject.snapshot.reset_values()
-        subject.snapshot.reset_optimizers()
-    subject.snapshot.clear_gradients()
-    when = "between backward and the optimizer's step" if during_step else "before backward was done"
-    frame = found[0].user if found else None
-    return Finding("erased", f"the gradient of {name_some(names)} is erased {when}", names, frame)
-
-
-def second_look(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
-    """Move every parameter whose gradient is not zero by a random hundredth of its size; the others stay."""
-    for place, (name, gradient) in enumerate(gradients.items()):
-        if gradient.any():
-            parameter = parameters[name]
-            generator = torch.Generator(device=parameter.device).manual_seed(place)
-            noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
-            parameter.data.add_((0.02 * scales[name] * noise).to(parameter.dtype))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qwen_fused.common.autograd_graph import graph_leaves
 from qwen_fused.proof import frames
 from qwen_fused.proof.cuts import Event, Trace
-from qwen_fused.proof.replay import Held, Slot, Wide, evaluate
+from qwen_fused.proof.replay import Held, Slot, Upcast, evaluate
 from qwen_fused.proof.snapshot import Snapshot
 from qwen_fused.proof.trace import OnCustom, trace
 
@@ -113,7 +113,7 @@ class Subject:
         """Parameters that ask for a gradient."""
         return {name: p for name, p in self.named.items() if p.requires_grad}
 
-    def call(self, held: Mapping[Slot, Held] | None = None, wide: Wide | None = None) -> Any:
+    def call(self, held: Mapping[Slot, Held] | None = None, wide: Upcast | None = None) -> Any:
         """The loss function's result, with random generators and buffers as at the start, and held results in place."""
         self.evaluations += 1
         self.snapshot.reset()
@@ -123,7 +123,7 @@ class Subject:
             warnings.simplefilter("ignore")
             return evaluate(self.loss_fn, held or {}, wide)
 
-    def value(self, held: Mapping[Slot, Held] | None = None, wide: Wide | None = None) -> float:
+    def value(self, held: Mapping[Slot, Held] | None = None, wide: Upcast | None = None) -> float:
         """The loss as a float."""
         return as_float(self.call(held, wide))
 

@@ -4,11 +4,28 @@ Two of torch's modes watch one call of the loss function. The dispatch mode sees
 under no_grad, inside custom Functions and in scripted code) and carries labels from inputs to outputs. The function
 mode sees what the user called, with the Python stack at hand, and compares: a parameter that an input is still
 connected to, that the result's values depend on, and that the result is not connected to any more, is lost there.
+
+A worked example: parameters a (bit 0b01) and b (bit 0b10), no cut met yet, and the loss function
+
+    h = (a * b).detach()
+    loss = (h * b).sum()
+
+                      values   alive   cuts   seen by
+    a                  0b01     0b01    0
+    b                  0b10     0b10    0
+    a * b              0b11     0b11    0     aten mul: its inputs' values together; autograd's graph: both alive
+    .detach()          0b11     0       0b1   function mode: alive went in as 0b11, came out as 0, and the values still
+                                              depend on 0b11: a cut that loses 0b11, the first, so its label is 0b1
+    h * b              0b11     0b10    0b1   values and cuts are handed on; alive through b alone
+    loss               0b11     0b10    0b1
+
+The loss depends on a, is not connected to it, and lies behind the cut 0b1, which lost a: that line cuts a off. b was
+lost there too and is connected another way: the cut is a partial one. Labels of values lie on storages, so that h,
+which shares its storage with a * b, is told apart by labels of its own (`Labels.add_own_cuts`).
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +37,7 @@ from qwen_fused.proof.cuts import CustomOp, Event, Trace
 from qwen_fused.proof.frames import NOWHERE, Site
 from qwen_fused.proof.labels import Key, Labels, tensors_in
 from qwen_fused.proof.replay import Slot, Slots, capture
+from qwen_fused.proof.switches import GradientSwitch
 
 OnCustom = Callable[[CustomOp, Callable[..., Any], tuple, dict, Any], None]
 
@@ -41,13 +59,10 @@ def trace(
         earlier: labels of an earlier call; what that computed and this one still uses is listed as kept.
     """
     tracer = _Tracer(parameters, on_custom, earlier)
-    if not torch.is_grad_enabled():
-        # switched off by somebody before: the nearest that can be said is who called
-        tracer.switched_off = frames.locate()
     with (
         modes.uncompiled(),
         modes.on_apply(tracer.apply),
-        modes.on_inference_mode(lambda: tracer.note_switch("inference_mode", False)),
+        modes.on_inference_mode(lambda: tracer.switch.note("inference_mode", False)),
         modes.FunctionMode(tracer.call),
         modes.DispatchMode(tracer.aten),
     ):
@@ -72,9 +87,7 @@ class _Tracer:
         self.written: set[Key] = set()
         self.aliases: dict[Key, list[Event]] = {}
         self.sources: dict[Key, list[Event]] = {}
-        self.switch = "no_grad"
-        self.switched_off: Site | None = None
-        self.blocks: dict[int, tuple[str, Site | None]] = {}
+        self.switch = GradientSwitch()
         self._lost_memo: dict[int, int] = {}
 
     def aten(self, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -108,7 +121,7 @@ class _Tracer:
         self.busy = True
         try:
             if name == "_set_grad_enabled":
-                self.note_switch("no_grad", args[0])
+                self.switch.note("no_grad", args[0])
                 return func(*args, **kwargs)
             ins = list(tensors_in((args, kwargs)))
             seen = self._look_at(ins)
@@ -183,7 +196,13 @@ class _Tracer:
         return id(parameter) in self.labels.bits or any(parameter is known for known, _ in self.trace.fresh)
 
     def _after(
-        self, func: Any, name: str, slot: Slot, ins: list[Tensor], given: tuple[tuple, dict], out: Any,
+        self,
+        func: Any,
+        name: str,
+        slot: Slot,
+        ins: list[Tensor],
+        given: tuple[tuple, dict],
+        out: Any,
         seen: tuple[int, int, int],
     ) -> None:
         """Label a call's result, and note what the call did to the gradient."""
@@ -198,7 +217,7 @@ class _Tracer:
                 self.trace.hooks.append(frames.locate())
             return
         if name in kinds.DEPARTURES:
-            self._depart(name, slot, ins, out, values, cuts)
+            self._depart(name, slot, ins, out, values)
             return
         self.mark_continued(ins)
         if name in ("requires_grad_", "requires_grad.__set__"):
@@ -229,7 +248,7 @@ class _Tracer:
         event: Event | None = None
         if any(lost for _, lost in dead):
             event = self._note(func, name, dead)
-            event.slot, event.behind = slot, cuts
+            event.slot = slot
             event.record = capture(ins, out, [t for t, lost in dead if lost])
         for tensor, lost in dead:
             through = cuts | (event.bit if event and lost else 0)
@@ -247,7 +266,7 @@ class _Tracer:
             lost |= label
         kind = kinds.of_cut(func, name, next(tensor for tensor, label in dead if label))
         if kind == "no_grad":
-            kind, at, site = self.switch, site.user, self.switched_off or site
+            kind, at, site = self.switch.kind, site.user, self.switch.site or site
             site = Site(site.user, site.inside, frames.locate().callers)
         bit = 1 << len(self.trace.cuts)
         event = Event(kind, kinds.describe(func, name, kind), site, lost, self.calls, bit, at)
@@ -274,9 +293,9 @@ class _Tracer:
             for event in self.sources.get(self.labels.key(tensor), ()) if self.sources else ():
                 event.continues = True
 
-    def _depart(self, name: str, slot: Slot, ins: list[Tensor], out: Any, values: int, cuts: int) -> None:
+    def _depart(self, name: str, slot: Slot, ins: list[Tensor], out: Any, values: int) -> None:
         kind = kinds.DEPARTURES[name]
-        event = Event(kind, f"Tensor.{name}", frames.locate(), values, self.calls, slot=slot, behind=cuts)
+        event = Event(kind, f"Tensor.{name}", frames.locate(), values, self.calls, slot=slot)
         event.record = capture(ins, out)
         self.trace.departures.append(event)
         self.sources.setdefault(self.labels.key(ins[0]), []).append(event)
@@ -296,16 +315,3 @@ class _Tracer:
             for event in self._events_of(cuts):
                 self._lost_memo[cuts] |= event.lost
         return self._lost_memo[cuts]
-
-    def note_switch(self, kind: str, enabled: bool) -> None:
-        """Note who switches gradients off; leaving a block brings back whoever had before."""
-        caller = sys._getframe(2)
-        name, block = frames.context_manager(caller)
-        if name == "__exit__":
-            self.switch, self.switched_off = self.blocks.pop(block, (self.switch, self.switched_off))
-            return
-        self.blocks[block] = self.switch, self.switched_off
-        if torch.is_grad_enabled() and not enabled:
-            by_decorator = frames.decorated(caller)
-            self.switch = f"decorated {kind}" if by_decorator and kind == "no_grad" else kind
-            self.switched_off = by_decorator or frames.locate(caller)

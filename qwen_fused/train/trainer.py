@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from qwen_fused.arc.episodes import Batch, Episode, collate, load_tasks, split_tasks
 from qwen_fused.arc.sampler import EpisodeSampler
 from qwen_fused.common.device import resolve_device, to_host
+from qwen_fused.common.layers import group_by_number
 from qwen_fused.common.random_state import rng_state, set_rng_state
 from qwen_fused.config import TrainConfig
 from qwen_fused.norms.group_grad_norm import GradStats, GroupGradNorm, nonfinite_message
@@ -93,7 +93,7 @@ class Trainer:
             self.window.parameters = self.sharded.shards
         self.groups = self.model.groups()
         self.optimizer = self._optimizer()
-        self.norms = GroupGradNorm({**self.groups, "qwen": by_layer(self.groups["qwen"])})
+        self.norms = GroupGradNorm({**self.groups, "qwen": _by_layer(self.groups["qwen"])})
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.progress = Progress()
         self.monitor = GradientMonitor()
@@ -311,10 +311,7 @@ def unscale_leaf(pooled: Tensor, loss_scale: Tensor, ranks: Ranks) -> None:
     pooled.grad = torch.where(ranks.all_reduce_and(gradient.isfinite().all()), gradient, torch.zeros_like(gradient))
 
 
-def by_layer(members: Sequence[tuple[str, torch.nn.Parameter]]) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
-    """Named parameters by Qwen layer: layer 0 .. n - 1, and the rest (embedding, last norm) as "other"."""
-    parts: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
-    for name, parameter in members:
-        layer = re.search(r"\blayers\.(\d+)\.", name)
-        parts.setdefault(f"layer {layer[1]}" if layer else "other", []).append((name, parameter))
-    return parts
+def _by_layer(members: Sequence[tuple[str, torch.nn.Parameter]]) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
+    """Qwen's named parameters, layer by layer."""
+    named = dict(members)
+    return {layer: [(name, named[name]) for name in names] for layer, names in group_by_number(named).items()}

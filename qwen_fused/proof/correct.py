@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_fused.proof.custom_ops import Surrogate, wrong_ops
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.derivative import Directions, Verdict
 from qwen_fused.proof.frames import of_function
 from qwen_fused.proof.ladder import Finding, Rung, name_some
-from qwen_fused.proof.replay import Held, ReplayMismatch, Slot, Wide
+from qwen_fused.proof.replay import Held, ReplayMismatch, Slot, Upcast
 from qwen_fused.proof.subject import Gradients, Subject, as_float
+from qwen_fused.proof.trusted_ops import LinearizedOp, wrong_ops
 
 # what float64 shows, slight and unexplained, must show in the model's own precision too
 DOUBT, SLIGHT = "in float64", 0.05
@@ -30,7 +30,7 @@ def correct(
     trace: Trace,
     gradients: Gradients,
     loss: Any,
-    surrogates: Mapping[Slot, Surrogate],
+    linearized: Mapping[Slot, LinearizedOp],
     directions: int,
     seed: int,
 ) -> Rung:
@@ -41,24 +41,24 @@ def correct(
         trace: the call that the gradients are of.
         gradients: of that call.
         loss: of that call.
-        surrogates: custom operations to take at their word.
+        linearized: custom operations to take at their word.
         directions: how many.
         seed: for the directions.
     """
     if not gradients.of or not isinstance(loss, Tensor):
         return Rung("correct", None, "there is no gradient to judge")
-    held: dict[Slot, Held] = {**trace.held(carried=subject.own_backward), **surrogates}
-    for surrogate in surrogates.values():
-        surrogate.finish()
+    held: dict[Slot, Held] = {**trace.held(carried=subject.own_backward), **linearized}
+    for linearized_op in linearized.values():
+        linearized_op.finish()
     value = as_float(loss)
     try:
         again = subject.value(held)
     except ReplayMismatch as error:
         return Rung("correct", None, f"the loss function does not make the same calls twice: {error}")
-    wobble = abs(again - value)
-    if not wobble <= 1e-2 * abs(value) + 1e-12:
+    nondeterminism = abs(again - value)
+    if not nondeterminism <= 1e-2 * abs(value) + 1e-12:
         detail = f"the loss is {value:.6g}, then {again:.6g} with the same parameters and random state: not repeatable"
-        return Rung("correct", None, "the loss is not finite" if math.isnan(wobble) else detail)
+        return Rung("correct", None, "the loss is not finite" if math.isnan(nondeterminism) else detail)
     stale = {name for label, _ in trace.stale for name in trace.labels.names_of(label)}
     judged = {name: g for name, g in gradients.of.items() if name not in stale}
     types = {p.dtype for p in subject.trainable.values()} | {loss.dtype}
@@ -69,8 +69,8 @@ def correct(
         try:
             if wide is not None and not _agrees(lines, value, coarse):
                 continue
-            verdicts = [lines.check(n, wobble) for n in range(directions)]
-            rung = _judge(subject, trace, lines, verdicts, wobble, doubt)
+            verdicts = [lines.check(n, nondeterminism) for n in range(directions)]
+            rung = _summarize(subject, trace, lines, verdicts, nondeterminism, doubt)
         except ReplayMismatch as error:
             rung.detail = f"the loss function does not make the same calls twice: {error}"
         finally:
@@ -92,7 +92,7 @@ def _types(subject: Subject, coarse: torch.dtype) -> list[torch.dtype | None]:
 def _evaluation(
     subject: Subject, held: Mapping[Slot, Held], wide: torch.dtype | None
 ) -> Callable[[Mapping[int, Tensor] | None], float]:
-    return lambda values: subject.value(held, None if wide is None else Wide(wide, values or {}))
+    return lambda values: subject.value(held, None if wide is None else Upcast(wide, values or {}))
 
 
 def _agrees(lines: Directions, value: float, coarse: torch.dtype) -> bool:
@@ -105,19 +105,19 @@ def _agrees(lines: Directions, value: float, coarse: torch.dtype) -> bool:
         return False
 
 
-def _judge(
-    subject: Subject, trace: Trace, lines: Directions, verdicts: list[Verdict], wobble: float, doubt: str | None
+def _summarize(
+    subject: Subject, trace: Trace, lines: Directions, verdicts: list[Verdict], nondeterminism: float, doubt: str | None
 ) -> Rung:
     judged = lines.gradients
     if all(verdict.ok for verdict in verdicts):
         # what weighs too little beside the others is moved alone
         small = [n for n in judged if all(abs(v.shares.get(n, 0.0)) < v.resolution for v in verdicts)]
         if small and len(small) < len(judged) and lines.wide is None:
-            alone = lines.check(0, wobble, only=small)
+            alone = lines.check(0, nondeterminism, only=small)
             verdicts += [alone] if alone.ok is not None else []
     if any(verdict.ok is False for verdict in verdicts):
         failed = [v for v in verdicts if v.ok is False]
-        findings = _guilty(subject, trace, lines, judged, verdicts)
+        findings = _find_wrong_backward(subject, trace, lines, judged, verdicts)
         detail = f"the loss's own derivative is {failed[0].ratio:.3g} times autograd's"
         slight = all(abs(v.deviation) < SLIGHT for v in failed)
         if lines.wide and slight and all(finding.frame is None for finding in findings):
@@ -139,7 +139,7 @@ def _judge(
     return Rung("correct", True, detail)
 
 
-def _guilty(
+def _find_wrong_backward(
     subject: Subject, trace: Trace, lines: Directions, judged: Mapping[str, Tensor], verdicts: list[Verdict]
 ) -> list[Finding]:
     """Name the custom operation whose backward disagrees with its forward; else a hook; else the layers concerned."""

@@ -16,7 +16,7 @@ from qwen_fused.proof.replay import replace_tensors
 from qwen_fused.proof.subject import Subject
 
 
-class Surrogate:
+class LinearizedOp:
     """Stands in for a custom operation whose own backward the caller vouches for.
 
     At each evaluation its result is the recorded one plus what its backward says of the change of its inputs, so that

@@ -1,0 +1,109 @@
+"""The third rung: every gradient is finite and, here or a small step away, not all zero; if not, what makes it so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_fused.common.layers import group_by_layer
+from qwen_fused.proof import backtrace
+from qwen_fused.proof.backtrace import breaks_of
+from qwen_fused.proof.frames import NOWHERE
+from qwen_fused.proof.ladder import Finding, Rung, name_some
+from qwen_fused.proof.subject import Gradients, Subject, as_float
+
+
+def nonzero(subject: Subject, gradients: Gradients, later: Mapping[str, Tensor], loss: Any) -> Rung:
+    """Every gradient is finite and, there or one small step away, not all zero."""
+    if not gradients.of:
+        return Rung("nonzero", None, "there is no gradient to look at")
+    finite = torch.stack([g.isfinite().all().cpu() for g in gradients.of.values()]).tolist()
+    nonfinite = tuple(name for name, whole in zip(gradients.of, finite, strict=True) if not whole)
+    zero = [n for n in zeros(gradients.of) if not subject.allow.name(n)]
+    always_zero = tuple(n for n in zero if n not in later or not later[n].any())
+    findings = []
+    if nonfinite:
+        findings += _explain_nonfinite(subject, nonfinite, loss)
+    if always_zero:
+        findings += _explain_zeros(subject, always_zero)
+    if findings:
+        detail = f"{len(nonfinite)} not finite, {len(always_zero)} zero of {len(gradients.of)} gradients"
+        return Rung("nonzero", False, detail, findings)
+    zero_here_only = [n for n in zero if n not in always_zero]
+    detail = f"{len(gradients.of)} gradients, all finite"
+    detail += (
+        f"; {len(zero_here_only)} zero now but not one step on ({name_some(zero_here_only, 1)})"
+        if zero_here_only
+        else ", none zero"
+    )
+    return Rung("nonzero", True, detail)
+
+
+def zeros(gradients: Mapping[str, Tensor]) -> list[str]:
+    """Names of the gradients whose every element is zero."""
+    if not gradients:
+        return []
+    alive = torch.stack([g.any().cpu() for g in gradients.values()]).tolist()
+    return [name for name, some in zip(gradients, alive, strict=True) if not some]
+
+
+def layers(gradients: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Per layer: parameters, gradient norm, largest element, and tensors that are zero or not finite."""
+    rows = []
+    for layer, names in group_by_layer(gradients).items():
+        grads = [gradients[name].float() for name in names]
+        largest = torch.stack([g.abs().max() if g.numel() else g.new_zeros(()) for g in grads])
+        rows.append(
+            {
+                "layer": layer,
+                "parameters": len(names),
+                "norm": torch.stack([g.norm() for g in grads]).norm().item(),
+                "max_abs": largest.max().item(),
+                "zero": len(zeros({name: gradients[name] for name in names})),
+                "nonfinite": sum(not bool(g.isfinite().all()) for g in grads),
+            }
+        )
+    return rows
+
+
+def _explain(
+    subject: Subject, names: tuple[str, ...], status: str, kind: str, of_break: str, otherwise: str
+) -> list[Finding]:
+    """A finding for each break of one status, and one for the names that no break explains.
+
+    Args:
+        of_break: sentence with {operation} and {names}.
+        otherwise: sentence with {names}.
+    """
+    broken, rest = breaks_of(subject, names, status)
+    findings = []
+    for brk, hit in broken:
+        detail = of_break.format(operation=brk.operation, names=name_some(hit))
+        findings.append(Finding(kind, detail, hit, brk.site.user, brk.site.inside))
+    if rest:
+        findings.append(Finding(kind, otherwise.format(names=name_some(rest)), rest))
+    return findings
+
+
+def _explain_zeros(subject: Subject, names: tuple[str, ...]) -> list[Finding]:
+    """Which operation gives each of the parameters zeros, here and one small step on."""
+    of_break = "{operation} passes only zeros on to {names}, and still does one step on"
+    otherwise = "{names} is connected, with a gradient of exactly zero"
+    return _explain(subject, names, backtrace.ZERO, "zero", of_break, otherwise)
+
+
+def _explain_nonfinite(subject: Subject, names: tuple[str, ...], loss: Any) -> list[Finding]:
+    """Which operation first gives NaN or Inf: of the forward pass where the loss is either, else of the backward."""
+    if isinstance(loss, Tensor) and not loss.isfinite():
+        found = subject.watched_call(backtrace.first_nonfinite)
+        operation, site = found or ("the loss", NOWHERE)
+        detail = (
+            f"{operation} first gave NaN or Inf; the loss is {as_float(loss)}, and {name_some(names)} got no better"
+        )
+        return [Finding("non-finite", detail, names, site.user if found else None, site.inside)]
+    of_break = "the backward of {operation} gives NaN or Inf to {names}"
+    otherwise = "the gradient of {names} has NaN or Inf"
+    return _explain(subject, names, backtrace.NONFINITE, "non-finite", of_break, otherwise)

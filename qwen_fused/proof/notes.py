@@ -1,0 +1,39 @@
+"""What is no fault and worth knowing: partial cuts, values that come back from outside, a scale, idle allowances."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen_fused.proof.connected import returning
+from qwen_fused.proof.cuts import Trace
+from qwen_fused.proof.frames import Frame
+from qwen_fused.proof.ladder import name_some
+from qwen_fused.proof.subject import Gradients, Subject
+
+
+def notes_of(subject: Subject, trace: Trace, gradients: Gradients) -> list[str]:
+    """Cuts beside a way that does connect, and allowances that nothing needed."""
+    labels = trace.labels
+    lines: dict[tuple[str, Frame], int] = {}
+    for event in trace.reaching:
+        partly = event.lost & trace.alive
+        if partly and not event.carried and not subject.allow.event(event):
+            key = (event.operation, event.site.user)
+            lines[key] = lines.get(key, 0) | partly
+    notes = [
+        f"one way to the loss is cut, another is not: {operation} at {frame} ({name_some(labels.names_of(label), 2)})"
+        for (operation, frame), label in lines.items()
+    ]
+    came_back = returning(subject, trace, most=3) if trace.alive == labels.trainable else []
+    notes += [f"a value that left tensors comes back into the loss: {e.operation} at {e.site.user}" for e in came_back]
+    carried = [event for event in trace.reaching if event.carried]
+    if carried and subject.own_backward:
+        where = f"{carried[0].operation} at {carried[0].site.user}"
+        notes.append(f"the gradient is carried past {where} by the backward that was given")
+    if gradients.scale != 1 and not trace.half:
+        why = ", though nothing is computed in 16 bits: is autocast on, and for this device?"
+        notes.append(f"the loss is scaled by {gradients.scale:g} for backward{why if gradients.scale > 1 else ''}")
+    if not torch.is_grad_enabled():
+        notes.append("gradients were switched off where prove was called")
+    notes += [f"allow entry {entry!r} matched nothing" for entry, count in subject.allow.matches.items() if not count]
+    return notes
