@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen_fused.train.trainer import Trainer, TrainingStopped, by_layer
+from qwen_fused.train.trainer import Trainer, TrainingStopped
 
 
 @pytest.fixture
@@ -151,9 +151,3 @@ def test_nan_gradient_is_skipped_and_counted(small_config, tmp_path):
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     assert [one_batch(trainer)["nonfinite"] for _ in range(2)] == [1, 2]
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
-
-
-def test_layers_are_told_apart():
-    names = ["prompt.backbone.layers.0.x", "prompt.backbone.layers.11.y", "prompt.backbone.norm.weight"]
-    parts = by_layer([(name, torch.nn.Parameter(torch.zeros(1))) for name in names])
-    assert list(parts) == ["layer 0", "layer 11", "other"]
