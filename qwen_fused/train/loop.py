@@ -10,28 +10,23 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from qwen_fused.arc.episodes import test_episodes
-from qwen_fused.arc.scoring import Evaluation, write_submission
 from qwen_fused.common.device import resolve_device
 from qwen_fused.common.files import lock_folder, write_atomic
 from qwen_fused.config import TrainConfig
 from qwen_fused.parallel.processes import Ranks, process_group
 from qwen_fused.qwen.memory import check_memory
-from qwen_fused.report.answers import write_examples
-from qwen_fused.report.page import write_report
-from qwen_fused.report.pick_examples import final_examples, watched_episodes, watched_examples
-from qwen_fused.report.run_log import RunLog, log_line
+from qwen_fused.report.run_log import RunLog
 from qwen_fused.report.trackers import tracker_names
-from qwen_fused.solver.evaluate import evaluate
-from qwen_fused.train.checkpoint import list_checkpoints, write_state
+from qwen_fused.train.checkpoint import list_checkpoints
+from qwen_fused.train.clock import Clock
+from qwen_fused.train.describe import describe_run
 from qwen_fused.train.monitor import out_of_memory
 from qwen_fused.train.pending import PendingBatch
 from qwen_fused.train.prove_trainer import prove_trainer
 from qwen_fused.train.resume import Continuation, compare_fingerprint, explain_mismatch, open_run, set_later_aside
 from qwen_fused.train.signals import Interrupted, catch_signals
 from qwen_fused.train.trainer import Trainer, TrainingStopped
-
-TRAINING_TASKS_EVALUATED = 100
+from qwen_fused.train.validation import finish, predict_watched, validate
 
 
 def train(config: TrainConfig) -> Path:
@@ -141,8 +136,7 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
     clock = Clock(config.max_minutes)
     pending: deque[PendingBatch] = deque()
     if progress.step == 0:
-        watched = watched_episodes(trainer.held_out)
-        log.predictions(0, watched_examples(watched, evaluate(trainer.model, watched, batch_size=config.batch_size)))
+        predict_watched(trainer, log)
         clock.pause()
     with catch_signals() as asked_to_end, log.progress(last, progress.step, "training") as advance:
         while progress.step < last:
@@ -213,90 +207,9 @@ def log_batch(trainer: Trainer, log: RunLog, pending: PendingBatch) -> None:
     for hint in trainer.hints:
         log.say(str(hint))
     if pending.step == 1 or pending.step % trainer.config.log_every == 0:
-        log.say(log_line(metrics))
+        log.say_trend()
     if stopped:
         raise stopped
-
-
-class Clock:
-    """Seconds between batches, and whether the run's minutes are over."""
-
-    def __init__(self, max_minutes: float | None):
-        self.started = self.last = time.monotonic()
-        self.limit = 60 * max_minutes if max_minutes else float("inf")
-
-    def lap(self) -> float:
-        """Seconds since the last lap or pause."""
-        now = time.monotonic()
-        seconds, self.last = now - self.last, now
-        return max(seconds, 1e-9)
-
-    def pause(self) -> None:
-        """Leave out the time since the last lap."""
-        self.last = time.monotonic()
-
-    def is_over(self) -> bool:
-        """Whether the run has had its minutes."""
-        return time.monotonic() - self.started > self.limit
-
-
-def validate(trainer: Trainer, log: RunLog) -> Evaluation:
-    """Evaluate on the held-out tasks, and keep the weights when cell accuracy is the best so far."""
-    result = evaluate(trainer.model, test_episodes(trainer.held_out), batch_size=trainer.config.batch_size)
-    log.say(f"Validation after batch {trainer.progress.step}: {describe_evaluation(result)}")
-    log.predictions(trainer.progress.step, watched_examples(watched_episodes(trainer.held_out), result))
-    if result.cell_accuracy > trainer.progress.best_accuracy:
-        trainer.progress.best_accuracy = result.cell_accuracy
-        weights = trainer.weights()
-        (trainer.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if trainer.ranks.is_main:
-            write_state(trainer.folder / "checkpoints" / "best.safetensors", {"model": weights})
-    return result
-
-
-def finish(trainer: Trainer, log: RunLog) -> None:
-    """Evaluate, write submission, examples and report, and say where they are."""
-    folder, model, batch_size = trainer.folder, trainer.model, trainer.config.batch_size
-    validation = validate(trainer, log)
-    # every k-th task: what training tasks' unseen pairs show, they show in a hundred
-    some = trainer.training[:: -(-len(trainer.training) // TRAINING_TASKS_EVALUATED)]
-    training = evaluate(model, test_episodes(some), batch_size=batch_size)
-    log.say(f"Unseen test pairs of {len(some)} training tasks: {describe_evaluation(training)}")
-    shown = final_examples(model, trainer.held_out, validation)
-    if not trainer.ranks.is_main:
-        return
-    evaluation = {"validation": validation.to_dict(), "training": training.to_dict()}
-    write_atomic(folder / "evaluation.json", json.dumps(evaluation))
-    write_submission(folder / "submission.json", trainer.held_out, validation.predictions)
-    write_examples(folder / "examples.json", shown)
-    log.say(f"Report: {write_report(folder)}")
-
-
-def describe_run(trainer: Trainer, log: RunLog, run: Continuation | None) -> None:
-    """Say what is about to run: data, sizes, device, and what was found of the run to continue."""
-    for sentence in trainer.skipped[:10]:
-        log.say(f"Left out: {sentence}")
-    if len(trainer.skipped) > 10:
-        log.say(f"Left out: {len(trainer.skipped) - 10} more.")
-    sizes = ", ".join(f"{name} {sum(p.numel() for _, p in ps):,}" for name, ps in trainer.groups.items())
-    log.say(
-        f"Run {trainer.folder} on {trainer.device} ({trainer.config.precision}): "
-        f"{len(trainer.training)} training tasks, {len(trainer.held_out)} held out, {trainer.total_batches} batches. "
-        f"Trainable parameters: {sizes}."
-    )
-    for note in run.notes if run else ():
-        log.say(note)
-    if run and run.checkpoint:
-        log.say(f"Continuing from {run.checkpoint} at batch {trainer.progress.step}.")
-
-
-def describe_evaluation(result: Evaluation) -> str:
-    """One line of an evaluation's figures, the copy-the-input baseline beside them."""
-    return (
-        f"{len(result.records)} test inputs, pass@1 {result.pass_at_1:.4f}, pass@2 {result.pass_at_2:.4f}, "
-        f"cells {result.cell_accuracy:.4f} (copying the input {result.copy_cell_accuracy:.4f}), "
-        f"sizes {result.size_accuracy:.4f}, tasks solved: {', '.join(result.solved_tasks) or 'none'}"
-    )
 
 
 def new_run_folder(out: Path) -> Path:

@@ -13,7 +13,7 @@ from qwen_fused.planner.model import StepOutput
 # what is logged of a step, in the order in which it travels
 SCALARS = (
     "loss", "efe", "size_loss", "policy_loss", "reward", "prompt_grad", "mask_ratio", "accuracy", "solved",
-    "size_accuracy",
+    "size_accuracy", "truncated",
 )  # fmt: skip
 
 
@@ -45,5 +45,7 @@ def stack_scalars(out: StepOutput, prompt_grad: Tensor) -> Tensor:
         "accuracy": efe.accuracy.mean(),
         "solved": efe.solved.float().mean(),
         "size_accuracy": out.score.size_accuracy,
+        # known here: filled in there, since a copy would have to wait for the device
+        "truncated": torch.full_like(out.loss, out.truncated),
     }
     return torch.stack([values[name].detach().float() for name in SCALARS])

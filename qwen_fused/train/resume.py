@@ -3,8 +3,8 @@
 The newest checkpoint that is whole is taken, and a damaged one is told. A run whose first checkpoint was never written
 starts again at its first batch, in its folder. Settings that only say how long a run goes, where, and how it is watched
 (`MAY_CHANGE`) may change. Any other setting, the tasks and the version of this package may not, since the continuation
-would be another run: `--resume-changed` goes on with what is given now. Other sources of the same version and another
-torch are told in the log.
+would be another run: `--resume-changed` goes on with what is given now. Runs of the versions in `RESUMES_FROM` go on as
+they are. Other sources of the same version and another torch are told in the log.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ MAY_CHANGE = frozenset(
         "shard_qwen",
     }
 )  # fmt: skip
+# versions whose runs this one continues bit for bit
+RESUMES_FROM = ("0.1.0",)
 SET_ASIDE = "set-aside"
 STATE_KEYS = ("model", "optimizer", "scaler", "progress", "window", "monitor", "rng", "origin")
 
@@ -139,7 +141,7 @@ def fingerprint(training: Iterable[Task], held_out: Iterable[Task]) -> dict[str,
 
 
 def compare_fingerprint(run: Continuation, now: Mapping[str, str], *, allow: bool) -> None:
-    """Compare with what wrote the checkpoint.
+    """Compare with what wrote the checkpoint, which has it under the key "origin".
 
     Raises:
         ValueError: the tasks or the version are others and `allow` is not set.
@@ -147,8 +149,10 @@ def compare_fingerprint(run: Continuation, now: Mapping[str, str], *, allow: boo
     was = run.state["origin"] if run.state else now
     if was["tasks"] != now["tasks"]:
         run.changes.append("the tasks, or their division into training and held-out ones, are others")
-    if was["version"] != now["version"]:
+    if was["version"] not in (now["version"], *RESUMES_FROM):
         run.changes.append(f"qwen-fused was {was['version']}, is {now['version']}")
+    elif was["version"] != now["version"]:
+        run.notes.append(f"Begun by qwen-fused {was['version']}, which {now['version']} continues bit for bit.")
     elif was["code"] != now["code"]:
         run.notes.append(f"The code is not what wrote {run.checkpoint}: batches may come out otherwise than they did.")
     if was["torch"] != now["torch"]:

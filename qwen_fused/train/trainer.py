@@ -26,6 +26,7 @@ from qwen_fused.train.monitor import GradientMonitor, Hint
 from qwen_fused.train.optimizer import MasterAdamW
 from qwen_fused.train.pending import SCALARS, PendingBatch, stack_scalars
 from qwen_fused.train.resume import fingerprint
+from qwen_fused.train.schedule import learning_rate, optimizer_groups
 from qwen_fused.train.window_state import gather_window_state, scatter_window_state
 from qwen_fused.window.prompt_window import PromptWindow
 
@@ -92,7 +93,8 @@ class Trainer:
             self.sharded = ShardedQwen(self.model.prompt.backbone, self.device, self.ranks.world_size)
             self.window.parameters = self.sharded.shards
         self.groups = self.model.groups()
-        self.optimizer = self._optimizer()
+        # float32 masters for bfloat16 weights
+        self.optimizer = MasterAdamW(optimizer_groups(self.groups, config), lr=0.0, betas=(0.9, 0.98))
         self.norms = GroupGradNorm({**self.groups, "qwen": _by_layer(self.groups["qwen"])})
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.progress = Progress()
@@ -100,34 +102,15 @@ class Trainer:
         self.hints: list[Hint] = []
         self.layer_norms: dict[str, float] = {}
 
-    def _optimizer(self) -> MasterAdamW:
-        """AdamW with a rate per group, float32 masters for bfloat16 weights; vectors and scalars are not decayed."""
-        peak = {
-            "qwen": self.config.qwen_lr,
-            "agent": self.config.agent_lr,
-            "policy": self.config.policy_lr,
-            "objective": self.config.agent_lr / 2,
-        }
-        groups = []
-        for name, members in self.groups.items():
-            for decay in (True, False):
-                chosen = [p for _, p in members if (p.ndim >= 2) == decay]
-                weight_decay = self.config.weight_decay if decay else 0.0
-                if chosen:
-                    groups.append({"params": chosen, "name": name, "peak": peak[name], "weight_decay": weight_decay})
-        return MasterAdamW(groups, lr=0.0, betas=(0.9, 0.98))
-
     @property
     def total_batches(self) -> int:
         """Batches in all epochs; the learning-rate schedule spans them."""
         return self.config.epochs * self.sampler.batches_per_epoch()
 
     def set_learning_rates(self, step: int) -> dict[str, float]:
-        """Linear warm-up, then linear decay; returns the rate of each group."""
-        warm = min(1.0, (step + 1) / max(self.config.warmup_batches, 1))
-        left = 1.0 - (1.0 - self.config.final_lr) * step / max(self.total_batches, 1)
+        """Set each group's rate for a batch, as `learning_rate` has it; returns the rates by group."""
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * warm * left
+            group["lr"] = learning_rate(group["peak"], step, self.total_batches, self.config)
         return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
     def train_step(self, episodes: Sequence[Episode], epoch: int, *, flush: bool = True) -> PendingBatch:

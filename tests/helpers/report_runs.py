@@ -32,6 +32,7 @@ def metrics_row(step: int, per_epoch: int = 50) -> dict:
         "accuracy": 0.5,
         "solved": 0.0,
         "size_accuracy": 0.75,
+        "truncated": 0.0,
         "nonfinite": 0,
         "lr_qwen": 1e-4,
         "lr_agent": 1e-3,

@@ -107,6 +107,17 @@ def test_figures_are_those_of_the_run(tmp_path, held_out):
     assert "Qwen tiny on arc1, seed 3, batches of 16, fp32. 120 batches logged." in page
 
 
+def test_truncated_prompts_are_told_with_the_flag_to_change(tmp_path, held_out):
+    folder = make_run(tmp_path, held_out, batches=4, evaluated=False)
+    assert "--max-prompt-tokens" not in Page(write_report(folder)).text
+    # 0, 25, 0 and 50 % of four batches; a row of an older version says nothing
+    rows = [{**metrics_row(k), "truncated": share} for k, share in enumerate((0.0, 0.25, 0.0, 0.5), start=1)]
+    rows.append({key: value for key, value in metrics_row(5).items() if key != "truncated"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(write_report(folder)).text.replace("\u00a0", " ")
+    assert "18.8 % of all prompts had no room for each demonstration: a larger --max-prompt-tokens keeps more." in page
+
+
 def test_examples_say_what_was_solved(tmp_path, held_out):
     page = Page(write_report(make_run(tmp_path, held_out))).text
     for number, episode in enumerate(test_episodes(held_out)[:12]):

@@ -113,7 +113,7 @@ class Failing:
 def test_a_failing_tracker_is_said_once_and_left_out(small_config, unevaluated, monkeypatch, capsys):
     monkeypatch.setitem(TRACKERS, "wandb", Failing)
     monkeypatch.setattr(trackers, "_is_installed", lambda name: True)
-    monkeypatch.setattr(Failing, "picture", lambda self, step, name, pixels: None)
+    monkeypatch.setattr(Failing, "image", lambda self, step, name, pixels: None)
     folder = train(small_config(max_batches=3, trackers="wandb"))
     out = capsys.readouterr().out
     assert out.count("Tracker wandb failed") == 1
@@ -121,12 +121,12 @@ def test_a_failing_tracker_is_said_once_and_left_out(small_config, unevaluated, 
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize("act", ["picture", "close"])
+@pytest.mark.parametrize("act", ["image", "close"])
 def test_no_failure_passes(act, tmp_path, monkeypatch):
     monkeypatch.setitem(TRACKERS, "wandb", Failing)
     said = []
     sent = Trackers(["wandb"], tmp_path, {}, None, said.append)
-    if act == "picture":
+    if act == "image":
         sent.image(1, "predictions", PICTURE)
     sent.close()
     assert len(said) == 1 and not sent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +15,15 @@ import pytest
 import torch
 from small_runs import rows as untimed
 
-from qwen_fused.arc.episodes import test_episodes
+from qwen_fused.arc.episodes import leave_one_out, test_episodes
 from qwen_fused.qwen.prompt import QwenPrompt
 from qwen_fused.report.run_log import METRICS, RunLog
-from qwen_fused.train import loop
+from qwen_fused.train import clock as run_clock
 from qwen_fused.train.checkpoint import list_checkpoints, read_state
-from qwen_fused.train.loop import new_run_folder, train, validate
+from qwen_fused.train.loop import new_run_folder, train
 from qwen_fused.train.monitor import GradientMonitor
 from qwen_fused.train.trainer import Trainer, TrainingStopped
+from qwen_fused.train.validation import validate
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -41,7 +42,7 @@ def whole(config_in, tmp_path_factory) -> Iterator[Path]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", train_step)
-        patch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now, strftime=time.strftime))
+        patch.setattr(run_clock, "time", SimpleNamespace(monotonic=lambda: clock.now))
         yield train(config_in(tmp_path_factory.mktemp("runs"), max_batches=10, eval_every=1, batch_size=8))
 
 
@@ -59,6 +60,32 @@ def test_run_leaves_everything_it_promises(whole):
         assert f"{name}: " in log
     assert "[Batch   10] Reward:" in log and "Report: " in log
     assert (whole / "checkpoints" / "best.safetensors").exists()
+
+
+def test_log_lines_are_means_of_the_metrics(whole):
+    metrics = read_lines(whole / "metrics.jsonl")
+    log = (whole / "train.log").read_text()
+    # a line after the first batch and every five
+    for step, batches in ((1, metrics[:1]), (5, metrics[1:5]), (10, metrics[5:10])):
+        loss, cells = (np.mean([row[key] for row in batches]) for key in ("loss", "accuracy"))
+        assert re.search(rf"\[Batch +{step}\] .*Loss: {loss:7.4f} .*Accuracy: {cells:.4f}\n", log)
+    assert log.count("[Batch ") == 3
+
+
+@pytest.mark.parametrize("tokens", [2 + 2 * 30, 512])
+def test_prompts_that_are_cut_are_told_once_with_the_flag(small_config, unevaluated, tokens):
+    folder = train(small_config(max_batches=3, max_prompt_tokens=tokens))
+    trainer, log = Trainer(small_config(max_prompt_tokens=tokens), folder), (folder / "train.log").read_text()
+    text = trainer.model.prompt.prompt_text
+    asked = text.encode([e.demonstrations for task in trainer.training for e in leave_one_out(task)])
+    cut = sum(encoded.truncated for encoded in asked)
+    assert log.count("--max-prompt-tokens") == (1 if tokens < 512 else 0)
+    if tokens < 512:
+        assert 0 < cut < len(asked) and f"Cut to {tokens} tokens: {cut} of {len(asked)} training prompts and " in log
+    # each batch has its share
+    for step, row in enumerate(read_lines(folder / "metrics.jsonl")):
+        texts = text.encode([episode.demonstrations for episode in trainer.sampler.batch(0, step)])
+        assert row["truncated"] == pytest.approx(np.mean([encoded.truncated for encoded in texts]))
 
 
 def test_layers_and_predictions_are_kept(whole):

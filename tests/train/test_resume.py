@@ -196,6 +196,17 @@ def test_another_version_is_refused_unless_told(run, again):
     assert "Changed: qwen-fused was 0.0.9" in again(resume_changed=True)
 
 
+@pytest.mark.parametrize("version", resume.RESUMES_FROM)
+def test_versions_that_go_on_bit_for_bit_are_not_refused(run, again, monkeypatch, version):
+    monkeypatch.setattr("qwen_fused.__version__", "9.0.0")
+    rewrite_fingerprint(run, version=version, code="0")
+    log = again()
+    assert f"Begun by qwen-fused {version}, which 9.0.0 continues bit for bit." in log
+    assert "Changed" not in log and "The code is not" not in log
+    # what it writes is its own
+    assert read_state(list_checkpoints(run / "checkpoints")[-1])["origin"]["version"] == "9.0.0"
+
+
 def test_another_torch_and_other_sources_are_told(run, again):
     rewrite_fingerprint(run, torch="2.9.0", code="0")
     log = again()
