@@ -65,6 +65,15 @@ def cuda_obstacle(torch) -> str | None:
     return None
 
 
+def pybind11_headers() -> list[str]:
+    """The folder of pybind11's headers; none where it is not installed, as torch brings a copy along with its own."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [pybind11.get_include()]
+
+
 def extension() -> tuple[list, type]:
     """The extension to build and the command that builds it; nothing, and a plain build_ext, where it can't be."""
     try:
@@ -91,11 +100,20 @@ def extension() -> tuple[list, type]:
         cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME", cpp_extension.CUDA_HOME)
         kind = cpp_extension.CUDAExtension
         sources += sorted(glob.glob("csrc/**/*.cu", recursive=True))
+        # with commas, as a shell would end its command at a semicolon
+        architectures = ",".join(re.split(r"[;\s]+", os.environ["TORCH_CUDA_ARCH_LIST"].strip("; ")))
+        cxx.append(f"-DQF_CUDA_ARCHITECTURES={architectures}")
     else:
         print(f"qwen_fused: building the CPU half only: {obstacle}", file=sys.stderr)
         kind = cpp_extension.CppExtension
     arguments = {"cxx": cxx, "nvcc": ["-O3", "-lineinfo"]}
-    module = kind("qwen_fused._C", sources, extra_compile_args=arguments, extra_link_args=["-fopenmp"])
+    module = kind(
+        "qwen_fused._C",
+        sources,
+        include_dirs=pybind11_headers(),
+        extra_compile_args=arguments,
+        extra_link_args=["-fopenmp"],
+    )
 
     class Build(cpp_extension.BuildExtension):
         def build_extensions(self) -> None:

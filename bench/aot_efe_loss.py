@@ -83,7 +83,8 @@ def compile_all(
         torch.zeros(T) if steps else None,
         None,
     )
-    options = (weights, 0.5, hard_mode, -100)
+    on = [weight != 0 for weight in weights]
+    options = (on, weights, 0.5, hard_mode, -100)
     compiled: list = []
     # the launches of the architecture that is compiled for
     arch = triton.runtime.driver.active.get_current_device()

@@ -1,6 +1,13 @@
 // Schemas of every op in qwen_fused; each op's own file registers its implementation per device (TORCH_LIBRARY_IMPL).
-#include <Python.h>
+// The Python module that they come in says what was built.
+#include <c10/util/StringUtil.h>
+#include <pybind11/pybind11.h>
 #include <torch/library.h>
+#include <torch/version.h>
+
+#include <string>
+
+#include "common/vectorize.h"
 
 TORCH_LIBRARY(qwen_fused, m) {
   // rows: triples (begin, end, base): row r covers grads[begin:end] and counts its first bad tensor from base.
@@ -11,15 +18,16 @@ TORCH_LIBRARY(qwen_fused, m) {
       "group_grad_norm(Tensor[] grads, int[] rows, int[] position, float inv_scale, Tensor? inv_scale_tensor) "
       "-> (Tensor values, Tensor counts)");
 
-  // the loss of kernels/reference.py: [B] = episodes, names and shapes as there; optional arguments that are left out,
-  // and weights (ce, risk, ambiguity, agreement, anchor, prompt) of exactly 0, drop their term. hard_mode: 0 episode, 1
-  // cell, 2 none. terms [B, 8]: the six terms, hard ratio, accuracy. For backward: coef [B + 1, 2], where row b is
-  // sigma_b over its cells and over its class weights and the last row begins with 1 / number of episodes that count,
-  // and gradients d_* of what is small, finished but for that share and the upstream factor; those of terms that are
-  // off are empty.
+  // the loss of kernels/reference.py: [B] = episodes, names and shapes as there. on: which of the terms (ce, risk,
+  // ambiguity, agreement, anchor, prompt) count; what only the others read is looked at no further, but ce is always
+  // told. hard_mode: 0 episode, 1 cell, 2 none. terms [B, 8]: the six terms, hard ratio, accuracy. For backward: coef
+  // [B + 1, 2], where row b is sigma_b over its cells and over its class weights and the last row begins with 1 /
+  // number of episodes that count, and gradients d_* of what is small, finished but for that share and the upstream
+  // factor; those of terms that are off are empty.
   m.def(
       "efe_loss(Tensor plan, Tensor target, Tensor? back, Tensor? preference, Tensor? anchor, Tensor? obs_entropy, "
-      "Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, float[] weights, float hard_floor, "
+      "Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, bool[6] on, float[] weights, float "
+      "hard_floor, "
       "int hard_mode, int ignore_index) -> (Tensor loss, Tensor terms, Tensor solved, Tensor predicted, Tensor coef, "
       "Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors)");
 
@@ -27,7 +35,8 @@ TORCH_LIBRARY(qwen_fused, m) {
   m.def(
       "efe_loss_backward(Tensor grad, Tensor plan, Tensor target, Tensor? back, Tensor? preference, Tensor? anchor, "
       "Tensor? obs_entropy, Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, Tensor? predicted, "
-      "Tensor coef, Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors, float[] weights, float hard_floor, "
+      "Tensor coef, Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors, bool[6] on, float[] weights, float "
+      "hard_floor, "
       "int hard_mode, int ignore_index, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // scales the gradients of row r by inv_scale * min(1, max_norm[r] / (norm + 1e-6)), as measured into values; rows may
@@ -35,9 +44,36 @@ TORCH_LIBRARY(qwen_fused, m) {
   m.def("group_grad_clip_(Tensor(a!)[] grads, int[] rows, Tensor values, float[] max_norm) -> ()");
 }
 
-// the ops register themselves when the library is loaded; Python needs a module to import all the same
-PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
+// for -D without quotes: the list of architectures has commas in it
+#define QF_TEXT(...) QF_QUOTED(__VA_ARGS__)
+#define QF_QUOTED(...) #__VA_ARGS__
+
+// setup.py says for which
+#ifndef QF_CUDA_ARCHITECTURES
+#define QF_CUDA_ARCHITECTURES none
+#endif
+
+namespace {
+
+pybind11::dict built_with() {
+#ifdef __clang__
+  const std::string compiler = "clang " __clang_version__;
+#else
+  const std::string compiler = c10::str("g++ ", __GNUC__, ".", __GNUC_MINOR__, ".", __GNUC_PATCHLEVEL__);
+#endif
+  pybind11::dict built;
+  built["compiler"] = compiler;
+  built["instruction sets"] = QF_INSTRUCTION_SETS;
+  built["torch"] = TORCH_VERSION;
+  built["CUDA architectures"] = QF_TEXT(QF_CUDA_ARCHITECTURES);
+  return built;
+}
+
+}  // namespace
+
+// the ops register themselves when the library is loaded
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled ops, torch.ops.qwen_fused.*, and what they were built with.";
+  m.def(
+      "built_with", &built_with, "Compiler, instruction sets, torch and CUDA architectures -> one line of text each.");
 }

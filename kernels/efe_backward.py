@@ -14,7 +14,7 @@ Cross-entropy adds k (q - delta) and the prompt its pooled gradient.
 import triton
 import triton.language as tl
 
-from .efe_tile import LN_2, LOG2_E, TINY, cells, labels, load_classes, log2, softmax
+from .efe_tile import LN_2, TINY, cells, load_classes, log2, preferred, softmax, tile_of_cells
 
 
 @triton.jit(do_not_specialize=["ignore_index", "B", "T", "tiles"])
@@ -77,13 +77,9 @@ def efe_backward_kernel(
     FAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    # in one dimension, as forward
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = (tl.program_id(0) % tiles).to(tl.int64)
-    cell = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    cell_in = cell < P
-    target = cells(target + b * target_stride[0], target_stride[1], target_stride[2], cell, W, FLAT)
-    valid, known, label, kappa = labels(target, cell_in, ignore_index, class_weight, C, CLASS_WEIGHT, ACC)
+    b, tile, cell, cell_in, valid, known, label, kappa = tile_of_cells(
+        target, target_stride, ignore_index, class_weight, tiles, P, W, C, CLASS_WEIGHT, FLAT, ACC, BLOCK_P
+    )
     scale = tl.load(upstream).to(ACC) * tl.load(coef + 2 * B)
     if tile == 0:
         for c in tl.static_range(C):
@@ -107,14 +103,7 @@ def efe_backward_kernel(
     if D_BACK:
         d_back = cells(d_back + b * d_back_stride[0], d_back_stride[3], d_back_stride[4], cell, W, FLAT)
     if RISK or ANCHOR:
-        preference = cells(
-            preference + b * preference_stride[0], preference_stride[2], preference_stride[3], cell, W, FLAT
-        )
-        y = load_classes(preference, preference_stride[1], valid, C, ACC)
-        y_max, y_z, p, y_log2 = softmax(y, C, ACC, FAST)
-        log_p = ()
-        for c in tl.static_range(C):
-            log_p = log_p + ((y[c] - y_max) * LOG2_E - y_log2,)
+        p, log_p = preferred(preference, preference_stride, b, cell, W, valid, C, FLAT, ACC, FAST)
     # logarithms are in base 2
     risk = per_cell * tl.full([], w_risk, ACC)
     risk_2 = LN_2 * risk

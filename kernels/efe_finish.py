@@ -3,11 +3,21 @@
 import triton
 import triton.language as tl
 
+from . import reference
 from .efe_tile import AGREEMENT_SUM, ANCHOR_SUM, BAD, CE, CELLS, HARD, HEAD, KAPPA, RISK_SUM
 
 # a norm under this counts as this, as in F.cosine_similarity
 EPS = tl.constexpr(1.0e-8)
-TERM_COLUMNS = tl.constexpr(8)
+# where each is told of an episode
+COLUMNS = tl.constexpr(len(reference.COLUMNS))
+CE_COLUMN = tl.constexpr(reference.COLUMNS.index("ce"))
+RISK_COLUMN = tl.constexpr(reference.COLUMNS.index("risk"))
+AMBIGUITY_COLUMN = tl.constexpr(reference.COLUMNS.index("ambiguity"))
+AGREEMENT_COLUMN = tl.constexpr(reference.COLUMNS.index("agreement"))
+ANCHOR_COLUMN = tl.constexpr(reference.COLUMNS.index("anchor"))
+PROMPT_COLUMN = tl.constexpr(reference.COLUMNS.index("prompt"))
+HARD_COLUMN = tl.constexpr(reference.COLUMNS.index("hard"))
+ACCURACY_COLUMN = tl.constexpr(reference.COLUMNS.index("accuracy"))
 
 
 @triton.jit
@@ -94,27 +104,27 @@ def efe_finish_kernel(
     sigma = tl.where(cells > 0, sigma, 0.0)
 
     per_kappa = tl.where(kappa == 0, 0.0, 1.0 / tl.where(kappa == 0, 1.0, kappa))
-    out = terms + b * TERM_COLUMNS
+    out = terms + b * COLUMNS
     ce = _sum_tiles(row + CE * tiles, live, tiles, ACC, BLOCK) * per_kappa
     total = tl.zeros([], ACC)
     if USE_CE:
         total += tl.full([], w_ce, ACC) * ce
-    tl.store(out, ce)
+    tl.store(out + CE_COLUMN, ce)
     risk = tl.zeros([], ACC)
     if RISK:
         risk = _sum_tiles(row + RISK_SUM * tiles, live, tiles, ACC, BLOCK) / n
         total += tl.full([], w_risk, ACC) * risk
-    tl.store(out + 1, risk)
+    tl.store(out + RISK_COLUMN, risk)
     agreement = tl.zeros([], ACC)
     if AGREEMENT:
         agreement = _sum_tiles(row + AGREEMENT_SUM * tiles, live, tiles, ACC, BLOCK) / n
         total += tl.full([], w_agreement, ACC) * agreement
-    tl.store(out + 3, agreement)
+    tl.store(out + AGREEMENT_COLUMN, agreement)
     anchor = tl.zeros([], ACC)
     if ANCHOR:
         anchor = _sum_tiles(row + ANCHOR_SUM * tiles, live, tiles, ACC, BLOCK) / n
         total += tl.full([], w_anchor, ACC) * anchor
-    tl.store(out + 4, anchor)
+    tl.store(out + ANCHOR_COLUMN, anchor)
 
     rows = row + HEAD * tiles
     prompt = tl.zeros([], ACC)
@@ -138,7 +148,7 @@ def efe_finish_kernel(
             rows += C * tiles
         tl.store(d_prompt_colors + b * C + c, scale * (dv / v_held), mask=class_in)
         total += tl.full([], w_prompt, ACC) * prompt
-    tl.store(out + 5, prompt)
+    tl.store(out + PROMPT_COLUMN, prompt)
     ambiguity = tl.zeros([], ACC)
     if AMBIGUITY:
         mass = tl.zeros([BLOCK_C], ACC)
@@ -150,9 +160,9 @@ def efe_finish_kernel(
         w = tl.full([], w_ambiguity, ACC)
         total += w * ambiguity
         tl.store(totals + b * (2 + C) + 2 + c, sigma * w / n * mass, mask=class_in)
-    tl.store(out + 2, ambiguity)
-    tl.store(out + 6, ratio)
-    tl.store(out + 7, (cells - wrong) / n)
+    tl.store(out + AMBIGUITY_COLUMN, ambiguity)
+    tl.store(out + HARD_COLUMN, ratio)
+    tl.store(out + ACCURACY_COLUMN, (cells - wrong) / n)
     tl.store(solved + b, (cells > 0) & (wrong == 0))
     tl.store(coef + 2 * b, sigma / n)
     tl.store(coef + 2 * b + 1, sigma * per_kappa)

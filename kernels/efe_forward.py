@@ -14,14 +14,14 @@ from .efe_tile import (
     IGNORED_PREDICTION,
     KAPPA,
     LN_2,
-    LOG2_E,
     RISK_SUM,
     TINY,
     cells,
-    labels,
     load_classes,
     log2,
+    preferred,
     softmax,
+    tile_of_cells,
 )
 
 
@@ -62,14 +62,10 @@ def efe_forward_kernel(
     FAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    # in one dimension: the others hold 65,535 programs at most, and there may be more episodes
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    b, tile, cell, cell_in, valid, known, label, kappa = tile_of_cells(
+        target, target_stride, ignore_index, class_weight, tiles, P, W, C, CLASS_WEIGHT, FLAT, ACC, BLOCK_P
+    )
     tiles = tl.cast(tiles, tl.int64)
-    cell = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    cell_in = cell < P
-    target = cells(target + b * target_stride[0], target_stride[1], target_stride[2], cell, W, FLAT)
-    valid, known, label, kappa = labels(target, cell_in, ignore_index, class_weight, C, CLASS_WEIGHT, ACC)
     count = tl.sum(valid.to(ACC))
     if (tile == 0) & (b == 0):
         tl.store(arrived, 0)
@@ -80,15 +76,7 @@ def efe_forward_kernel(
         back = cells(back + b * back_stride[0], back_stride[3], back_stride[4], cell, W, FLAT)
     anchor_sum = tl.zeros([BLOCK_P], ACC)
     if RISK or ANCHOR:
-        preference = cells(
-            preference + b * preference_stride[0], preference_stride[2], preference_stride[3], cell, W, FLAT
-        )
-        y = load_classes(preference, preference_stride[1], valid, C, ACC)
-        y_max, y_z, p, y_log2 = softmax(y, C, ACC, FAST)
-        log_p = ()
-        for c in tl.static_range(C):
-            # not held above anything: what the preference forbids costs infinitely much
-            log_p = log_p + ((y[c] - y_max) * LOG2_E - y_log2,)
+        p, log_p = preferred(preference, preference_stride, b, cell, W, valid, C, FLAT, ACC, FAST)
     if ANCHOR:
         anchor = cells(anchor, anchor_stride[1], anchor_stride[2], cell, W, FLAT)
         log_a = load_classes(anchor, anchor_stride[0], valid, C, ACC)

@@ -20,21 +20,21 @@ from .efe_finish import efe_finish_kernel
 from .efe_forward import efe_forward_kernel
 from .efe_launch import capability_of, launch_row
 from .efe_tile import HEAD
-from .reference import accumulate_dtype
+from .reference import COLUMNS, TERMS, accumulate_dtype
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 FORWARD_SCHEMA = (
     "(Tensor plan, Tensor target, Tensor? back, Tensor? preference, Tensor? anchor, Tensor? obs_entropy, "
-    "Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, float[] weights, float hard_floor, "
-    "int hard_mode, int ignore_index) -> (Tensor loss, Tensor terms, Tensor solved, Tensor predicted, Tensor coef, "
-    "Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors)"
+    "Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, bool[6] on, float[] weights, "
+    "float hard_floor, int hard_mode, int ignore_index) -> (Tensor loss, Tensor terms, Tensor solved, "
+    "Tensor predicted, Tensor coef, Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors)"
 )
 BACKWARD_SCHEMA = (
     "(Tensor grad, Tensor plan, Tensor target, Tensor? back, Tensor? preference, Tensor? anchor, "
     "Tensor? obs_entropy, Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, Tensor? predicted, "
-    "Tensor coef, Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors, float[] weights, float hard_floor, "
-    "int hard_mode, int ignore_index, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor coef, Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors, bool[6] on, float[] weights, "
+    "float hard_floor, int hard_mode, int ignore_index, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 HARD_EPISODE, HARD_CELL = 0, 1
@@ -53,23 +53,9 @@ def _strides(x: Tensor | None) -> tuple[int, ...] | None:
     return (*strides[:-1], strides[-2]) if x.shape[-1] == 1 else strides
 
 
-def _flags(
-    back: Tensor | None,
-    preference: Tensor | None,
-    anchor: Tensor | None,
-    obs_entropy: Tensor | None,
-    prompt_colors: Tensor | None,
-    weights: Sequence[float],
-) -> dict[str, bool]:
-    """Which terms are computed."""
-    _, risk, ambiguity, agreement, anchor_weight, prompt = (weight != 0 for weight in weights)
-    return {
-        "RISK": risk and preference is not None,
-        "AMBIGUITY": ambiguity and obs_entropy is not None,
-        "AGREEMENT": agreement and back is not None,
-        "ANCHOR": anchor_weight and preference is not None and anchor is not None,
-        "PROMPT": prompt and prompt_colors is not None,
-    }
+def _flags(on: Sequence[bool]) -> dict[str, bool]:
+    """The kernels' names for the terms that they compute only where on; the cross-entropy always is."""
+    return {name.upper(): flag for name, flag in zip(TERMS, on, strict=True) if name != "ce"}
 
 
 def _device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -87,6 +73,7 @@ def _forward(
     prompt_colors: Tensor | None,
     step_weight: Tensor | None,
     class_weight: Tensor | None,
+    on: Sequence[bool],
     weights: Sequence[float],
     hard_floor: float,
     hard_mode: int,
@@ -94,10 +81,10 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     B, T, C, H, W = plan.shape
     acc = accumulate_dtype(plan, back, preference, obs_entropy, prompt_colors)
-    flags = _flags(back, preference, anchor, obs_entropy, prompt_colors, weights)
+    flags = _flags(on)
     empty = B * H * W == 0
     new = plan.new_zeros if empty else plan.new_empty
-    loss, terms, coef = new((), dtype=acc), new((B, 8), dtype=acc), new((B + 1, 2), dtype=acc)
+    loss, terms, coef = new((), dtype=acc), new((B, len(COLUMNS)), dtype=acc), new((B + 1, 2), dtype=acc)
     solved, predicted = new(B, dtype=torch.bool), new((B, H, W), dtype=torch.uint8)
     d_pooled = new((B if flags["PROMPT"] else 0, T, C), dtype=acc)
     d_obs_entropy = new(C if flags["AMBIGUITY"] else 0, dtype=acc)
@@ -170,7 +157,7 @@ def _forward(
             tiles,
             C=C,
             **flags,
-            USE_CE=weights[0] != 0,
+            USE_CE=on[0],
             HARD_EPISODE=hard_mode == HARD_EPISODE,
             ACC=tl_acc,
             BLOCK=max(32, min(triton.next_power_of_2(tiles), 128)),
@@ -199,6 +186,7 @@ def _backward(
     d_pooled: Tensor,
     obs_entropy_share: Tensor,
     prompt_colors_share: Tensor,
+    on: Sequence[bool],
     weights: Sequence[float],
     hard_floor: float,
     hard_mode: int,
@@ -207,7 +195,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     B, T, C, H, W = plan.shape
     acc = accumulate_dtype(plan, back, preference, obs_entropy, prompt_colors)
-    flags = _flags(back, preference, anchor, obs_entropy, prompt_colors, weights)
+    flags = _flags(on)
     preference_used = flags["RISK"] or flags["ANCHOR"]
     used = (True, flags["AGREEMENT"], preference_used, flags["AMBIGUITY"], flags["PROMPT"])
     inputs = (plan, back, preference, obs_entropy, prompt_colors)
@@ -248,7 +236,9 @@ def _backward(
             *(_strides(x) if x is None or x.dim() > 1 else None for x in canvases),
             ignore_index,
             hard_floor,
-            *weights[:5],
+            # the cross-entropy has no flag of its own
+            weights[0] if on[0] else 0.0,
+            *weights[1:5],
             B,
             H * W,
             W,

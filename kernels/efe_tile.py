@@ -95,3 +95,43 @@ def labels(ptr, cell_in, ignore_index, class_weight, C: tl.constexpr, CLASS_WEIG
     if CLASS_WEIGHT:
         kappa = tl.load(class_weight + label, mask=known, other=0.0).to(ACC)
     return valid, known, label, kappa
+
+
+@triton.jit
+def tile_of_cells(
+    target,
+    target_stride,
+    ignore_index,
+    class_weight,
+    tiles,
+    P,
+    W,
+    C: tl.constexpr,
+    CLASS_WEIGHT: tl.constexpr,
+    FLAT: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """What both passes begin with: a program's episode, tile and cells, which of them exist, and their labels."""
+    # in one dimension: the others hold 65,535 programs at most, and there may be more episodes
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    cell = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    cell_in = cell < P
+    target = cells(target + b * target_stride[0], target_stride[1], target_stride[2], cell, W, FLAT)
+    valid, known, label, kappa = labels(target, cell_in, ignore_index, class_weight, C, CLASS_WEIGHT, ACC)
+    return b, tile, cell, cell_in, valid, known, label, kappa
+
+
+@triton.jit
+def preferred(
+    preference, stride, b, cell, W, valid, C: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr
+):
+    """Tuples p and log2 p of the preference: not held above anything, what it forbids costs infinitely much."""
+    preference = cells(preference + b * stride[0], stride[2], stride[3], cell, W, FLAT)
+    y = load_classes(preference, stride[1], valid, C, ACC)
+    y_max, y_z, p, y_log2 = softmax(y, C, ACC, FAST)
+    log_p = ()
+    for c in tl.static_range(C):
+        log_p = log_p + ((y[c] - y_max) * LOG2_E - y_log2,)
+    return p, log_p

@@ -25,6 +25,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+TERMS = ("ce", "risk", "ambiguity", "agreement", "anchor", "prompt")
+# what is told of each episode, in this order where it is columns of one tensor
+COLUMNS = (*TERMS, "hard", "accuracy")
 HARD_MODES = ("episode", "cell", "none")
 IGNORED_PREDICTION = 255
 
@@ -33,6 +36,27 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 when any of the given tensors is float64, else float32."""
     wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
     return torch.float64 if wide else torch.float32
+
+
+def active_terms(
+    weights: Mapping[str, float],
+    *,
+    back: Tensor | None,
+    preference: Tensor | None,
+    anchor: Tensor | None,
+    obs_entropy: Tensor | None,
+    prompt_colors: Tensor | None,
+) -> dict[str, bool]:
+    """Which terms count in the loss: those whose weight is not 0 and whose inputs are there."""
+    there = {
+        "ce": True,
+        "risk": preference is not None,
+        "ambiguity": obs_entropy is not None,
+        "agreement": back is not None,
+        "anchor": preference is not None and anchor is not None,
+        "prompt": prompt_colors is not None,
+    }
+    return {name: there[name] and weights[name] != 0 for name in TERMS}
 
 
 def _log_softmax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,13 +91,15 @@ def efe_loss_reference(
     """Compute the loss and everything reported with it; differentiable by autograd in every float argument.
 
     Args:
-        weights: weight of ce, risk, ambiguity, agreement, anchor and prompt; a term of weight 0 is not
-            computed, except ce, which is always reported.
+        weights: weight of each of TERMS; a term of weight 0 is not computed, except ce, which is always reported.
 
     Returns:
         loss (0-d), terms (name -> [B], detached), hard ratio [B], accuracy [B], solved [B] bool,
         predicted [B, H, W] uint8.
     """
+    on = active_terms(
+        weights, back=back, preference=preference, anchor=anchor, obs_entropy=obs_entropy, prompt_colors=prompt_colors
+    )
     num_classes = plan.shape[2]
     dtype = accumulate_dtype(plan, back, preference, obs_entropy, prompt_colors)
     valid = target != ignore_index
@@ -100,27 +126,27 @@ def efe_loss_reference(
 
     ce = _cross_entropy(log_q, label, valid, hard, step_weight, class_weight, hard_floor, hard_mode)
     terms = {"ce": ce}
-    if preference is not None and (weights["risk"] != 0 or (anchor is not None and weights["anchor"] != 0)):
+    if preference is not None and (on["risk"] or on["anchor"]):
         preference_x = torch.where(valid[:, None], preference.to(dtype), 0.0)
         log_p, p, log_p0 = _log_softmax(preference_x, 1)
-        if weights["risk"] != 0:
+        if on["risk"]:
             # a forbidden q costs nothing whatever p is; a forbidden p under a live q costs infinitely much
             log_p_seen = torch.where(q > 0, log_p[:, None], 0.0)
             terms["risk"] = per_cell(q * (log_q0 - log_p_seen) * valid[:, None, None])
-        if anchor is not None and weights["anchor"] != 0:
+        if anchor is not None and on["anchor"]:
             log_a = torch.where(valid[:, None] & (p > 0), anchor.to(dtype), 0.0)
             terms["anchor"] = per_cell(p * (log_p0 - log_a) * valid[:, None])
-    if obs_entropy is not None and weights["ambiguity"] != 0:
+    if obs_entropy is not None and on["ambiguity"]:
         mass = torch.where(valid[:, None, None], q, 0.0).sum((1, 3, 4)) / count[:, None]
         terms["ambiguity"] = mass @ obs_entropy.to(dtype)
-    if back is not None and weights["agreement"] != 0:
+    if back is not None and on["agreement"]:
         back_x = torch.where(valid[:, None, None], back.to(dtype), 0.0)
         _, r, log_r0 = _log_softmax(back_x, 2)
         m = 0.5 * (q + r)
         log_m = torch.where(m > 0, m, 1.0).log()
         divergence = 0.5 * (q * (log_q0 - log_m) + r * (log_r0 - log_m))
         terms["agreement"] = per_cell(divergence * valid[:, None, None])
-    if prompt_colors is not None and weights["prompt"] != 0:
+    if prompt_colors is not None and on["prompt"]:
         pooled = plan_x.masked_fill(plan_x == -torch.inf, 0.0).sum((3, 4)) / count[:, None, None]
         prompt = torch.where(has_cells[:, None], prompt_colors.to(dtype), 0.0)
         terms["prompt"] = -_cosine(pooled, prompt[:, None]).mean(1)
@@ -131,7 +157,7 @@ def efe_loss_reference(
     sigma = sigma.masked_fill(malformed, torch.nan)
     total = torch.zeros_like(count)
     for name, term in terms.items():
-        if weights[name] != 0:
+        if on[name]:
             total = total + weights[name] * term
     loss = torch.where(has_cells, sigma * total, 0.0).sum() / has_cells.sum().clamp_min(1)
 

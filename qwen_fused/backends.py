@@ -23,6 +23,15 @@ def has_op(name: str) -> bool:
     return hasattr(torch.ops.qwen_fused, name)
 
 
+def built_with() -> dict[str, str]:
+    """Compiler, instruction sets, torch and CUDA architectures that the extension was built with and for."""
+    if not HAS_EXTENSION:
+        return {}
+    from qwen_fused import _C
+
+    return _C.built_with()
+
+
 @functools.cache
 def has_kernel(name: str, device: str) -> bool:
     """Whether torch.ops.qwen_fused.<name> has a kernel for tensors of that device type ("cpu", "cuda")."""
@@ -79,6 +88,7 @@ def describe() -> dict[str, str]:
         "gpu": torch.cuda.get_device_name() if cuda else "none visible",
         "extension": "built" if HAS_EXTENSION else EXTENSION_ERROR or "",
     }
+    report |= {f"extension: {name}": value for name, value in built_with().items()}
     if not HAS_EXTENSION:
         report["build the extension"] = build_command()
     elif EXTENSION_HAS_CUDA:

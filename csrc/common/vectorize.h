@@ -15,12 +15,20 @@
 #define QF_INLINE __attribute__((always_inline)) inline
 #define QF_INLINE_LAMBDA __attribute__((always_inline))
 
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
+// QF_LEVELS: the loss's tiles (loss/levels/) are compiled once for each set as well
+#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12
+#define QF_LEVELS 1
+#endif
+
+#if defined(QF_LEVELS) && defined(__linux__)
 #define QF_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define QF_INSTRUCTION_SETS "x86-64-v4, x86-64-v3, x86-64"
 #elif defined(__x86_64__) && defined(__linux__) && (!defined(__clang__) || __clang_major__ >= 14)
 #define QF_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
+#define QF_INSTRUCTION_SETS "gradient norms: AVX-512, AVX2, x86-64; loss: the compiler's target"
 #else
 #define QF_MULTIVERSION
+#define QF_INSTRUCTION_SETS "the compiler's target"
 #endif
 
 namespace qwen_fused {

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -15,10 +16,13 @@ using OptionalTensor = std::optional<at::Tensor>;
 using Eight =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Five = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// which terms count, by enum Term: whoever calls decides
+using On = std::array<bool, TERMS>;
 
 struct Arguments {
   const at::Tensor &plan, &target;
   const OptionalTensor &back, &preference, &anchor, &obs_entropy, &prompt_colors, &step_weight, &class_weight;
+  const On& on;
   at::ArrayRef<double> weights;
   double hard_floor;
   int64_t hard_mode, ignore_index;
@@ -39,6 +43,10 @@ inline void check(const char* name, const OptionalTensor& x, at::IntArrayRef sha
   TORCH_CHECK_VALUE(
       type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, name,
       " must be float16, bfloat16, float32 or float64, got ", type);
+}
+
+inline void check_there(bool on, const char* name, const OptionalTensor& x, const char* term) {
+  TORCH_CHECK_VALUE(!on || x, name, " must be there where the term ", term, " is on, got None");
 }
 
 inline void check(const Arguments& a) {
@@ -64,6 +72,11 @@ inline void check(const Arguments& a) {
   check("prompt_colors", a.prompt_colors, {B, C});
   check("step_weight", a.step_weight, {T});
   check("class_weight", a.class_weight, {C});
+  check_there(a.on[RISK] || a.on[ANCHOR], "preference", a.preference, "risk or anchor");
+  check_there(a.on[AMBIGUITY], "obs_entropy", a.obs_entropy, "ambiguity");
+  check_there(a.on[AGREEMENT], "back", a.back, "agreement");
+  check_there(a.on[ANCHOR], "anchor", a.anchor, "anchor");
+  check_there(a.on[PROMPT], "prompt_colors", a.prompt_colors, "prompt");
 }
 
 // accumulate in float64: only inputs that may have a gradient decide, as in the reference's accumulate_dtype
@@ -127,15 +140,8 @@ Job<T> make_job(const Arguments& a, const Smalls<T>& small) {
   job.B = a.plan.size(0), job.steps = a.plan.size(1), job.classes = a.plan.size(2);
   job.cells = a.plan.size(3) * a.plan.size(4);
   job.tiles = (job.cells + TILE - 1) / TILE;
-  const bool there[TERMS] = {
-      true,
-      a.preference.has_value(),
-      a.obs_entropy.has_value(),
-      a.back.has_value(),
-      a.preference.has_value() && a.anchor.has_value(),
-      a.prompt_colors.has_value()};
-  // the cross-entropy is told even where it weighs nothing
-  for (int k = 0; k < TERMS; ++k) job.weight[k] = a.weights[k], job.on[k] = there[k] && (k == CE || a.weights[k] != 0);
+  job.on = a.on;
+  for (int k = 0; k < TERMS; ++k) job.weight[k] = a.weights[k];
   job.target = strided(a.target, true, false, false);
   job.plan = strided(a.plan, true, true, true);
   if (job.on[AGREEMENT]) job.back = strided(*a.back, true, true, true);

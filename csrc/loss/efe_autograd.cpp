@@ -17,17 +17,18 @@ using In = const at::Tensor&;
 using MaybeIn = const OptionalTensor&;
 using Weights = at::ArrayRef<double>;
 using Needs = std::array<bool, 5>;
-using Forward =
-    Eight(In, In, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, Weights, double, int64_t, int64_t);
+using Forward = Eight(
+    In, In, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, const On&, Weights, double, int64_t,
+    int64_t);
 using Backward = Five(
-    In, In, In, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, In, In, In, In, Weights, double,
-    int64_t, int64_t, const Needs&);
+    In, In, In, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, In, In, In, In, const On&,
+    Weights, double, int64_t, int64_t, const Needs&);
 
 // saved behind the tensors that forward was given
 enum Saved { PREDICTED = 9, COEF, D_POOLED, D_OBS_ENTROPY, D_PROMPT_COLORS };
 
 // tensors among the arguments of forward, and the places of those that have a gradient
-inline constexpr size_t TENSORS = 9, ARGUMENTS = 13;
+inline constexpr size_t TENSORS = 9, ARGUMENTS = 14;
 inline constexpr Needs::size_type DIFFERENTIABLE[] = {0, 2, 3, 5, 6};
 
 const auto& forward_op() {
@@ -59,10 +60,10 @@ struct EfeLoss : torch::autograd::Function<EfeLoss> {
   // what the op returns besides the loss has no gradient, and passes the graph by in `all`
   static at::Tensor forward(
       AutogradContext* ctx, In plan, In target, MaybeIn back, MaybeIn preference, MaybeIn anchor, MaybeIn obs_entropy,
-      MaybeIn prompt_colors, MaybeIn step_weight, MaybeIn class_weight, Weights weights, double hard_floor,
-      int64_t hard_mode, int64_t ignore_index, Eight* all) {
+      MaybeIn prompt_colors, MaybeIn step_weight, MaybeIn class_weight, const On& on, Weights weights,
+      double hard_floor, int64_t hard_mode, int64_t ignore_index, Eight* all) {
     *all = call_below(
-        forward_op(), plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight,
+        forward_op(), plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight, on,
         weights, hard_floor, hard_mode, ignore_index);
     const auto& [loss, terms, solved, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors] = *all;
     const auto value = [](MaybeIn x) { return x.value_or(at::Tensor()); };
@@ -71,6 +72,7 @@ struct EfeLoss : torch::autograd::Function<EfeLoss> {
         {plan, target, value(back), value(preference), value(anchor), value(obs_entropy), value(prompt_colors),
          value(step_weight), value(class_weight), hard_mode == HARD_CELL ? predicted : at::Tensor(), coef, d_pooled,
          d_obs_entropy, d_prompt_colors});
+    ctx->saved_data["on"] = c10::List<bool>(at::ArrayRef<bool>(on));
     ctx->saved_data["weights"] = weights;
     ctx->saved_data["hard_floor"] = hard_floor;
     ctx->saved_data["hard_mode"] = hard_mode;
@@ -91,18 +93,20 @@ struct EfeLoss : torch::autograd::Function<EfeLoss> {
     Needs needs;
     for (size_t k = 0; k < needs.size(); ++k) needs[k] = wanted[DIFFERENTIABLE[k]];
     const auto optional = [&](size_t place) { return s[place].defined() ? OptionalTensor(s[place]) : std::nullopt; };
+    On on;
+    const c10::List<bool> kept = ctx->saved_data["on"].toBoolList();
+    for (size_t k = 0; k < on.size(); ++k) on[k] = kept[k];
     const auto weights = ctx->saved_data["weights"].toDoubleVector();
     const variable_list found = listed(
         backward_op().call(
             grads[0], s[0], s[1], optional(2), optional(3), optional(4), optional(5), optional(6), optional(7),
-            optional(8), optional(PREDICTED), s[COEF], s[D_POOLED], s[D_OBS_ENTROPY], s[D_PROMPT_COLORS], weights,
+            optional(8), optional(PREDICTED), s[COEF], s[D_POOLED], s[D_OBS_ENTROPY], s[D_PROMPT_COLORS], on, weights,
             ctx->saved_data["hard_floor"].toDouble(), ctx->saved_data["hard_mode"].toInt(),
             ctx->saved_data["ignore_index"].toInt(), needs));
+    // what no term reads has no gradient, but an empty tensor
+    const Needs read{true, on[AGREEMENT], on[RISK] || on[ANCHOR], on[AMBIGUITY], on[PROMPT]};
     for (size_t k = 0; k < needs.size(); ++k) {
-      const size_t place = DIFFERENTIABLE[k];
-      // a term that is off has no gradient, but an empty tensor
-      const auto is_off = [&] { return found[k].dim() != s[place].dim() || (place == 5 && weights[AMBIGUITY] == 0); };
-      if (needs[k] && !is_off()) gradients[place] = found[k];
+      if (needs[k] && read[k]) gradients[DIFFERENTIABLE[k]] = found[k];
     }
     return gradients;
   }

@@ -79,7 +79,7 @@ void finish(const Job<T>& job, const std::vector<double>& sums, const T* prompt_
     double total = 0;
     for (int k = 0; k < TERMS; ++k) {
       terms[b * (TERMS + 2) + k] = static_cast<T>(term[k]);
-      if (job.on[k] && job.weight[k] != 0) total += job.weight[k] * term[k];
+      if (job.on[k]) total += job.weight[k] * term[k];
     }
     terms[b * (TERMS + 2) + TERMS] = static_cast<T>(ratio);
     terms[b * (TERMS + 2) + TERMS + 1] = static_cast<T>((sum[S_CELLS] - sum[S_HARD]) / n);

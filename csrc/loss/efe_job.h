@@ -1,6 +1,7 @@
 // One call of the loss as the tiles see it: plain data, no torch.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 namespace qwen_fused {
@@ -39,7 +40,8 @@ struct Job {
   int64_t B, steps, classes, cells, tiles;
   Strided target, plan, back, preference, anchor;
   const T *obs_entropy, *step_weight, *class_weight;  // null where left out
-  bool on[TERMS];
+  // what counts in the loss; the cross-entropy is told even where it does not
+  std::array<bool, TERMS> on;
   double weight[TERMS];
   double hard_floor;
   int hard_mode;

@@ -80,10 +80,10 @@ ForwardResult forward_as(const Arguments& a) {
 Eight efe_loss(
     const at::Tensor& plan, const at::Tensor& target, const OptionalTensor& back, const OptionalTensor& preference,
     const OptionalTensor& anchor, const OptionalTensor& obs_entropy, const OptionalTensor& prompt_colors,
-    const OptionalTensor& step_weight, const OptionalTensor& class_weight, at::ArrayRef<double> weights,
+    const OptionalTensor& step_weight, const OptionalTensor& class_weight, const On& on, at::ArrayRef<double> weights,
     double hard_floor, int64_t hard_mode, int64_t ignore_index) {
-  const Arguments a{plan,        target,       back,    preference, anchor,    obs_entropy, prompt_colors,
-                    step_weight, class_weight, weights, hard_floor, hard_mode, ignore_index};
+  const Arguments a{plan,        target,       back, preference, anchor,     obs_entropy, prompt_colors,
+                    step_weight, class_weight, on,   weights,    hard_floor, hard_mode,   ignore_index};
   check(a);
   ForwardResult r = any_double(a) ? forward_as<double>(a) : forward_as<float>(a);
   return {r.loss, r.terms, r.solved, r.predicted, r.coef, r.d_pooled, r.d_obs_entropy, r.d_prompt_colors};
@@ -172,10 +172,10 @@ Five efe_loss_backward(
     const OptionalTensor& preference, const OptionalTensor& anchor, const OptionalTensor& obs_entropy,
     const OptionalTensor& prompt_colors, const OptionalTensor& step_weight, const OptionalTensor& class_weight,
     const OptionalTensor& predicted, const at::Tensor& coef, const at::Tensor& d_pooled,
-    const at::Tensor& d_obs_entropy, const at::Tensor& d_prompt_colors, at::ArrayRef<double> weights, double hard_floor,
-    int64_t hard_mode, int64_t ignore_index, const std::array<bool, 5>& needs) {
-  const Arguments a{plan,        target,       back,    preference, anchor,    obs_entropy, prompt_colors,
-                    step_weight, class_weight, weights, hard_floor, hard_mode, ignore_index};
+    const at::Tensor& d_obs_entropy, const at::Tensor& d_prompt_colors, const On& on, at::ArrayRef<double> weights,
+    double hard_floor, int64_t hard_mode, int64_t ignore_index, const std::array<bool, 5>& needs) {
+  const Arguments a{plan,        target,       back, preference, anchor,     obs_entropy, prompt_colors,
+                    step_weight, class_weight, on,   weights,    hard_floor, hard_mode,   ignore_index};
   check(a);
   const Saved saved{grad, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors};
   return any_double(a) ? backward_as<double>(a, saved, needs) : backward_as<float>(a, saved, needs);

@@ -1,9 +1,5 @@
 // The loss on one tile of cells, each cell in a lane of its own and classes in a loop, once per instruction set and
-// chosen at run time.
-//
-// The headers below have no include guard: each set includes them again, inside a namespace of its own and under its
-// own target pragma. A target attribute on the caller would not do: vector types wider than the baseline's are lowered
-// to scalars before anything is inlined.
+// chosen at run time. levels/ has the code.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -18,8 +14,7 @@
 #define QF_BEST_LEVEL 4
 #endif
 
-#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12
-#define QF_LEVELS 1
+#ifdef QF_LEVELS
 #include <immintrin.h>
 #endif
 
@@ -30,54 +25,28 @@ namespace qwen_fused {
 namespace {
 
 #define QF_LEVEL 1
+#define QF_BYTES 16
 namespace baseline {
-#include "efe_math.h"
-//
-#include "efe_cells.h"
-//
-#include "efe_softmax.h"
-//
-#include "efe_backward.h"
-#include "efe_forward.h"
-template <class T>
-using Lanes = Simd<T, 16>;
+#include "levels/level.inc.h"
 }  // namespace baseline
-#undef QF_LEVEL
 
 #ifdef QF_LEVELS
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 #define QF_LEVEL 3
+#define QF_BYTES 32
 namespace avx2 {
-#include "efe_math.h"
-//
-#include "efe_cells.h"
-//
-#include "efe_softmax.h"
-//
-#include "efe_backward.h"
-#include "efe_forward.h"
-template <class T>
-using Lanes = Simd<T, 32>;
+#include "levels/level.inc.h"
 }  // namespace avx2
-#undef QF_LEVEL
 #pragma GCC pop_options
+
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
 #define QF_LEVEL 4
+#define QF_BYTES 64
 namespace avx512 {
-#include "efe_math.h"
-//
-#include "efe_cells.h"
-//
-#include "efe_softmax.h"
-//
-#include "efe_backward.h"
-#include "efe_forward.h"
-template <class T>
-using Lanes = Simd<T, 64>;
+#include "levels/level.inc.h"
 }  // namespace avx512
-#undef QF_LEVEL
 #pragma GCC pop_options
 #endif
 

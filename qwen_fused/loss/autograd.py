@@ -1,22 +1,21 @@
 """Fake tensors and autograd of the fused loss ops; the compiled and the Triton pair share one schema.
 
 A forward op returns (loss, terms [B, 8], solved, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors); only loss
-is differentiable, and what follows predicted is what backward needs.
+is differentiable, and what follows predicted is what backward needs. `on` says which terms count: it was decided before
+(`active_terms` in kernels/reference.py), and nothing here looks at weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from qwen_fused.kernels.reference import HARD_MODES, accumulate_dtype
+from qwen_fused.kernels.reference import COLUMNS, HARD_MODES, TERMS, accumulate_dtype
 
 HARD_MODE = {name: number for number, name in enumerate(HARD_MODES)}
-# columns of the terms an op returns
-COLUMNS = ("ce", "risk", "ambiguity", "agreement", "anchor", "prompt", "hard", "accuracy")
-WEIGHTS = 6
 TENSOR_INPUTS = 9
 # places of plan, back, preference, obs_entropy and prompt_colors in the schema
 DIFFERENTIABLE = (0, 2, 3, 5, 6)
@@ -37,14 +36,13 @@ def register_autograd(name: str) -> None:
 
 
 def _fake_forward(
-    plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight, weights, *options
+    plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight, on, weights, *options
 ):  # fmt: skip
     B, T, C, _, _ = plan.shape
-    if len(weights) != WEIGHTS:
-        raise ValueError(f"weights must hold {WEIGHTS} numbers, got {len(weights)}")
+    if len(weights) != len(TERMS):
+        raise ValueError(f"weights must hold {len(TERMS)} numbers, got {len(weights)}")
     dtype = accumulate_dtype(plan, back, preference, obs_entropy, prompt_colors)
-    ambiguity = obs_entropy is not None and weights[2] != 0
-    prompt = prompt_colors is not None and weights[5] != 0
+    _, _, ambiguity, _, _, prompt = on
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return plan.new_empty(shape, dtype=dtype)
@@ -63,20 +61,24 @@ def _fake_forward(
 
 def _fake_backward(
     grad, plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight, predicted,
-    coef, d_pooled, d_obs_entropy, d_prompt_colors, weights, hard_floor, hard_mode, ignore_index, needs,
+    coef, d_pooled, d_obs_entropy, d_prompt_colors, on, weights, hard_floor, hard_mode, ignore_index, needs,
 ):  # fmt: skip
-    _, risk, ambiguity, agreement, anchor_weight, prompt = (weight != 0 for weight in weights)
-    used = (True, agreement, risk or (anchor_weight and anchor is not None), ambiguity, prompt)
     inputs = (plan, back, preference, obs_entropy, prompt_colors)
     return tuple(
-        torch.empty_like(x) if x is not None and need and use else plan.new_empty(0)
-        for x, need, use in zip(inputs, needs, used, strict=True)
+        torch.empty_like(x) if need and read else plan.new_empty(0)
+        for x, need, read in zip(inputs, needs, read_by(on), strict=True)
     )
+
+
+def read_by(on: Sequence[bool]) -> tuple[bool, bool, bool, bool, bool]:
+    """Whether plan, back, preference, obs_entropy and prompt_colors are read by a term that is on."""
+    _, risk, ambiguity, agreement, anchor, prompt = on
+    return True, agreement, risk or anchor, ambiguity, prompt
 
 
 def _save(ctx, inputs: tuple, output: tuple) -> None:
     loss, terms, solved, predicted, *shares = output
-    hard_mode = inputs[TENSOR_INPUTS + 2]
+    _, _, _, hard_mode, _ = inputs[TENSOR_INPUTS:]
     if hard_mode != HARD_MODE["cell"]:
         # not needed, and not saved: whoever called may then write into it
         predicted = None
@@ -93,9 +95,10 @@ def _backward(op, ctx, grad: Tensor | None, *others) -> tuple[Tensor | None, ...
     needs = [ctx.needs_input_grad[place] for place in DIFFERENTIABLE]
     saved = ctx.saved_tensors
     found = op(grad, *saved, *ctx.options, needs)
-    for place, need, gradient in zip(DIFFERENTIABLE, needs, found, strict=True):
-        # a term that is off has no gradient, but an empty tensor
-        if need and gradient.shape == saved[place].shape:
+    on = ctx.options[0]
+    for place, need, read, gradient in zip(DIFFERENTIABLE, needs, read_by(on), found, strict=True):
+        # what no term reads has no gradient, but an empty tensor
+        if need and read:
             gradients[place] = gradient
     return tuple(gradients)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from numbers import Real
 
@@ -14,6 +15,21 @@ MAX_CLASSES = 64
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 LARGEST = sys.float_info.max
+
+check_targets = os.environ.get("QWEN_FUSED_CHECK_TARGETS") == "1"
+
+
+def set_check_targets(enabled: bool) -> None:
+    """Look for targets out of range on every device, at the price of a host sync per call.
+
+    For debugging: on CUDA a target out of range otherwise makes the loss NaN, and nothing says which cell it was.
+    QWEN_FUSED_CHECK_TARGETS=1 in the environment has the same effect from the start.
+
+    Args:
+        enabled: whether to look.
+    """
+    global check_targets
+    check_targets = enabled
 
 
 def check_dense(name: str, x: Tensor) -> None:

@@ -1,4 +1,11 @@
-"""The fused losses: public functions, their arguments' checks, and the choice of backend."""
+"""The fused losses: public functions, their arguments' checks, and the choice of backend.
+
+efe_loss      -> qwen_fused::efe_loss (csrc/ops.cpp), or qwen_fused::efe_loss_triton: one schema, autograd.py
+  forward  CPU   csrc/loss/efe_loss_cpu.cpp: levels/forward.inc.h tile by tile, then efe_finish.h
+           CUDA  kernels/efe_loss.py: efe_forward.py, then efe_finish.py
+  backward CPU   csrc/loss/efe_autograd.cpp, efe_loss_cpu.cpp: levels/backward.inc.h
+           CUDA  kernels/efe_loss.py: efe_backward.py
+"""
 
 from __future__ import annotations
 
@@ -9,8 +16,9 @@ import torch
 from torch import Tensor
 
 from qwen_fused import backends
-from qwen_fused.kernels.reference import efe_loss_reference
-from qwen_fused.loss.autograd import COLUMNS, HARD_MODE, register_autograd, register_fakes
+from qwen_fused.kernels.reference import COLUMNS, TERMS, active_terms, efe_loss_reference
+from qwen_fused.loss import checks
+from qwen_fused.loss.autograd import HARD_MODE, register_autograd, register_fakes
 from qwen_fused.loss.checks import check_float, check_options, check_plan, check_target_range, check_weight
 
 # asked once: torch.compile can't ask
@@ -25,9 +33,6 @@ if backends.HAS_TRITON:
     register_autograd("efe_loss_triton")
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
-
-CHECK_TARGETS = False
-"""Debug switch: look for targets out of range on every device, at the price of a host sync."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +136,8 @@ def efe_loss(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value. On the CPU this includes a target
             outside [0, C) that is not ignored. On CUDA such a target makes the loss NaN, as finding it costs
-            a host sync; `qwen_fused.loss.efe_loss.CHECK_TARGETS = True` looks for it there too.
+            a host sync; `qwen_fused.loss.checks.set_check_targets(True)`, or QWEN_FUSED_CHECK_TARGETS=1 in the
+            environment, looks for it there too.
     """
     weights = EFEWeights() if weights is None else weights
     check_plan(plan_logits, target)
@@ -147,41 +153,40 @@ def efe_loss(
     if not isinstance(weights, EFEWeights):
         raise ValueError(f"weights must be an EFEWeights, got {type(weights).__name__}")
     backend = _resolve_backend(backend, plan_logits)
-    if CHECK_TARGETS or (backend == "reference" and target.device.type == "cpu"):
+    if checks.check_targets or (backend == "reference" and target.device.type == "cpu"):
         check_target_range(target, C, ignore_index)
 
-    on = {
-        "ce": True,
-        "risk": weights.risk != 0 and preference_logits is not None,
-        "ambiguity": weights.ambiguity != 0 and obs_entropy is not None,
-        "agreement": weights.agreement != 0 and back_logits is not None,
-        "anchor": weights.anchor != 0 and preference_logits is not None and anchor_log_probs is not None,
-        "prompt": weights.prompt != 0 and prompt_colors is not None,
-    }
-    inputs: dict[str, Any] = dict(
-        back=back_logits if on["agreement"] else None,
-        preference=preference_logits if on["risk"] or on["anchor"] else None,
-        anchor=anchor_log_probs if on["anchor"] else None,
-        obs_entropy=obs_entropy if on["ambiguity"] else None,
-        prompt_colors=prompt_colors if on["prompt"] else None,
-        step_weight=step_weight,
-        class_weight=class_weight,
+    named = {name: getattr(weights, name) for name in TERMS}
+    on = active_terms(
+        named,
+        back=back_logits,
+        preference=preference_logits,
+        anchor=anchor_log_probs,
+        obs_entropy=obs_entropy,
+        prompt_colors=prompt_colors,
     )
-    named = {name: getattr(weights, name) for name in on}
+    # what no term reads is not handed on: its dtype, and whether it wants a gradient, are then no matter
+    inputs: dict[str, Any] = {
+        "plan": plan_logits,
+        "target": target,
+        "back": back_logits if on["agreement"] else None,
+        "preference": preference_logits if on["risk"] or on["anchor"] else None,
+        "anchor": anchor_log_probs if on["anchor"] else None,
+        "obs_entropy": obs_entropy if on["ambiguity"] else None,
+        "prompt_colors": prompt_colors if on["prompt"] else None,
+        "step_weight": step_weight,
+        "class_weight": class_weight,
+    }
+    options: dict[str, Any] = {"hard_floor": hard_floor, "ignore_index": ignore_index}
     if backend == "reference":
-        return EFEOutput(
-            *efe_loss_reference(
-                plan_logits, target, **inputs, weights=named,
-                hard_floor=hard_floor, hard_mode=hard_mode, ignore_index=ignore_index,
-            )
-        )  # fmt: skip
+        return EFEOutput(*efe_loss_reference(**inputs, weights=named, hard_mode=hard_mode, **options))
     op = torch.ops.qwen_fused.efe_loss if backend == "cpp" else torch.ops.qwen_fused.efe_loss_triton
     loss, reported, solved, predicted, *_ = op(
-        plan_logits, target, *inputs.values(), [*named.values()], hard_floor, HARD_MODE[hard_mode], ignore_index
+        **inputs, on=[*on.values()], weights=[*named.values()], hard_mode=HARD_MODE[hard_mode], **options
     )
     columns = dict(zip(COLUMNS, reported.unbind(1), strict=True))
     hard_ratio, accuracy = columns["hard"], columns.pop("accuracy")
-    terms = {name: column for name, column in columns.items() if on.get(name, True)}
+    terms = {name: column for name, column in columns.items() if name in ("ce", "hard") or on[name]}
     return EFEOutput(loss, terms, hard_ratio, accuracy, solved, predicted)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwen_fused.kernels.reference import TERMS
 from qwen_fused.loss.autograd import HARD_MODE
 from qwen_fused.loss.efe_loss import EFEOutput, EFEWeights, efe_loss
 
 # every term on, no two weights alike, so that a swapped or dropped term shows
 ALL_TERMS = EFEWeights(ce=1.1, risk=0.9, ambiguity=0.7, agreement=0.5, anchor=0.3, prompt=0.4)
 DIFFERENTIABLE = ("plan_logits", "back_logits", "preference_logits", "obs_entropy", "prompt_colors")
-TERMS = ("ce", "risk", "ambiguity", "agreement", "anchor", "prompt")
 CE = EFEWeights(risk=0.0, agreement=0.0, anchor=0.0, prompt=0.0)
 
 
@@ -139,11 +139,11 @@ def check(case: dict, fused: dict, upstream: float = 1.0, **options) -> dict[str
 
 
 def op_arguments(case: dict, hard_mode: str = "cell") -> tuple:
-    """The arguments of a forward op for every term of a case."""
+    """The arguments of a forward op for every term of a case, in the order of its schema."""
     names = ("plan_logits", "target", "back_logits", "preference_logits", "anchor_log_probs")
     names += ("obs_entropy", "prompt_colors", "step_weight", "class_weight")
-    weights = [getattr(ALL_TERMS, name) for name in ("ce", "risk", "ambiguity", "agreement", "anchor", "prompt")]
-    return (*(case[name] for name in names), weights, 0.3, HARD_MODE[hard_mode], -100)
+    weights = [getattr(ALL_TERMS, name) for name in TERMS]
+    return (*(case[name] for name in names), [True] * 6, weights, 0.3, HARD_MODE[hard_mode], -100)
 
 
 def op_name(fused: dict) -> str:

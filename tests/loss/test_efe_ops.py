@@ -6,6 +6,7 @@ import pytest
 import torch
 from efe_cases import make_case, op_arguments, op_name, with_grad
 
+from qwen_fused.kernels.reference import TERMS
 from qwen_fused.loss import efe_loss as ops
 from qwen_fused.loss.efe_loss import EFEWeights, efe_loss
 
@@ -17,8 +18,10 @@ BAD_OP_INPUT = [
     (2, lambda x: x[:1], "back must be"),
     (3, lambda x: x.int(), "preference must be float16"),
     (7, lambda x: x[:1], "step_weight must be"),
-    (9, lambda x: x[:2], "weights must hold 6 numbers, got 2"),
-    (11, lambda x: 5, "hard_mode must be 0, 1 or 2, got 5"),
+    (2, lambda x: None, "back must be there where the term agreement is on, got None"),
+    (3, lambda x: None, "preference must be there where the term risk or anchor is on, got None"),
+    (10, lambda x: x[:2], "weights must hold 6 numbers, got 2"),
+    (12, lambda x: 5, "hard_mode must be 0, 1 or 2, got 5"),
 ]
 
 
@@ -46,19 +49,30 @@ def test_the_compiled_op_takes_no_nested_plan(grad):
         torch.ops.qwen_fused.efe_loss(*arguments)
 
 
-@pytest.mark.parametrize("off", ["ce", "risk", "ambiguity", "agreement", "anchor", "prompt"])
-def test_the_op_leaves_out_a_term_of_weight_0(fused, off):
-    """The public function drops its input before. Here its column is 0, but the cross-entropy's; gradients hold."""
-    arguments = list(op_arguments(with_grad(make_case(T=2, dtype=torch.float32), fused["device"])))
-    names = ["ce", "risk", "ambiguity", "agreement", "anchor", "prompt"]
-    arguments[9] = [0.0 if name == off else weight for name, weight in zip(names, arguments[9], strict=True)]
+@pytest.mark.parametrize("off", TERMS)
+def test_the_op_leaves_out_a_term_that_is_off(fused, off):
+    """Whatever its weight and its inputs. Its column is 0, but the cross-entropy's; gradients hold."""
+    case = make_case(T=2, dtype=torch.float32)
+    arguments = list(op_arguments(with_grad(case, fused["device"])))
+    arguments[9] = [name != off for name in TERMS]
     out = getattr(torch.ops.qwen_fused, op_name(fused))(*arguments)
-    assert out[1][:, names.index(off)].any() == (off == "ce") and out[1].isfinite().all()
+    assert out[1][:, TERMS.index(off)].any() == (off == "ce") and out[1].isfinite().all()
     out[0].backward()
-    terms = {name: weight for name, weight in zip(names, arguments[9], strict=True)}
-    case = with_grad(make_case(T=2, dtype=torch.float32))
+    terms = {name: weight if name != off else 0.0 for name, weight in zip(TERMS, arguments[10], strict=True)}
+    case = with_grad(case)
     expected = efe_loss(**case, weights=EFEWeights(**terms), backend="reference", hard_mode="cell", hard_floor=0.3)
     expected.loss.backward()
     for x, y in zip(arguments[:7], list(case.values())[:7], strict=True):
+        assert (x is None or x.grad is None) == (y.grad is None)
         if y.grad is not None:
             torch.testing.assert_close(x.grad.cpu(), y.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not (ops.COMPILED and ops.backends.HAS_TRITON), reason="one of the two is not here")
+@pytest.mark.parametrize("direction", ["", "_backward"])
+def test_the_triton_ops_have_the_schema_of_the_compiled_ones(direction):
+    """Arguments reach either by name: names, types and defaults must be the same, and what comes back too."""
+    compiled, triton = (
+        getattr(torch.ops.qwen_fused, f"{name}{direction}").default._schema for name in ("efe_loss", "efe_loss_triton")
+    )
+    assert str(compiled).partition("(")[2] == str(triton).partition("(")[2]

@@ -7,6 +7,7 @@ import torch
 from efe_cases import ALL_TERMS, assert_agrees, make_case, op_arguments, op_name, run, with_grad
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qwen_fused.loss import checks
 from qwen_fused.loss import efe_loss as ops
 from qwen_fused.loss.autograd import HARD_MODE
 from qwen_fused.loss.efe_loss import EFEWeights, efe_loss, hard_cell_cross_entropy
@@ -188,7 +189,8 @@ def test_target_out_of_range(fused, monkeypatch):
     leaves = with_grad(case, fused["device"])
     out, grads = run(leaves, backend="triton")
     assert out.loss.isnan() and grads["plan_logits"].isnan().any()
-    monkeypatch.setattr(ops, "CHECK_TARGETS", True)
+    monkeypatch.setattr(checks, "check_targets", checks.check_targets)
+    checks.set_check_targets(True)
     with pytest.raises(ValueError, match=message):
         efe_loss(**case, backend="triton")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -147,3 +149,32 @@ def test_extension_matches_what_is_installed() -> None:
         assert not backends.EXTENSION_HAS_CUDA
     for name, value in backends.describe().items():
         assert value and "\n" not in value, name
+
+
+@pytest.mark.skipif(not backends.HAS_EXTENSION, reason=f"no extension: {backends.EXTENSION_ERROR}")
+def test_the_extension_says_what_it_was_built_with() -> None:
+    built = backends.built_with()
+    assert built.keys() == {"compiler", "instruction sets", "torch", "CUDA architectures"}
+    assert built["torch"] == torch.__version__.partition("+")[0]
+    assert (built["CUDA architectures"] == "none") == (not backends.EXTENSION_HAS_CUDA)
+    report = backends.describe()
+    assert all(report[f"extension: {name}"] == value for name, value in built.items())
+
+
+def test_what_is_imported_is_declared() -> None:
+    """A package that only comes along with another may stay away with the other's next version."""
+    table = (ROOT / "pyproject.toml").read_text().partition("dependencies = [")[2].partition("]\n")[0]
+    declared = {re.split(r"[><=;\s]", line.strip().strip('",'))[0] for line in table.strip().splitlines()}
+    renamed = {"yaml": "pyyaml"}
+    # offered where they are there, imported inside the function that wants them
+    optional = {"accelerate", "trackio", "wandb", "tensorboard", "pybind11"}
+    imported = set()
+    for file in [*(ROOT / "qwen_fused").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add((node.module or "").partition(".")[0])
+    foreign = imported - sys.stdlib_module_names - {"qwen_fused"} - optional
+    assert {"torch", "jinja2", "tokenizers"} <= foreign
+    assert {renamed.get(name, name) for name in foreign} <= declared

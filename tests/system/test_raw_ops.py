@@ -14,13 +14,12 @@ from raw_calls import EXTREMES, FLOATS, LONG, STRANGE, laid_out, spoiled
 from torch import Tensor
 
 from qwen_fused import backends
-from qwen_fused.kernels.reference import HARD_MODES, efe_loss_reference
+from qwen_fused.kernels.reference import HARD_MODES, TERMS, active_terms, efe_loss_reference
 
 pytestmark = pytest.mark.skipif(not backends.HAS_EXTENSION, reason=f"no extension: {backends.EXTENSION_ERROR}")
 NAMES = ("plan", "back", "preference", "anchor", "obs_entropy", "prompt_colors", "step_weight", "class_weight")
-TERMS = ("ce", "risk", "ambiguity", "agreement", "anchor", "prompt")
 WEIGHTS = {name: getattr(ALL_TERMS, name) for name in TERMS}
-ON = tuple(WEIGHTS.values())
+VALUES = tuple(WEIGHTS.values())
 
 
 @st.composite
@@ -48,9 +47,16 @@ def losses(draw) -> dict[str, Tensor]:
     return case
 
 
-def forward(case: dict[str, Tensor], hard_mode: int, ignore_index: int = -100, weights: tuple = ON):
+def on(case: dict[str, Tensor | None]) -> list[bool]:
+    """The terms whose inputs are there."""
+    inputs = ("back", "preference", "anchor", "obs_entropy", "prompt_colors")
+    return [*active_terms(WEIGHTS, **{name: case.get(name) for name in inputs}).values()]
+
+
+def forward(case: dict[str, Tensor], hard_mode: int, ignore_index: int = -100, weights: tuple = VALUES):
+    """All arguments up to the weights, in the order of the schema, and what the op makes of them."""
     arguments = [case["plan"], case["target"], *(case.get(name) for name in NAMES[1:])]
-    return arguments, torch.ops.qwen_fused.efe_loss(*arguments, weights, 0.3, hard_mode, ignore_index)
+    return arguments, torch.ops.qwen_fused.efe_loss(*arguments, on(case), weights, 0.3, hard_mode, ignore_index)
 
 
 def described(found) -> list[tuple]:
@@ -89,7 +95,7 @@ def test_gradients_of_any_strides_and_dtypes_are_right(case, hard_mode, needs):
     arguments, (_, _, _, predicted, *saved) = forward(case, hard_mode)
     names = ("plan", "back", "preference", "obs_entropy", "prompt_colors")
     needs = [need and name in case for need, name in zip(needs, names, strict=True)]
-    rest = (torch.tensor(2.0), *arguments, predicted, *saved, ON, 0.3, hard_mode, -100, needs)
+    rest = (torch.tensor(2.0), *arguments, predicted, *saved, on(case), VALUES, 0.3, hard_mode, -100, needs)
     found = torch.ops.qwen_fused.efe_loss_backward(*rest)
     assert described(found) == described(torch.ops.qwen_fused.efe_loss_backward(*map(on_meta, rest)))
 
@@ -114,7 +120,9 @@ def test_a_small_gradient_has_its_inputs_strides():
     case["prompt_colors"] = torch.randn(4, 3).t()
     arguments, out = forward(case, 0)
     needs = [False, False, False, False, True]
-    found = torch.ops.qwen_fused.efe_loss_backward(torch.ones(()), *arguments, *out[3:], ON, 0.3, 0, -100, needs)
+    found = torch.ops.qwen_fused.efe_loss_backward(
+        torch.ones(()), *arguments, *out[3:], on(case), VALUES, 0.3, 0, -100, needs
+    )
     assert found[4].stride() == case["prompt_colors"].stride() == (1, 3)
 
 
@@ -151,7 +159,7 @@ def test_wrong_arguments_of_the_backward(case, data):
     needs = [need and x is not None for need, x in zip(needs, [arguments[k] for k in (0, 2, 3, 5, 6)], strict=True)]
     try:
         found = torch.ops.qwen_fused.efe_loss_backward(
-            grad, *arguments, predicted, *saved, list(WEIGHTS.values()), 0.3, hard_mode, -100, needs
+            grad, *arguments, predicted, *saved, on(case), VALUES, 0.3, hard_mode, -100, needs
         )
     except (ValueError, NotImplementedError) as error:
         assert str(error)

@@ -1,5 +1,5 @@
 // Vectors of one cell per lane, and the exp2 and log2 that the loss needs: float32 by polynomial, float64 by libm.
-// No include guard: see efe_tiles.cpp.
+// No include guard, on purpose: level.inc.h includes this once for each instruction set.
 
 // stands for log 0 where it is multiplied by 0
 inline constexpr float LOG_ZERO = -1e30f;

@@ -1,5 +1,5 @@
 // A tile's cells: their labels, and a vector's width of logits at a time out of tensors of any strides and dtype.
-// No include guard: see efe_tiles.cpp.
+// No include guard, on purpose: level.inc.h includes this once for each instruction set.
 
 // logits, or where their gradients go, of a vector of cells
 template <class T>

@@ -1,6 +1,6 @@
 // The forward pass over one tile of cells of one episode: what the tile adds to its episode goes into a slot of its
 // own, so that sums do not depend on which thread worked on it. kernels/reference.py has the formulas.
-// No include guard: see efe_tiles.cpp.
+// No include guard, on purpose: level.inc.h includes this once for each instruction set.
 
 // KL(p | exp(anchor)) of each cell, in nats
 template <class S>

@@ -1,6 +1,6 @@
 // The backward pass over one tile of cells of one episode: dL/dx_c = q_c (phi_c - sum q phi) for the potential phi of
 // each term, and k (q - delta) for the cross-entropy.
-// No include guard: see efe_tiles.cpp.
+// No include guard, on purpose: level.inc.h includes this once for each instruction set.
 
 // weight of each term in the gradient of a cell
 template <class T>
@@ -11,7 +11,7 @@ struct Shares {
     const double per_cell = job.upstream * job.coef[2 * b];
     const auto of = [&](Term term) { return static_cast<T>(job.on[term] ? per_cell * job.weight[term] : 0.0); };
     risk = of(RISK), ambiguity = of(AMBIGUITY), agreement = of(AGREEMENT) / 2, anchor = of(ANCHOR);
-    kappa = static_cast<T>(job.upstream * job.coef[2 * b + 1] * job.weight[CE]);
+    kappa = static_cast<T>(job.on[CE] ? job.upstream * job.coef[2 * b + 1] * job.weight[CE] : 0.0);
   }
 };
 

@@ -1,5 +1,5 @@
 // Softmax over the classes of a block of cells, in powers and logarithms of two, not yet divided by its sum.
-// No include guard: see efe_tiles.cpp.
+// No include guard, on purpose: level.inc.h includes this once for each instruction set.
 
 enum Name { Q, R };
 
