@@ -165,8 +165,8 @@ def write_submission(
         tasks: the tasks to answer.
         predictions: one or two grids by (task id, index of the test input); `Evaluation.predictions` of an evaluation
             of `test_episodes(tasks)`. A lone grid is handed in as both attempts.
-        unusable: number of test inputs, by id, of tasks that could not be read. They are in the file all the same, since
-            a submission that lacks a task is refused: each gets one black cell.
+        unusable: number of test inputs, by id, of tasks that could not be read. They are in the file all the same,
+            since a submission that lacks a task is refused: each gets one black cell.
 
     Raises:
         ValueError: a test input has no prediction or more than two.

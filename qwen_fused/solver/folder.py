@@ -1,7 +1,7 @@
 """The folder of a solve: what it was asked with, a row per task as it is done, and the submission, whole at any time.
 
-solve.json is what the answers depend on; results.jsonl has a row per task (`TaskResult.to_plain`), in the order in which
-they were done, and where a task has two the last one counts. A solve goes on in its folder with the tasks that have none.
+solve.json is what the answers depend on; results.jsonl has a row per task (`TaskResult.to_plain`), in the order in
+which they were done, and where a task has two the last one counts. A solve goes on with the tasks that have none.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def check_identity(path: Path, identity: Mapping[str, Any]) -> None:
     try:
         before = dict(json.loads((path / IDENTITY).read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"out must be the folder of a solve, got {path}, whose {IDENTITY} is damaged: {error}") from None
+        raise ValueError(f"out must be the folder of a solve, got {path}: its {IDENTITY} is damaged: {error}") from None
     # as JSON gives it back
     now = json.loads(json.dumps(identity))
     changes = [

@@ -3,8 +3,8 @@
     tasks ─► question (no answers; Qwen reads it here) ─► workers: train, vote ─► results.jsonl ─► submission.json
 
 A result is written before its task's answers are read. What a task gets depends on the planner, its demonstrations and
-test inputs, the settings and its id: not on other tasks, on workers, or on the order. Where a time limit ends the training
-the clock decides too.
+test inputs, the settings and its id: not on other tasks, on workers, or on the order. Where a time limit ends the
+training, the clock decides too.
 """
 
 from __future__ import annotations

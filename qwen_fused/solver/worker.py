@@ -1,7 +1,7 @@
 """One worker process: takes a task's question, trains on it, sends the answer, and waits for the next.
 
-It holds the agent and no Qwen: whoever asks has Qwen read the demonstrations and sends the prompts with them. Outputs of
-test pairs never come here. It ends with whoever started it.
+It holds the agent and no Qwen: whoever asks has Qwen read the demonstrations and sends the prompts with them. Outputs
+of test pairs never come here. It ends with whoever started it.
 """
 
 from __future__ import annotations

@@ -47,9 +47,9 @@ def solve(
 ) -> Solution:
     """Answer ARC tasks by training a copy of the planner on each task's own demonstrations.
 
-    Nothing of a test pair but its input is looked at before its answer has been handed in. SIGINT, SIGTERM and SIGHUP end
-    it with what is there, and raise `Interrupted`; with `out`, the same call goes on from there and ends with the same
-    submission.
+    Nothing of a test pair but its input is looked at before its answer has been handed in. SIGINT, SIGTERM and SIGHUP
+    end it with what is there, and raise `Interrupted`; with `out`, the same call goes on from there and ends with the
+    same submission.
 
     Args:
         tasks: arc1, arc2, a folder of tasks, a task file, a Kaggle challenges file; or tasks.
