@@ -16,6 +16,7 @@ from typing import Any
 
 import qwen_fused
 from qwen_fused.cli import main as cli
+from qwen_fused.cli.solve import SolveCommand
 from qwen_fused.norms.group_grad_norm import PendingStats
 from qwen_fused.proof.cuts import Cut
 from qwen_fused.proof.frames import Frame
@@ -26,6 +27,7 @@ PAGE = Path(__file__).resolve().parent / "api.md"
 HANDED_OUT = (PendingStats, Rung, Finding, Cut, Frame)
 FLAGS = {
     "train": cli.TrainCommand,
+    "solve": SolveCommand,
     "eval": cli.EvalConfig,
     "export": cli.ExportConfig,
     "prove": cli.ProveCommand,
