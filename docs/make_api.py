@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 import textwrap
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ NOTES = {
     "bench": "`qwen-fused bench --help` has its flags; it ends with the suite's own code.",
     "info": "No flags; prints JSON.",
 }
+MEMBERS = (property, functools.cached_property, types.FunctionType)
 SECTIONS = ("Args:", "Returns:", "Raises:")
 
 
@@ -88,7 +91,7 @@ def class_text(cls: type) -> str:
         parts += [f"- `{declared}`{': ' + text if text else ''}" for _, declared, text in fields]
         parts.append("")
     for member, value in members_of(cls):
-        if isinstance(value, property):
+        if not inspect.isfunction(value):
             parts.append(f"**`.{member}`**: {inline(value.__doc__)}\n")
         else:
             parts.append(f"#### `{name.removeprefix('qf.')}.{member}`\n\n{signature_text(value)}")
@@ -99,7 +102,7 @@ def class_text(cls: type) -> str:
 def members_of(cls: type) -> Iterator[tuple[str, Any]]:
     """Public properties and methods that the class itself defines."""
     for name, value in vars(cls).items():
-        if not name.startswith("_") and (isinstance(value, property) or inspect.isfunction(value)):
+        if not name.startswith("_") and isinstance(value, MEMBERS):
             yield name, value
 
 

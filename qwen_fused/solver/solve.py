@@ -39,6 +39,7 @@ def solve_tasks(
     unusable: Mapping[str, int] | None = None,
     log: SolveLog | None = None,
     should_stop: Callable[[], object] = lambda: None,
+    on_result: Callable[[int], object] = lambda done: None,
     command: Sequence[str] = COMMAND,
 ) -> Solution:
     """Answer tasks with a planner that is trained on each.
@@ -53,6 +54,7 @@ def solve_tasks(
         unusable: tasks that are in the submission though they could not be read: their numbers of test inputs.
         log: where a line per task goes.
         should_stop: asked several times a second; something true leaves what is not done.
+        on_result: called with the number of tasks done, after each.
         command: what to start as a worker.
 
     Raises:
@@ -91,6 +93,7 @@ def solve_tasks(
             counts.add(work_of(task), solved(task, result), failed=bool(result.failed))
             log.say(describe_result(task, result, counts))
             advance()
+            on_result(counts.done)
         submission.write()
     return solution
 

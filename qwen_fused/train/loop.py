@@ -23,6 +23,7 @@ from qwen_fused.report.run_log import RunLog, log_line
 from qwen_fused.report.trackers import tracker_names
 from qwen_fused.report.watched import chosen_examples, watched_episodes, watched_examples
 from qwen_fused.solver.evaluate import evaluate
+from qwen_fused.train.adapted import evaluate_adapted
 from qwen_fused.train.checkpoint import list_checkpoints, write_state
 from qwen_fused.train.monitor import out_of_memory
 from qwen_fused.train.pending import PendingBatch
@@ -269,6 +270,9 @@ def finish(trainer: Trainer, log: RunLog) -> None:
     write_whole(folder / "evaluation.json", json.dumps(evaluation))
     write_submission(folder / "submission.json", trainer.held_out, validation.predictions)
     write_examples(folder / "examples.json", shown)
+    if adapted := evaluate_adapted(trainer, validation, log):
+        # after what was there already: whatever ends this, the run has its evaluation
+        write_whole(folder / "evaluation.json", json.dumps({**evaluation, "validation, adapted": adapted}))
     log.say(f"Report: {write_report(folder)}")
 
 

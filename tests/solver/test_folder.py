@@ -79,7 +79,7 @@ def test_another_solve_is_refused_and_told_in_what(out):
     with solve_folder(out, IDENTITY):
         pass
     with (
-        pytest.raises(ValueError, match=r'steps was 150, is 40; task_seconds was null, is 2.5$') as told,
+        pytest.raises(ValueError, match=r"steps was 150, is 40; task_seconds was null, is 2.5$") as told,
         solve_folder(out, {**IDENTITY, "steps": 40, "task_seconds": 2.5}),
     ):
         pass

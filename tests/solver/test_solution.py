@@ -22,7 +22,9 @@ def solution(*tasks, failed=()) -> Solution:
 def test_scores_by_hand():
     # even ids are right, and a task counts when all of its inputs are
     right, wrong = make_task("task2", tests=2), make_task("task1")
-    half = replace(make_task("task4", tests=2), test=(make_task("task4").test[0], Pair(np.ones((2, 2), np.uint8), None)))
+    half = replace(
+        make_task("task4", tests=2), test=(make_task("task4").test[0], Pair(np.ones((2, 2), np.uint8), None))
+    )
     half = replace(half, test=(half.test[0], Pair(half.test[1].input, np.zeros((2, 2), np.uint8))))
     found = solution(right, wrong, half)
     assert found.evaluation.solved_tasks == ("task2",)

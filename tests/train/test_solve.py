@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from forked_workers import SETTINGS, StandIn, make_task, stand_in, use_forked_workers
 
 import qwen_fused as qf
@@ -95,7 +96,7 @@ def test_a_full_disk_is_told_in_a_sentence(quick, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("qwen_fused.solver.folder.SolveFolder.add", full)
-        with pytest.raises(SolveStopped, match="results.jsonl: No space left on device; what is done is in .*out/results"):
+        with pytest.raises(SolveStopped, match="results.jsonl: No space left on device; what is done is in .*out/"):
             solve(tmp_path / "out")
     assert not solve(tmp_path / "out").unanswered
 
@@ -118,7 +119,7 @@ def test_workers_that_cannot_start_are_told(quick, monkeypatch):
         ({"split": "evaluation"}, "split must be None where tasks are given as such, got 'evaluation'"),
         ({"tasks": []}, "tasks must be at least one task, got "),
         ({"tasks": [make_task("a"), make_task("a")]}, r"tasks must be tasks with different ids, got \['a'\]"),
-        ({"tasks": "arc3"}, "dataset must be arc1, arc2, a folder or a file, got \"arc3\", which does not exist"),
+        ({"tasks": "arc3"}, 'dataset must be arc1, arc2, a folder or a file, got "arc3", which does not exist'),
         ({"run": "no-run"}, "run must be a run folder with a config.yaml, got no-run"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     ],
@@ -189,6 +190,7 @@ def test_a_run_solves_for_real(small_config, small_arc, tmp_path, capsys):
     from qwen_fused.train.loop import train
     from qwen_fused.train.saved import load_model
 
+    torch.set_num_threads(1)
     run = train(small_config(max_batches=2))
     settings = SolveSettings(steps=4, seed=5)
     solutions = [
@@ -200,7 +202,7 @@ def test_a_run_solves_for_real(small_config, small_arc, tmp_path, capsys):
         expected = solve_task(planner, task, settings)
         for solution in solutions:
             result = solution.results[task.id]
-            assert not result.failed and result.answer.losses == pytest.approx(expected.losses, rel=1e-4)
+            assert not result.failed and result.answer.losses == expected.losses
             for grids, others in zip(result.answer.attempts, expected.attempts, strict=True):
                 assert all(np.array_equal(a, b) for a, b in zip(grids, others, strict=True))
     one, two = ([r.to_plain() | {"seconds": 0} for r in sorted(s.results.values(), key=id_of)] for s in solutions)
