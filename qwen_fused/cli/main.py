@@ -1,4 +1,4 @@
-"""Command line: `qwen-fused train | eval | export | prove | bench | report | show | info`.
+"""Command line: `qwen-fused train | solve | eval | export | prove | bench | report | show | info`.
 
 Exit codes are those of `EXIT_CODES`; what went wrong is one sentence on stderr.
 """
@@ -17,7 +17,8 @@ from typing import Annotated, Literal
 import tyro
 
 from qwen_fused.cli.flags import Source, parse, parse_over_source, train_config
-from qwen_fused.config import TrainConfig, error_prefix
+from qwen_fused.cli.solve import run_solve
+from qwen_fused.config import TrainConfig, require
 
 EXIT_CODES = """\
 exit codes
@@ -34,8 +35,13 @@ class EvalConfig:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder."""
-    split: Literal["validation", "training", "evaluation"] = "validation"
-    """The run's held-out tasks, its training tasks' test pairs, or the dataset's evaluation set."""
+    dataset: str | None = None
+    """Other tasks than the run's own: arc1, arc2, a folder of tasks, a task file, a Kaggle challenges file."""
+    split: str | None = None
+    """The run's held-out tasks (validation, the default), its training tasks' test pairs (training), or its dataset's
+    evaluation set (evaluation); of --dataset any part that is there, by default evaluation or the only one."""
+    ttt_steps: int = 0
+    """Steps of training on each task before it is answered, as `qwen-fused solve` does; 0: as the weights are."""
     weights: Literal["last", "best"] = "last"
     """The newest checkpoint, or the best one on the held-out tasks."""
     device: str = "auto"
@@ -121,28 +127,25 @@ def run_train(arguments: Sequence[str]) -> int:
 def run_eval(arguments: Sequence[str]) -> int:
     """`qwen-fused eval`."""
     config = parse(EvalConfig, "eval", arguments)
-    from qwen_fused.arc.episodes import load_tasks, shared_tasks, split_tasks, test_episodes
+    require(config.ttt_steps >= 0, "ttt_steps", "a number of at least 0", config.ttt_steps)
+    from qwen_fused.arc.episodes import test_episodes
     from qwen_fused.arc.scoring import write_submission
+    from qwen_fused.cli.solve import adapted_evaluation, tasks_of_run
     from qwen_fused.common.device import resolve_device
     from qwen_fused.solver.evaluate import evaluate
     from qwen_fused.train.saved import load_model
 
     model = load_model(config.run, config.weights, resolve_device(config.device))
     trained = model.config
-    with error_prefix(f"run {config.run}"):
-        known_tasks = load_tasks(trained.dataset).tasks
-        tasks = load_tasks(trained.dataset, "evaluation").tasks if config.split == "evaluation" else ()
-    if config.split == "evaluation":
-        shared = shared_tasks(known_tasks, tasks)
-        if shared:
-            print(f"{len(shared)} of these {len(tasks)} tasks share a pair with a training task: {', '.join(shared)}")
+    tasks, name = tasks_of_run(config.run, trained, config.dataset, config.split)
+    if config.ttt_steps:
+        result = adapted_evaluation(model, tasks, config.ttt_steps)
     else:
-        split = split_tasks(known_tasks, trained.val_fraction, trained.split_seed)
-        tasks = split[0] if config.split == "training" else split[1]
-    result = evaluate(model, test_episodes(tasks), batch_size=trained.batch_size)
-    path = config.run / f"submission-{config.split}.json"
+        result = evaluate(model, test_episodes(tasks), batch_size=trained.batch_size)
+    path = config.run / f"submission-{name}.json"
     write_submission(path, tasks, result.predictions)
-    print(f"{config.split}: {result.describe()}\nSubmission: {path}")
+    score = result.describe() if result.scored else "not scored: no answer is known"
+    print(f"{name}: {score}\nSubmission: {path}")
     return 0
 
 
@@ -238,6 +241,7 @@ def run_info(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (run_train, "train on ARC tasks, evaluate, and write a report"),
+    "solve": (run_solve, "answer tasks by training on each, and write submission.json and a page"),
     "eval": (run_eval, "evaluate a run and write submission.json"),
     "export": (run_export, "export a run's Qwen for plain transformers or peft"),
     "prove": (run_prove, "prove that the gradient of the training step reaches Qwen"),

@@ -92,6 +92,30 @@ def extent_mask(size: Tensor, height: int, width: int) -> Tensor:
     return (i < size[:, 0].view(-1, 1, 1)) & (j < size[:, 1].view(-1, 1, 1))
 
 
+def cell_inputs(source: Tensor, source_size: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the planner knows of every cell before the first step; no parameter enters.
+
+    Args:
+        source: [B, H, W] int64 colours, any value outside [0, C) where there is no cell.
+        source_size, size: [B, 2] int64, rows and columns of the source and of the destination.
+
+    Returns:
+        Inputs [B, K*C + 6, H, W]: the colour through every view, the two extents, the distance to the four borders; the
+        mask of living cells [B, 1, H, W]; and the colours through every view alone [B, K, C, P].
+    """
+    height, width = source.shape[1:]
+    copies = one_hot_views(source, view_indices(source_size, size, height, width))
+    inside = extent_mask(source_size, height, width), extent_mask(size, height, width)
+    alive = (inside[0] | inside[1]).unsqueeze(1).to(copies.dtype)
+    i = torch.arange(height, device=source.device).view(1, height, 1)
+    j = torch.arange(width, device=source.device).view(1, 1, width)
+    rows, columns = size[:, 0].view(-1, 1, 1), size[:, 1].view(-1, 1, 1)
+    borders = [i.expand_as(source), j.expand_as(source), (rows - 1 - i).expand_as(source)]
+    borders.append((columns - 1 - j).expand_as(source))
+    extents = torch.stack([*inside, *(0.5 ** b.clamp(min=0).float() for b in borders)], 1).to(copies.dtype)
+    return torch.cat([copies.flatten(1, 2).unflatten(2, (height, width)), extents], 1), alive, copies
+
+
 @dataclass
 class Plan:
     """A plan of B episodes: step logits [B, T, C, H, W], the backward ones (or None), and the pooled final state."""
@@ -169,19 +193,12 @@ class GridAgent(nn.Module):
 
     def start(self, source: Tensor, source_size: Tensor, size: Tensor, direction: int) -> tuple[Tensor, ...]:
         """Initial state [B, F, H, W], its mask of living cells [B, 1, H, W] and the copies [B, K, C, P]."""
-        height, width = source.shape[1:]
-        copies = one_hot_views(source, view_indices(source_size, size, height, width))
-        inside = extent_mask(source_size, height, width), extent_mask(size, height, width)
-        alive = (inside[0] | inside[1]).unsqueeze(1).to(copies.dtype)
-        i = torch.arange(height, device=source.device).view(1, height, 1)
-        j = torch.arange(width, device=source.device).view(1, 1, width)
-        rows, columns = size[:, 0].view(-1, 1, 1), size[:, 1].view(-1, 1, 1)
-        borders = [i.expand_as(source), j.expand_as(source), (rows - 1 - i).expand_as(source)]
-        borders.append((columns - 1 - j).expand_as(source))
-        extents = torch.stack([*inside, *(0.5 ** b.clamp(min=0).float() for b in borders)], 1).to(copies.dtype)
-        inputs = torch.cat([copies.flatten(1, 2).unflatten(2, (height, width)), extents], 1)
-        state = (self.encode(inputs) + self.direction[direction].view(1, -1, 1, 1)) * alive
-        return state, alive, copies
+        inputs, alive, copies = cell_inputs(source, source_size, size)
+        return self.embed(inputs, alive, direction), alive, copies
+
+    def embed(self, inputs: Tensor, alive: Tensor, direction: int = 0) -> Tensor:
+        """Initial state [B, F, H, W] of cells as `cell_inputs` describes them."""
+        return (self.encode(inputs) + self.direction[direction].view(1, -1, 1, 1)) * alive
 
     def read(self, state: Tensor, prompt: Tensor, copies: Tensor) -> Tensor:
         """Logits [B, C, H, W] of one step: free logits plus a gated copy of the source's views."""

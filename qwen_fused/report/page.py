@@ -152,6 +152,13 @@ def _tiles(metrics: Mapping[str, np.ndarray], evaluation: Mapping[str, Any]) -> 
                 "note": f"{result['tasks']} tasks, {result['episodes']} test inputs",
             },
         ]
+        adapted = evaluation.get(f"{name}, adapted")
+        if adapted:
+            tiles.insert(1, {
+                "label": "After training on each task",
+                "figure": f"{_count(adapted['pass_at_2'], adapted['scored'])} of {adapted['scored']}",
+                "note": f"solved exactly; {_short(adapted.get('seconds_a_task'))} s a task",
+            })  # fmt: skip
     steps = len(metrics["step"])
     if not steps:
         return tiles

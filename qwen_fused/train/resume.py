@@ -26,7 +26,7 @@ from qwen_fused.train.checkpoint import list_checkpoints, read_state
 MAY_CHANGE = frozenset(
     {
         "max_batches", "max_minutes", "device", "prove", "on_nonfinite", "log_every", "checkpoint_every",
-        "keep_checkpoints", "eval_every", "out", "resume", "resume_changed", "trackers",
+        "keep_checkpoints", "eval_every", "ttt_seconds", "out", "resume", "resume_changed", "trackers",
         "shard_qwen",
     }
 )  # fmt: skip

@@ -12,6 +12,7 @@ from qwen_fused.report.page import write_report
 from qwen_fused.report.pick_examples import final_examples, watched_episodes, watched_examples
 from qwen_fused.report.run_log import RunLog
 from qwen_fused.solver.evaluate import evaluate
+from qwen_fused.train.adapted import evaluate_adapted
 from qwen_fused.train.checkpoint import write_state
 from qwen_fused.train.trainer import Trainer
 
@@ -54,4 +55,7 @@ def finish(trainer: Trainer, log: RunLog) -> None:
     write_atomic(folder / "evaluation.json", json.dumps(evaluation))
     write_submission(folder / "submission.json", trainer.held_out, validation.predictions)
     write_examples(folder / "examples.json", shown)
+    if adapted := evaluate_adapted(trainer, validation, log):
+        # after what was there already: whatever ends this, the run has its evaluation
+        write_atomic(folder / "evaluation.json", json.dumps({**evaluation, "validation, adapted": adapted}))
     log.say(f"Report: {write_report(folder)}")

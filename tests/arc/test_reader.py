@@ -150,16 +150,14 @@ def test_one_demonstration_is_enough_to_answer(tmp_path):
     file = put(tmp_path / "a.json", {"x": TASK, "y": {**TASK, "train": TASK["train"][:1]}})
     loaded = load_tasks(str(file))
     assert [task.id for task in loaded.tasks] == ["x"] and "two are needed" in loaded.skipped[0]
-    assert [task.test[0].input.tolist() for task in loaded.remains] == [[[4]]]
-    assert ids(file, pairs=1) == ["x", "y"]
+    assert loaded.unusable == {"y": 1}
+    assert ids(file, min_pairs=1) == ["x", "y"]
 
 
-def test_what_a_task_asks_remains_when_it_is_left_out(tmp_path):
+def test_a_task_that_is_left_out_still_counts_its_inputs(tmp_path):
     wrong = {"train": [], "test": [{"input": [[1, 2]]}, {"input": "?"}]}
-    loaded = load_tasks(str(put(tmp_path / "a.json", {"good": TASK, "wrong": wrong})))
-    (task,) = loaded.remains
-    assert task.id == "wrong" and task.train == ()
-    assert [pair.input.tolist() for pair in task.test] == [[[1, 2]], [[0]]]
+    loaded = load_tasks(str(put(tmp_path / "a.json", {"good": TASK, "wrong": wrong, "empty": {"train": []}})))
+    assert loaded.unusable == {"wrong": 2}
 
 
 @pytest.mark.parametrize(

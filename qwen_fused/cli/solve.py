@@ -1,0 +1,116 @@
+"""`qwen-fused solve`: answers to tasks, by training on each of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from qwen_fused.arc.episodes import load_tasks, shared_tasks, split_tasks
+from qwen_fused.arc.scoring import Evaluation
+from qwen_fused.arc.tasks import Task
+from qwen_fused.cli.flags import parse
+from qwen_fused.config import TrainConfig, error_prefix
+
+OWN_SPLITS = ("validation", "training", "evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveCommand:
+    """Answer ARC tasks by training on each task's own demonstrations, and write a submission and a page.
+
+    The same command with the same `--out` goes on where it was stopped, and ends with the same submission.
+    """
+
+    tasks: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASKS")]
+    """arc1, arc2, a folder of tasks, a task file, or a Kaggle challenges file."""
+    run: Path | None = None
+    """Run folder whose weights every task starts from; without one the weights are random."""
+    weights: Literal["last", "best"] = "last"
+    """A run's newest checkpoint, or the best one on its held-out tasks."""
+    split: str | None = None
+    """Part of the tasks: training, evaluation or another that is there; evaluation, or the only one there is."""
+    ttt_steps: int | None = None
+    """Most training steps on a task; 0 answers with the weights as they are. The default is the measured recipe's."""
+    task_seconds: float | None = None
+    """Most seconds of training on a task; the learning rate falls with them. Answers then depend on the clock too."""
+    max_minutes: float | None = None
+    """Most minutes for all tasks; the small ones come first, and those not reached get their query for an answer."""
+    workers: int | None = None
+    """Processes with a thread each, one per core; the answers are the same for any number."""
+    limit: int | None = None
+    """Only the first so many tasks by id."""
+    seed: int = 0
+    """Seed of random weights, order and augmentation."""
+    device: str = "auto"
+    """Where Qwen reads the demonstrations: auto, cpu, cuda or cuda:N."""
+    out: Path | None = None
+    """Folder for submission.json, results.jsonl, score.json, solve.html; a new one in solves/."""
+
+
+def run_solve(arguments: Sequence[str]) -> int:
+    """`qwen-fused solve`."""
+    command = parse(SolveCommand, "solve", arguments)
+    from qwen_fused.solver.settings import SolveSettings
+    from qwen_fused.train.solve import SolveStopped, new_solve_folder, solve
+
+    steps = {} if command.ttt_steps is None else {"steps": command.ttt_steps}
+    try:
+        solve(
+            command.tasks,
+            run=command.run,
+            split=command.split,
+            settings=SolveSettings(seed=command.seed, task_seconds=command.task_seconds, **steps),
+            workers=command.workers,
+            limit=command.limit,
+            max_minutes=command.max_minutes,
+            out=command.out or new_solve_folder(Path("solves")),
+            weights=command.weights,
+            device=command.device,
+        )
+    except SolveStopped as stopped:
+        print(f"qwen-fused: {stopped}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def tasks_of_run(run: Path, trained: TrainConfig, dataset: str | None, split: str | None) -> tuple[Sequence[Task], str]:
+    """The tasks that `qwen-fused eval` is about, and a name for them.
+
+    Args:
+        run, trained: the run, and its configuration.
+        dataset: other tasks than the run's.
+        split: of these or of the run's own; None is its held-out tasks, or of `dataset` what `load_tasks` takes then.
+    """
+    with error_prefix(f"run {run}"):
+        known = load_tasks(trained.dataset).tasks
+    if dataset is not None:
+        tasks = load_tasks(dataset, split).tasks
+        name = "-".join(filter(None, (Path(dataset).stem, split)))
+    else:
+        name = split or "validation"
+        if name not in OWN_SPLITS:
+            raise ValueError(f"split must be one of {', '.join(OWN_SPLITS)} without --dataset, got {name!r}")
+        if name != "evaluation":
+            held_out = split_tasks(known, trained.val_fraction, trained.split_seed)
+            return held_out[0 if name == "training" else 1], name
+        with error_prefix(f"run {run}"):
+            tasks = load_tasks(trained.dataset, "evaluation").tasks
+    shared = shared_tasks(known, tasks)
+    if shared:
+        print(f"{len(shared)} of these {len(tasks)} tasks share a pair with a training task: {', '.join(shared)}")
+    return tasks, name
+
+
+def adapted_evaluation(model: Any, tasks: Sequence[Task], steps: int) -> Evaluation:
+    """Answers after so many steps of training on each task; a line for each is printed."""
+    from qwen_fused.report.solve_log import SolveLog
+    from qwen_fused.solver.settings import SolveSettings
+    from qwen_fused.solver.solve import solve_tasks
+
+    settings = SolveSettings(steps=steps, seed=model.config.seed)
+    return solve_tasks(model, tasks, settings, log=SolveLog()).evaluation

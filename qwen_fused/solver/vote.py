@@ -1,0 +1,116 @@
+"""From an adapted planner to two attempts: every view of the query gives a grid, and whole grids are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from qwen_fused.arc.episodes import MAX_SIDE, Task
+from qwen_fused.arc.symmetry import swaps_sides, turn_back
+from qwen_fused.planner.model import further_attempts
+from qwen_fused.solver.examples import examples
+from qwen_fused.solver.settings import SolveSettings
+from qwen_fused.solver.sizes import size_rule
+from qwen_fused.solver.task_planner import TaskPlanner
+from qwen_fused.solver.views import UNCHANGED, View, free_colors, permuted
+
+ATTEMPTS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Vote:
+    """The answer to one test input."""
+
+    attempts: tuple[np.ndarray, ...]
+    """Two grids [h, w] uint8, the likelier first."""
+    confidence: float
+    """In [0, 1]: share of the views that gave the first attempt, times its mean probability of a cell."""
+
+
+def vote(model: TaskPlanner, task: Task, settings: SolveSettings, rng: np.random.Generator) -> list[Vote]:
+    """Answer every test input of a task.
+
+    Args:
+        model: adapted to the task.
+        task: of its test pairs only the inputs are read.
+        settings: how many views vote.
+        rng: decides the recoloured views.
+    """
+    views = voting_views(task, settings, rng)
+    rule = size_rule(task)
+    answers = []
+    for pair in task.test:
+        size = rule(pair.input.shape) if rule else likely_size(model, pair.input, views)  # type: ignore[arg-type]
+        answers.append(count(cell_probabilities(model, pair.input, size, views)))
+    return answers
+
+
+def voting_views(task: Task, settings: SolveSettings, rng: np.random.Generator) -> list[View]:
+    """The symmetries with colours as they are, then with free colours permuted."""
+    colors = free_colors(task) if settings.recolor != "none" else UNCHANGED[:0]
+    views = [View(symmetry, UNCHANGED) for symmetry in range(settings.symmetries)][: settings.votes]
+    while len(colors) and len(views) < settings.votes:
+        views.append(View(len(views) % settings.symmetries, permuted(colors, rng)))
+    return views
+
+
+@torch.no_grad()
+def likely_size(model: TaskPlanner, query: np.ndarray, views: Sequence[View]) -> tuple[int, int]:
+    """The size that the size head finds likeliest over the views with colours as they are."""
+    total = torch.zeros(2, MAX_SIDE)
+    for symmetry in sorted({view.symmetry for view in views}):
+        query_size = torch.tensor([View(symmetry, UNCHANGED).size(*query.shape)])
+        prompt = (model.prompts + model.offset)[symmetry : symmetry + 1]
+        logits = model.agent.size_head(prompt, query_size, model.demo_sizes[symmetry : symmetry + 1])[0]
+        log_p = logits.log_softmax(1)
+        total += log_p.flip(0) if swaps_sides(symmetry) else log_p
+    rows, columns = (total.argmax(1) + 1).tolist()
+    return rows, columns
+
+
+@torch.no_grad()
+def cell_probabilities(
+    model: TaskPlanner, query: np.ndarray, size: tuple[int, int], views: Sequence[View]
+) -> np.ndarray:
+    """Colour probabilities [V, C, h, w] of the answer as each view sees it, turned and coloured back."""
+    found: list[np.ndarray | None] = [None] * len(views)
+    for turned in (False, True):
+        chosen = [number for number, view in enumerate(views) if swaps_sides(view.symmetry) == turned]
+        if not chosen:
+            continue
+        seen = [views[number] for number in chosen]
+        batch = examples(
+            [view.apply(query) for view in seen], [view.size(*size) for view in seen], [view.symmetry for view in seen]
+        )
+        plan, _ = model(batch, readouts=1)
+        probability = plan[:, -1].softmax(1).numpy()
+        for number, view, p in zip(chosen, seen, probability, strict=True):
+            h, w = view.size(*size)
+            found[number] = turn_back(p[view.colors, :h, :w], view.symmetry)
+    return np.stack([p for p in found if p is not None])
+
+
+def count(probabilities: np.ndarray) -> Vote:
+    """Two attempts from [V, C, h, w]: the grids with most votes, ties by the mean log-probability of their cells."""
+    grids = probabilities.argmax(1).astype(np.uint8)
+    mean = probabilities.mean(0)
+    votes: dict[bytes, int] = {}
+    kinds: dict[bytes, np.ndarray] = {}
+    for grid in grids:
+        votes[grid.tobytes()] = votes.get(grid.tobytes(), 0) + 1
+        kinds[grid.tobytes()] = grid
+    # the mean's own answer may be nobody's: it stands last in line
+    merged = mean.argmax(0).astype(np.uint8)
+    kinds.setdefault(merged.tobytes(), merged)
+
+    def likelihood(grid: np.ndarray) -> float:
+        return float(np.log(np.take_along_axis(mean, grid[None].astype(np.int64), 0) + 1e-9).mean())
+
+    ranked = sorted(kinds, key=lambda key: (votes.get(key, 0), likelihood(kinds[key])), reverse=True)
+    first = kinds[ranked[0]]
+    second = kinds[ranked[1]] if len(ranked) > 1 else further_attempts(mean, first, 1)[0]
+    agreement = votes.get(ranked[0], 0) / len(grids)
+    return Vote((first, second), agreement * float(np.exp(likelihood(first))))

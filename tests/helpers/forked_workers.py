@@ -1,0 +1,126 @@
+"""Worker processes that start in milliseconds, forked with everything imported, and solve as a test says.
+
+Only how they start is another: what they do and how they are listened to is the code that is tested.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from qwen_fused.arc.tasks import Pair, Task
+from qwen_fused.solver import worker, workers
+from qwen_fused.solver.question import Encoded
+from qwen_fused.solver.settings import SolveSettings
+from qwen_fused.solver.task_solver import TaskAnswer
+
+SETTINGS = SolveSettings(steps=3)
+
+
+class ForkedProcess:
+    """A forked child, as far as `Worker` knows processes."""
+
+    def __init__(self, pid: int):
+        self.pid, self.code = pid, None
+
+    def wait(self) -> int:
+        if self.code is None:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
+
+    def kill(self) -> None:
+        if self.code is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def use_forked_workers(monkeypatch, solve_task: Callable[..., TaskAnswer]) -> None:
+    """Fork workers, and have them solve by `solve_task`."""
+
+    def start(self, job: bytes, theirs: Connection, command) -> ForkedProcess:
+        process = os.fork()
+        if process:
+            return ForkedProcess(process)
+        try:
+            for number in (1, 2):
+                os.dup2(self.errors.fileno(), number)
+            # a fork has the locks and sockets of its parent, and what somebody still has open never ends
+            os.closerange(3, theirs.fileno())
+            os.closerange(theirs.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            torch.set_num_threads(1)
+            worker.solve_task = solve_task
+            worker.serve(pickle.loads(job), theirs)
+        finally:
+            os._exit(71)
+
+    monkeypatch.setattr(workers.Worker, "start", start)
+
+
+class StandIn(nn.Module):
+    """A planner of no weight, whose Qwen reads nothing."""
+
+    class Prompt(nn.Module):
+        def forward(self, demonstrations):
+            return Encoded(torch.zeros(len(demonstrations), 4), torch.zeros(len(demonstrations), 15))
+
+    def __init__(self):
+        super().__init__()
+        self.agent, self.prompt = nn.Identity(), self.Prompt()
+
+
+def make_task(task_id: str, *, tests: int = 1, side: int = 3, answers: bool = True, pairs: int = 2) -> Task:
+    """A task whose grids depend on its id; the answer is the query turned upside down."""
+    rng = np.random.default_rng(int.from_bytes(task_id.encode()[:7], "little"))
+
+    def pair(known: bool) -> Pair:
+        grid = rng.integers(0, 10, (side, side)).astype(np.uint8)
+        return Pair(grid, grid[::-1].copy() if known else None)
+
+    return Task(task_id, tuple(pair(True) for _ in range(pairs)), tuple(pair(answers) for _ in range(tests)))
+
+
+def answer_of(task: Task, *, steps: int = 3, seconds: float = 0.01) -> TaskAnswer:
+    """Right in the first attempt where the id ends in an even digit, drawn from torch's generator in the second."""
+    attempts = []
+    for pair in task.test:
+        drawn = torch.randint(0, 10, pair.input.shape).numpy().astype(np.uint8)
+        right = task.id[-1] in "02468"
+        attempts.append((pair.input[::-1].copy() if right else drawn, drawn))
+    losses = tuple(1 / (step + 1) for step in range(steps))
+    sure = (0.9 if task.id[-1] in "02468" else 0.2,) * len(attempts)
+    return TaskAnswer(task.id, tuple(attempts), sure, seconds, steps, losses, 0.8, 0.5)
+
+
+def stand_in(planner, task: Task, settings: SolveSettings, *, deadline=None) -> TaskAnswer:
+    """Solves at once, or fails as the first word of the task's id says."""
+    assert all(pair.output is None for pair in task.test), "a worker is sent no answer"
+    fault = task.id.split("-")[0]
+    if fault == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "exits":
+        os.write(2, b"the last words\n")
+        os._exit(3)
+    if fault == "raises":
+        raise IndexError("no such cell\nand more")
+    if fault == "memory":
+        raise MemoryError("unable to allocate 7 TiB")
+    if fault == "waits":
+        (Path(os.environ["STAND_IN"]) / task.id).touch()
+        time.sleep(600)
+    if fault == "slow":
+        steps = 0
+        while steps < settings.steps and (deadline is None or time.monotonic() < deadline):
+            time.sleep(0.05)
+            steps += 1
+        return answer_of(task, steps=steps)
+    return answer_of(task)
