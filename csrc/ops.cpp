@@ -42,6 +42,15 @@ TORCH_LIBRARY(qwen_fused, m) {
   // scales the gradients of row r by inv_scale * min(1, max_norm[r] / (norm + 1e-6)), as measured into values; rows may
   // not overlap here
   m.def("group_grad_clip_(Tensor(a!)[] grads, int[] rows, Tensor values, float[] max_norm) -> ()");
+
+  // the recurrence of qwen_fused/planner/plan_core.py: states [T, N, P, H, W, F] after each step, and what backward
+  // needs of them
+  m.def(
+      "plan_core(Tensor state, Tensor alive, Tensor scale, Tensor shift, Tensor norm, Tensor wz, Tensor bz, "
+      "Tensor wc, Tensor bias, Tensor wu, int part, int steps) -> (Tensor states, Tensor z, Tensor a, Tensor pre)");
+  m.def(
+      "plan_core_backward(Tensor grad, Tensor state, Tensor alive, Tensor scale, Tensor shift, Tensor norm, Tensor wz, "
+      "Tensor wc, Tensor wu, Tensor states, Tensor z, Tensor a, Tensor pre, int part) -> Tensor[]");
 }
 
 // for -D without quotes: the list of architectures has commas in it

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_fused.arc.episodes import COLORS, MAX_SIDE
+from qwen_fused.planner.plan_core import PlanCore, rms_norm
 
 VIEWS = (
     "identity",
@@ -92,28 +93,33 @@ def extent_mask(size: Tensor, height: int, width: int) -> Tensor:
     return (i < size[:, 0].view(-1, 1, 1)) & (j < size[:, 1].view(-1, 1, 1))
 
 
-def cell_inputs(source: Tensor, source_size: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the planner knows of every cell before the first step; no parameter enters.
+@dataclass
+class Cells:
+    """What the planner knows of every cell before the first step; no parameter enters."""
+
+    inputs: Tensor  # [B, H, W, K*C + 6]: the colour through every view, the two extents, the distance to the borders
+    alive: Tensor  # [B, H, W] 1 inside the source or the destination, else 0
+    copies: Tensor  # [B, K, C, H, W] the colour through every view
+
+
+def describe_cells(source: Tensor, source_size: Tensor, size: Tensor) -> Cells:
+    """Describe the cells of source grids and of destinations of the given sizes.
 
     Args:
         source: [B, H, W] int64 colours, any value outside [0, C) where there is no cell.
         source_size, size: [B, 2] int64, rows and columns of the source and of the destination.
-
-    Returns:
-        Inputs [B, K*C + 6, H, W]: the colour through every view, the two extents, the distance to the four borders; the
-        mask of living cells [B, 1, H, W]; and the colours through every view alone [B, K, C, P].
     """
     height, width = source.shape[1:]
-    copies = one_hot_views(source, view_indices(source_size, size, height, width))
+    copies = one_hot_views(source, view_indices(source_size, size, height, width)).unflatten(3, (height, width))
     inside = extent_mask(source_size, height, width), extent_mask(size, height, width)
-    alive = (inside[0] | inside[1]).unsqueeze(1).to(copies.dtype)
+    alive = (inside[0] | inside[1]).to(copies.dtype)
     i = torch.arange(height, device=source.device).view(1, height, 1)
     j = torch.arange(width, device=source.device).view(1, 1, width)
     rows, columns = size[:, 0].view(-1, 1, 1), size[:, 1].view(-1, 1, 1)
     borders = [i.expand_as(source), j.expand_as(source), (rows - 1 - i).expand_as(source)]
     borders.append((columns - 1 - j).expand_as(source))
-    extents = torch.stack([*inside, *(0.5 ** b.clamp(min=0).float() for b in borders)], 1).to(copies.dtype)
-    return torch.cat([copies.flatten(1, 2).unflatten(2, (height, width)), extents], 1), alive, copies
+    extents = torch.stack([*inside, *(0.5 ** b.clamp(min=0).float() for b in borders)], 3).to(copies.dtype)
+    return Cells(torch.cat([copies.flatten(1, 2).permute(0, 2, 3, 1), extents], 3), alive, copies)
 
 
 @dataclass
@@ -124,48 +130,6 @@ class Plan:
     back_logits: Tensor | None  # [B, T, C, H, W], aligned with logits step by step
     back_input: Tensor | None  # [B, C, H, W], the query as the backward plan reconstructs it
     state: Tensor  # [B, F], mean of the final forward state over the destination cells
-
-
-class ChannelNorm(nn.Module):
-    """RMS norm over the channels of [B, F, H, W], each cell by itself, so that padding never enters."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * self.weight
-
-
-class PlanCore(nn.Module):
-    """One planning step: local 3x3 view, row / column / whole-grid context, FiLM by the prompt, residual update."""
-
-    def __init__(self, channels: int, prompt_dim: int):
-        super().__init__()
-        self.norm = ChannelNorm(channels)
-        self.local = nn.Conv2d(channels, 2 * channels, 3, padding=1)
-        self.context = nn.Linear(2 * channels, 2 * channels)
-        self.film = nn.Linear(prompt_dim, 4 * channels)
-        self.update = nn.Conv2d(2 * channels, channels, 1)
-        nn.init.normal_(self.update.weight, std=0.3 / channels**0.5)
-
-    def condition(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift [B, 2F, 1, 1] that the prompt asks for; the same at every step."""
-        scale, shift = self.film(prompt)[..., None, None].chunk(2, dim=1)
-        return scale, shift
-
-    def forward(self, state: Tensor, alive: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        x = self.norm(state) * alive
-        rows, columns = alive.sum(3, keepdim=True).clamp(min=1), alive.sum(2, keepdim=True).clamp(min=1)
-        row, column = x.sum(3, keepdim=True) / rows, x.sum(2, keepdim=True) / columns  # [B, F, H, 1], [B, F, 1, W]
-        # a dead cell's zero must not win over living cells that are all negative
-        whole = x.masked_fill(alive == 0, -torch.inf).amax((2, 3), keepdim=True)  # [B, F, 1, 1]
-        weight_line, weight_whole = self.context.weight.chunk(2, dim=1)
-        h = self.local(x)
-        h = h + F.conv2d(row, weight_line[..., None, None]) + F.conv2d(column, weight_line[..., None, None])
-        h = h + F.conv2d(whole, weight_whole[..., None, None], self.context.bias)
-        h = F.gelu(h * (1 + scale) + shift)
-        return state + self.update(h) * alive
 
 
 class GridAgent(nn.Module):
@@ -182,30 +146,32 @@ class GridAgent(nn.Module):
         self.steps = steps
         views = len(VIEWS)
         # inputs of a cell: its colour through every view, the two extents, and its distance to the four borders
-        self.encode = nn.Conv2d(views * COLORS + 2 + 4, channels, 1)
+        self.encode = nn.Linear(views * COLORS + 2 + 4, channels)
         self.direction = nn.Parameter(torch.randn(2, channels) * 0.1)
         self.core = PlanCore(channels, prompt_dim)
-        self.readout_norm = ChannelNorm(channels)
-        self.readout = nn.Conv2d(channels, COLORS + views, 1)
+        self.readout_norm = nn.Parameter(torch.ones(channels))
+        self.readout = nn.Linear(channels, COLORS + views)
         self.view_preference = nn.Linear(prompt_dim, views)
         self.copy_scale = nn.Parameter(torch.tensor(4.0))
         self.size_head = SizeHead(prompt_dim)
 
-    def start(self, source: Tensor, source_size: Tensor, size: Tensor, direction: int) -> tuple[Tensor, ...]:
-        """Initial state [B, F, H, W], its mask of living cells [B, 1, H, W] and the copies [B, K, C, P]."""
-        inputs, alive, copies = cell_inputs(source, source_size, size)
-        return self.embed(inputs, alive, direction), alive, copies
+    def embed(self, cells: Cells, direction: int = 0) -> Tensor:
+        """Initial state [B, 1, H, W, F]; direction 0 plans from the query to the answer, 1 back."""
+        state = self.encode(cells.inputs) + self.direction[direction]
+        return (state * cells.alive.unsqueeze(-1)).unsqueeze(1)
 
-    def embed(self, inputs: Tensor, alive: Tensor, direction: int = 0) -> Tensor:
-        """Initial state [B, F, H, W] of cells as `cell_inputs` describes them."""
-        return (self.encode(inputs) + self.direction[direction].view(1, -1, 1, 1)) * alive
+    def read(self, states: Tensor, prompt: Tensor, copies: Tensor) -> Tensor:
+        """Logits [B, T, C, H, W] of states [T, B, 1, H, W, F]: free ones plus a gated copy of the source's views."""
+        x = rms_norm(states[:, :, 0], self.readout_norm)
+        free, gate = self.readout(x).split([COLORS, copies.shape[1]], dim=-1)
+        gate = (gate + self.view_preference(prompt)[:, None, None]).softmax(-1)  # [T, B, H, W, K]
+        copied = torch.einsum("tbhwk,bkchw->btchw", gate, copies.to(gate.dtype))
+        return free.permute(1, 0, 4, 2, 3) + self.copy_scale * copied
 
-    def read(self, state: Tensor, prompt: Tensor, copies: Tensor) -> Tensor:
-        """Logits [B, C, H, W] of one step: free logits plus a gated copy of the source's views."""
-        free, gate = self.readout(self.readout_norm(state)).split([COLORS, copies.shape[1]], dim=1)
-        gate = (gate + self.view_preference(prompt)[..., None, None]).softmax(1).flatten(2)  # [B, K, P]
-        copied = torch.einsum("bkp,bkcp->bcp", gate, copies.to(gate.dtype)).unflatten(2, state.shape[2:])
-        return free + self.copy_scale * copied
+    def plan(self, cells: Cells, prompt: Tensor, readouts: int | None = None) -> Tensor:
+        """The forward plan alone: logits [B, T, C, H, W] of the last `readouts` steps, all by default."""
+        states = self.core(self.embed(cells), cells.alive, prompt, self.steps)
+        return self.read(states[-(readouts or self.steps) :], prompt, cells.copies)
 
     def forward(
         self,
@@ -230,27 +196,22 @@ class GridAgent(nn.Module):
             A `Plan`; its back_logits and back_input are None without a target.
         """
         batch = prompt.shape[0]
-        state, alive, copies = self.start(query, query_size, size, 0)
+        cells = describe_cells(query, query_size, size)
+        state, alive, copies = self.embed(cells), cells.alive, cells.copies
         if target is not None:
-            back = self.start(target, size, query_size, 1)
-            state, alive, copies = (torch.cat(x) for x in zip((state, alive, copies), back, strict=True))
-            prompt = torch.cat([prompt, prompt])
-        scale, shift = self.core.condition(prompt)
-        first = self.steps - (readouts or self.steps)
-        logits = []
-        for step in range(self.steps):
-            state = self.core(state, alive, scale, shift)
-            if step >= first:
-                logits.append(self.read(state, prompt, copies))
-        stacked = torch.stack(logits, 1)
-        inside = extent_mask(size, *query.shape[1:]).unsqueeze(1).to(state.dtype)
-        pooled = (state[:batch] * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
+            back = describe_cells(target, size, query_size)
+            state, alive = torch.cat([state, self.embed(back, 1)]), torch.cat([alive, back.alive])
+            copies, prompt = torch.cat([copies, back.copies]), torch.cat([prompt, prompt])
+        states = self.core(state, alive, prompt, self.steps)
+        logits = self.read(states[-(readouts or self.steps) :], prompt, copies)
+        inside = extent_mask(size, *query.shape[1:]).unsqueeze(-1).to(states.dtype)
+        pooled = (states[-1, :batch, 0] * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
         if target is None:
-            return Plan(stacked, None, None, pooled)
+            return Plan(logits, None, None, pooled)
         # one more step backwards reaches the input itself; its first emission stands beside step T, its last beside 1
-        state = self.core(state[batch:], alive[batch:], scale[batch:], shift[batch:])
-        back_input = self.read(state, prompt[batch:], copies[batch:])
-        return Plan(stacked[:batch], stacked[batch:].flip(1), back_input, pooled)
+        last = self.core(states[-1, batch:], alive[batch:], prompt[batch:], 1)
+        back_input = self.read(last, prompt[batch:], copies[batch:])[:, 0]
+        return Plan(logits[:batch], logits[batch:].flip(1), back_input, pooled)
 
 
 class SizeHead(nn.Module):

@@ -65,9 +65,7 @@ class QwenPlanner(nn.Module):
             hidden=config.policy_hidden,
             delta_scale=config.delta_scale,
         )
-        self.agent = GridAgent(
-            channels=config.agent_channels, prompt_dim=config.prompt_dim, steps=config.plan_steps
-        )
+        self.agent = GridAgent(channels=config.agent_channels, prompt_dim=config.prompt_dim, steps=config.plan_steps)
         self.objective = PlanObjective(
             prompt_dim=config.prompt_dim,
             weights=config.weights,
@@ -109,13 +107,9 @@ class QwenPlanner(nn.Module):
         """
         encoded = self.prompt([e.demonstrations for e in batch.episodes], pooled)
         action = self.policy(encoded.prompt, encoded.control, encoded.features, sample=True, noise=noise)
-        plan = self.agent(
-            action.refined, batch.query, batch.query_size, batch.target_size, target=batch.target
-        )
+        plan = self.agent(action.refined, batch.query, batch.query_size, batch.target_size, target=batch.target)
         size_logits = self.size_logits(action.refined, batch.query_size, encoded.features)
-        score = self.objective(
-            plan, size_logits, action.refined, batch.query, batch.target, batch.target_size, epoch
-        )
+        score = self.objective(plan, size_logits, action.refined, batch.query, batch.target, batch.target_size, epoch)
         accuracy_before, state_before = self.baseline(encoded.prompt, batch)
         reward = REWARD_SCALE * (score.efe.accuracy - accuracy_before)
         policy = self.policy.loss(action, reward, state_before, plan.state)

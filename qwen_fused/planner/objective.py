@@ -121,9 +121,7 @@ class PlanObjective(nn.Module):
         # without a backward plan there is nothing to reverse
         reversibility = efe.loss.new_zeros(())
         if plan.back_input is not None:
-            reversibility = hard_cell_cross_entropy(
-                plan.back_input, query, hard_mode="none", backend=self.backend
-            ).loss
+            reversibility = hard_cell_cross_entropy(plan.back_input, query, hard_mode="none", backend=self.backend).loss
         size_loss = 2 * F.cross_entropy(size_logits.float().flatten(0, 1), (size - 1).flatten())
         share = self.size_share(epoch)
         loss = (1 - share) * (efe.loss + self.reversibility * reversibility) + share * size_loss

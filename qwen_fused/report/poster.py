@@ -55,9 +55,7 @@ def _draw(
 
         charts = {chart.name: chart for chart in CHARTS}
         plot_chart(panel(0.05, 0.35, 0.44, 1.75, "Loss"), charts["loss"], metrics)
-        plot_chart(
-            panel(0.55, 0.35, 0.44, 1.75, "Gradient that reaches Qwen, L2 norm"), charts["qwen-grad"], metrics
-        )
+        plot_chart(panel(0.55, 0.35, 0.44, 1.75, "Gradient that reaches Qwen, L2 norm"), charts["qwen-grad"], metrics)
         plot_gradients(panel(0.07, 2.85, 0.92, 1.45, "The same by layer: brighter is larger"), gradients)
         top = 5.0
         for example, tall in zip(shown, rows, strict=True):

@@ -134,10 +134,10 @@ class Average:
             parameter.copy_(mean)
 
 
-def task_optimizer(model: torch.nn.Module, settings: SolveSettings) -> torch.optim.Optimizer:
-    """AdamW over a task's parameters, weight decay on matrices alone."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+def task_optimizer(model: torch.nn.Module, settings: SolveSettings, axes: int = 0) -> torch.optim.Optimizer:
+    """AdamW over a task's parameters, weight decay on matrices alone; `axes` in front of a stack's do not count."""
+    matrices = [p for p in model.parameters() if p.dim() > axes + 1]
+    vectors = [p for p in model.parameters() if p.dim() <= axes + 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.99), fused=True)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwen_fused.arc.episodes import COLORS, IGNORE, Task
 from qwen_fused.arc.symmetry import swaps_sides
-from qwen_fused.planner.agent import cell_inputs
+from qwen_fused.planner.agent import Cells, describe_cells
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.views import UNCHANGED, View, free_colors, permuted
 
@@ -24,13 +24,17 @@ from qwen_fused.solver.views import UNCHANGED, View, free_colors, permuted
 class Examples:
     """Grids side by side on one canvas, as the planner takes them."""
 
-    inputs: Tensor  # [B, I, H, W], see `cell_inputs`
-    alive: Tensor  # [B, 1, H, W]
-    copies: Tensor  # [B, K, C, P]
+    cells: Cells
     symmetry: Tensor  # [B] int64, 0..7
     query_size: Tensor  # [B, 2] int64
     size: Tensor  # [B, 2] int64, rows and columns of the answer
     target: Tensor | None  # [B, H, W] int64, IGNORE outside the grid
+
+    def to(self, device: torch.device) -> Examples:
+        """The same on another device."""
+        cells = Cells(self.cells.inputs.to(device), self.cells.alive.to(device), self.cells.copies.to(device))
+        others = (self.symmetry.to(device), self.query_size.to(device), self.size.to(device))
+        return Examples(cells, *others, None if self.target is None else self.target.to(device))
 
 
 def task_rng(settings: SolveSettings, task_id: str) -> np.random.Generator:
@@ -67,9 +71,9 @@ def examples(
     height, width = canvas or (max(side[0] for side in sides), max(side[1] for side in sides))
     query_size = torch.tensor([query.shape for query in queries])
     size = torch.tensor(list(sizes))
-    inputs, alive, copies = cell_inputs(on_canvas(queries, height, width), query_size, size)
+    cells = describe_cells(on_canvas(queries, height, width), query_size, size)
     target = None if answers is None else on_canvas(answers, height, width)
-    return Examples(inputs, alive, copies, torch.tensor(list(symmetries)), query_size, size, target)
+    return Examples(cells, torch.tensor(list(symmetries)), query_size, size, target)
 
 
 class TrainingSet:

@@ -18,9 +18,7 @@ def size_rule(task: Task) -> Callable[[Size], Size] | None:
     """
     sizes = [(pair.input.shape, pair.output.shape) for pair in task.train]  # type: ignore[union-attr]
     for swapped in (False, True):
-        ratios = {
-            tuple(Fraction(after[k], before[1 - k if swapped else k]) for k in (0, 1)) for before, after in sizes
-        }
+        ratios = {tuple(Fraction(after[k], before[1 - k if swapped else k]) for k in (0, 1)) for before, after in sizes}
         if len(ratios) == 1:
             return _by_ratio(ratios.pop(), swapped, constant={after for _, after in sizes})
     outputs = {after for _, after in sizes}
@@ -35,7 +33,10 @@ def _by_ratio(ratio: tuple[Fraction, ...], swapped: bool, constant: set[Size]) -
         sides = [ratio[k] * size[1 - k if swapped else k] for k in (0, 1)]
         if all(side.denominator == 1 and 1 <= side <= MAX_SIDE for side in sides):
             return int(sides[0]), int(sides[1])
-        # a ratio that came about by chance: all demonstrations are of one size, and the query is not
-        return next(iter(constant))
+        if len(constant) == 1:
+            # a ratio that came about by chance: all demonstrations are of one size, and the query is not
+            return next(iter(constant))
+        rows, columns = (min(max(round(side), 1), MAX_SIDE) for side in sides)
+        return rows, columns
 
     return rule

@@ -1,13 +1,12 @@
 """The planner of one task: a copy of the agent, the task's prompts, and what the task adds to them.
 
-The forward plan alone: no policy, no backward plan, no Qwen. Qwen has read the demonstrations once, through each
-symmetry; what the task adds to a symmetry's prompt is learned, so that a planner can tell up from down where that matters.
+The forward plan alone: no policy, no backward plan, no Qwen. Qwen has read the demonstrations once; what each symmetry
+adds to the prompt is learned with the task, so that a planner can tell up from down where that matters.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from qwen_fused.arc.episodes import MAX_SIDE, Task
 from qwen_fused.arc.features import FEATURES
-from qwen_fused.arc.symmetry import turn
+from qwen_fused.arc.symmetry import swaps_sides
 from qwen_fused.loss.efe_loss import CE_ONLY, efe_loss
 from qwen_fused.planner.agent import GridAgent
 from qwen_fused.planner.evaluation_mode import evaluating
@@ -45,29 +44,20 @@ class TaskPlanner(nn.Module):
     def forward(self, batch: Examples, readouts: int | None = None) -> tuple[Tensor, Tensor]:
         """Plan logits [B, T, C, H, W] of the last `readouts` steps (all by default), and size logits [B, 2, S]."""
         prompt = (self.prompts + self.offset)[batch.symmetry]
-        agent = self.agent
-        state = agent.embed(batch.inputs, batch.alive)
-        scale, shift = agent.core.condition(prompt)
-        first = agent.steps - (readouts or agent.steps)
-        logits = []
-        for step in range(agent.steps):
-            state = agent.core(state, batch.alive, scale, shift)
-            if step >= first:
-                logits.append(agent.read(state, prompt, batch.copies))
-        sizes = agent.size_head(prompt, batch.query_size, self.demo_sizes[batch.symmetry])
-        return torch.stack(logits, 1), sizes
+        sizes = self.agent.size_head(prompt, batch.query_size, self.demo_sizes[batch.symmetry])
+        return self.agent.plan(batch.cells, prompt, readouts), sizes
 
 
 def encode_task(planner: QwenPlanner, task: Task, symmetries: int) -> tuple[Tensor, Tensor]:
-    """Qwen's prompts [V, D] of the demonstrations through each symmetry, and their mean sizes [V, 4]."""
-    turned = [
-        tuple(replace(p, input=turn(p.input, s), output=turn(p.output, s)) for p in task.train)  # type: ignore[arg-type]
-        for s in range(symmetries)
-    ]
+    """What Qwen makes of a task, once: its prompt [V, D] and the demonstrations' mean sizes [V, 4], for each symmetry.
+
+    The prompt is the same through every symmetry: what differs between them is for the task to learn.
+    """
     with evaluating(planner):
-        encoded = planner.prompt(turned)
-    sizes = MAX_SIDE * torch.stack([encoded.features[:, FEATURES.index(name)] for name in SIZE_FEATURES], 1)
-    return encoded.prompt, sizes
+        encoded = planner.prompt([task.train])
+    sizes = MAX_SIDE * torch.stack([encoded.features[0, FEATURES.index(name)] for name in SIZE_FEATURES])
+    turned = [sizes[[1, 0, 3, 2]] if swaps_sides(symmetry) else sizes for symmetry in range(symmetries)]
+    return encoded.prompt.repeat(symmetries, 1), torch.stack(turned)
 
 
 def plan_loss(plan: Tensor, sizes: Tensor, batch: Examples, step_weight: Tensor, size_weight: float) -> Tensor:
@@ -78,10 +68,8 @@ def plan_loss(plan: Tensor, sizes: Tensor, batch: Examples, step_weight: Tensor,
         sizes: [B, 2, S] logits of (rows, columns) - 1.
         batch: with targets.
         step_weight: [T].
-        size_weight: of the size loss; 0 leaves it out.
+        size_weight: of the size loss. At 0 its weights still have a gradient, of 0, as they have beside other tasks.
     """
     assert batch.target is not None
     loss = efe_loss(plan, batch.target, step_weight=step_weight, weights=CE_ONLY, hard_mode="none").loss
-    if size_weight:
-        loss = loss + size_weight * 2 * F.cross_entropy(sizes.flatten(0, 1), (batch.size - 1).flatten())
-    return loss
+    return loss + size_weight * 2 * F.cross_entropy(sizes.flatten(0, 1), (batch.size - 1).flatten())

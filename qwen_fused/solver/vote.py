@@ -27,7 +27,7 @@ class Vote:
     attempts: tuple[np.ndarray, ...]
     """Two grids [h, w] uint8, the likelier first."""
     confidence: float
-    """In [0, 1]: share of the views that gave the first attempt, times its mean probability of a cell."""
+    """In [0, 1]: share of the voices that gave the first attempt, times its mean probability of a cell."""
 
 
 def vote(model: TaskPlanner, task: Task, settings: SolveSettings, rng: np.random.Generator) -> list[Vote]:
@@ -102,15 +102,16 @@ def count(probabilities: np.ndarray) -> Vote:
     for grid in grids:
         votes[grid.tobytes()] = votes.get(grid.tobytes(), 0) + 1
         kinds[grid.tobytes()] = grid
-    # the mean's own answer may be nobody's: it stands last in line
+    # the mean has a voice too: where every view is alone with its answer, the majority of each cell may be right
     merged = mean.argmax(0).astype(np.uint8)
     kinds.setdefault(merged.tobytes(), merged)
+    votes[merged.tobytes()] = votes.get(merged.tobytes(), 0) + 1
 
     def likelihood(grid: np.ndarray) -> float:
         return float(np.log(np.take_along_axis(mean, grid[None].astype(np.int64), 0) + 1e-9).mean())
 
-    ranked = sorted(kinds, key=lambda key: (votes.get(key, 0), likelihood(kinds[key])), reverse=True)
+    ranked = sorted(kinds, key=lambda key: (votes[key], likelihood(kinds[key])), reverse=True)
     first = kinds[ranked[0]]
     second = kinds[ranked[1]] if len(ranked) > 1 else further_attempts(mean, first, 1)[0]
-    agreement = votes.get(ranked[0], 0) / len(grids)
+    agreement = votes[ranked[0]] / (len(grids) + 1)
     return Vote((first, second), agreement * float(np.exp(likelihood(first))))

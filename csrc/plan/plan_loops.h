@@ -1,0 +1,349 @@
+// The loops of a planning step that are not matrix products; the mathematics is in qwen_fused/planner/plan_core.py.
+//
+// Rows are cells: state [N, P, H, W, F], P palettes side by side. z [R, Z] holds parts of c features each: looked for
+// to the right, left, below, above, anywhere, along lines, and, where P > 1, across the palettes; then m features
+// that the eight neighbours see. A row of `a` [R, Q] is what the step's matrix sees of a cell: its own F features, 9m
+// of its neighbourhood, then 7c (9c) of context.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../common/vectorize.h"
+
+namespace qwen_fused {
+
+struct PlanShape {
+  int64_t N, P, H, W, F, c, m, Z, Q, hidden;
+  // where a's context begins
+  int64_t context() const { return F + 9 * m; }
+  int64_t rows() const { return N * P * H * W; }
+  int64_t images() const { return N * P; }
+};
+
+inline constexpr double RMS_EPSILON = 1e-6;
+// offsets of a 3x3 neighbourhood, row by row
+inline constexpr int64_t TAPS = 9;
+
+template <class T>
+QF_INLINE T inverse_rms(const T* s, int64_t F) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t f = 0; f < F; ++f) sum += s[f] * s[f];
+  return T(1) / std::sqrt(sum / T(F) + T(RMS_EPSILON));
+}
+
+// x = s / rms(s) * norm on living cells, 0 on others
+template <class T>
+QF_INLINE void rms_rows(const PlanShape& p, const T* s, const T* norm, const T* alive, T* x) {
+  const int64_t cells = p.H * p.W;
+  for (int64_t row = 0; row < p.rows(); ++row, s += p.F, x += p.F) {
+    const T live = alive[row / (p.P * cells) * cells + row % cells];
+    const T inverse = live * inverse_rms(s, p.F);
+    for (int64_t f = 0; f < p.F; ++f) x[f] = s[f] * inverse * norm[f];
+  }
+}
+
+// ds += the gradient through rms_rows; d_norm += its own
+template <class T>
+QF_INLINE void rms_rows_backward(
+    const PlanShape& p, const T* s, const T* norm, const T* alive, const T* dx, T* ds, T* d_norm) {
+  const int64_t cells = p.H * p.W;
+  for (int64_t row = 0; row < p.rows(); ++row, s += p.F, dx += p.F, ds += p.F) {
+    if (alive[row / (p.P * cells) * cells + row % cells] == 0) continue;
+    const T inverse = inverse_rms(s, p.F);
+    T dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t f = 0; f < p.F; ++f) dot += dx[f] * norm[f] * s[f];
+    const T along = dot * inverse * inverse * inverse / T(p.F);
+    for (int64_t f = 0; f < p.F; ++f) {
+      ds[f] += dx[f] * norm[f] * inverse - s[f] * along;
+      d_norm[f] += dx[f] * s[f] * inverse;
+    }
+  }
+}
+
+// calls body(tap, row of the neighbour) for the neighbours inside the canvas, skip(tap) for the others
+template <class Body, class Skip>
+QF_INLINE void for_neighbours(
+    const PlanShape& p, int64_t row, int64_t i, int64_t j, const Body& body, const Skip& skip) {
+  for (int64_t tap = 0; tap < TAPS; ++tap) {
+    const int64_t di = tap / 3 - 1, dj = tap % 3 - 1;
+    if (i + di < 0 || i + di >= p.H || j + dj < 0 || j + dj >= p.W) {
+      skip(tap);
+    } else {
+      body(tap, row + di * p.W + dj);
+    }
+  }
+}
+
+// a's first F columns are x, the next 9m the m last features of z around the cell
+template <class T>
+QF_INLINE void local_rows(const PlanShape& p, const T* x, const T* z, T* a) {
+  const int64_t F = p.F, m = p.m, near = p.Z - m;
+  int64_t row = 0;
+  for (int64_t image = 0; image < p.images(); ++image) {
+    for (int64_t i = 0; i < p.H; ++i) {
+      for (int64_t j = 0; j < p.W; ++j, ++row) {
+        T* out = a + row * p.Q;
+        for (int64_t f = 0; f < F; ++f) out[f] = x[row * F + f];
+        for_neighbours(
+            p, row, i, j,
+            [&](int64_t tap, int64_t other) QF_INLINE_LAMBDA {
+              const T* from = z + other * p.Z + near;
+              for (int64_t f = 0; f < m; ++f) out[F + tap * m + f] = from[f];
+            },
+            [&](int64_t tap) QF_INLINE_LAMBDA {
+              for (int64_t f = 0; f < m; ++f) out[F + tap * m + f] = 0;
+            });
+      }
+    }
+  }
+}
+
+// dz's m last features = through local_rows: a cell is the opposite neighbour of its neighbours
+template <class T>
+QF_INLINE void local_rows_backward(const PlanShape& p, const T* da, T* dz) {
+  const int64_t F = p.F, m = p.m, near = p.Z - m;
+  int64_t row = 0;
+  for (int64_t image = 0; image < p.images(); ++image) {
+    for (int64_t i = 0; i < p.H; ++i) {
+      for (int64_t j = 0; j < p.W; ++j, ++row) {
+        T* to = dz + row * p.Z + near;
+        for (int64_t f = 0; f < m; ++f) to[f] = 0;
+        for_neighbours(
+            p, row, i, j,
+            [&](int64_t tap, int64_t other) QF_INLINE_LAMBDA {
+              const T* d = da + other * p.Q + F + (TAPS - 1 - tap) * m;
+              for (int64_t f = 0; f < m; ++f) to[f] += d[f];
+            },
+            [](int64_t) QF_INLINE_LAMBDA {});
+      }
+    }
+  }
+}
+
+// one line of `count` cells, `step` rows apart: a's column is the largest so far of z's
+template <class T>
+QF_INLINE void running_max(const PlanShape& p, const T* z, T* a, int64_t count, int64_t step) {
+  for (int64_t f = 0; f < p.c; ++f) a[f] = z[f];
+  for (int64_t k = 1; k < count; ++k) {
+    const T *from = z + k * step * p.Z, *before = a + (k - 1) * step * p.Q;
+    T* to = a + k * step * p.Q;
+    for (int64_t f = 0; f < p.c; ++f) to[f] = from[f] >= before[f] ? from[f] : before[f];
+  }
+}
+
+// a gradient goes to the last cell that was the largest so far, as in torch.cummax
+template <class T>
+QF_INLINE void running_max_backward(
+    const PlanShape& p, const T* z, const T* a, const T* da, T* dz, T* sum, int64_t count, int64_t step) {
+  for (int64_t f = 0; f < p.c; ++f) sum[f] = 0;
+  for (int64_t k = count - 1; k >= 0; --k) {
+    const T *own = z + k * step * p.Z, *most = a + k * step * p.Q, *d = da + k * step * p.Q;
+    T* to = dz + k * step * p.Z;
+    for (int64_t f = 0; f < p.c; ++f) {
+      const T all = sum[f] + d[f];
+      const bool here = own[f] == most[f];
+      to[f] = here ? all : T(0);
+      sum[f] = here ? T(0) : all;
+    }
+  }
+}
+
+// z's parts spread over a's context columns; counts [N, H + W]: living cells of each row and column, at least 1.
+// room: [3 * (H + W) * c]
+template <class T>
+QF_INLINE void context_rows(const PlanShape& p, const T* z_all, const T* counts, T* a_all, T* room) {
+  const int64_t c = p.c, cells = p.H * p.W, H = p.H, W = p.W;
+  for (int64_t image = 0; image < p.images(); ++image) {
+    const T* z = z_all + image * cells * p.Z;
+    T* a = a_all + image * cells * p.Q + p.context();
+    const T* count = counts + image / p.P * (H + W);
+    for (int64_t i = 0; i < H; ++i) {
+      running_max(p, z + i * W * p.Z, a + i * W * p.Q, W, 1);
+      running_max(p, z + ((i + 1) * W - 1) * p.Z + c, a + ((i + 1) * W - 1) * p.Q + c, W, -1);
+    }
+    for (int64_t j = 0; j < W; ++j) {
+      running_max(p, z + j * p.Z + 2 * c, a + j * p.Q + 2 * c, H, W);
+      running_max(p, z + ((H - 1) * W + j) * p.Z + 3 * c, a + ((H - 1) * W + j) * p.Q + 3 * c, H, -W);
+    }
+    T *most = room, *rows = room + c, *columns = rows + H * c;
+    for (int64_t f = 0; f < (1 + H + W) * c; ++f) room[f] = 0;
+    for (int64_t i = 0; i < H; ++i) {
+      for (int64_t j = 0; j < W; ++j) {
+        const T *whole = z + (i * W + j) * p.Z + 4 * c, *line = whole + c;
+        for (int64_t f = 0; f < c; ++f) {
+          most[f] = whole[f] > most[f] ? whole[f] : most[f];
+          rows[i * c + f] += line[f];
+          columns[j * c + f] += line[f];
+        }
+      }
+    }
+    for (int64_t i = 0; i < H; ++i) {
+      for (int64_t j = 0; j < W; ++j) {
+        T* to = a + (i * W + j) * p.Q + 4 * c;
+        for (int64_t f = 0; f < c; ++f) {
+          to[f] = most[f];
+          to[c + f] = rows[i * c + f] / count[i];
+          to[2 * c + f] = columns[j * c + f] / count[H + j];
+        }
+      }
+    }
+  }
+  if (p.P == 1) return;
+  for (int64_t n = 0; n < p.N; ++n) {
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      const int64_t first = n * p.P * cells + cell;
+      T *sum = room, *most = room + c;
+      for (int64_t f = 0; f < 2 * c; ++f) room[f] = 0;
+      for (int64_t k = 0; k < p.P; ++k) {
+        const T* own = z_all + (first + k * cells) * p.Z + 6 * c;
+        for (int64_t f = 0; f < c; ++f) {
+          sum[f] += own[f];
+          most[f] = own[f] > most[f] ? own[f] : most[f];
+        }
+      }
+      for (int64_t k = 0; k < p.P; ++k) {
+        T* to = a_all + (first + k * cells) * p.Q + p.context() + 7 * c;
+        for (int64_t f = 0; f < c; ++f) {
+          to[f] = sum[f] / T(p.P);
+          to[c + f] = most[f];
+        }
+      }
+    }
+  }
+}
+
+// dz = through context_rows, and 0 where z is. A largest value that several cells share is shared by its gradient
+template <class T>
+QF_INLINE void context_rows_backward(
+    const PlanShape& p, const T* z_all, const T* a_all, const T* counts, const T* da_all, T* dz_all, T* room) {
+  const int64_t c = p.c, cells = p.H * p.W, H = p.H, W = p.W;
+  for (int64_t image = 0; image < p.images(); ++image) {
+    const int64_t z_at = image * cells * p.Z, a_at = image * cells * p.Q + p.context();
+    const T *z = z_all + z_at, *a = a_all + a_at, *da = da_all + a_at;
+    T* dz = dz_all + z_at;
+    const T* count = counts + image / p.P * (H + W);
+    const auto line = [&](int64_t cell, int64_t part, int64_t length, int64_t step) QF_INLINE_LAMBDA {
+      const int64_t in = cell * p.Z + part * c, out = cell * p.Q + part * c;
+      running_max_backward(p, z + in, a + out, da + out, dz + in, room, length, step);
+    };
+    for (int64_t i = 0; i < H; ++i) {
+      line(i * W, 0, W, 1);
+      line((i + 1) * W - 1, 1, W, -1);
+    }
+    for (int64_t j = 0; j < W; ++j) {
+      line(j, 2, H, W);
+      line((H - 1) * W + j, 3, H, -W);
+    }
+    T *d_most = room, *sharers = room + c, *d_rows = room + 2 * c, *d_columns = d_rows + H * c;
+    for (int64_t f = 0; f < (2 + H + W) * c; ++f) room[f] = 0;
+    for (int64_t i = 0; i < H; ++i) {
+      for (int64_t j = 0; j < W; ++j) {
+        const int64_t cell = i * W + j;
+        const T *d = da + cell * p.Q + 4 * c, *most = a + cell * p.Q + 4 * c, *own = z + cell * p.Z + 4 * c;
+        for (int64_t f = 0; f < c; ++f) {
+          d_most[f] += d[f];
+          sharers[f] += own[f] == most[f] ? T(1) : T(0);
+          d_rows[i * c + f] += d[c + f];
+          d_columns[j * c + f] += d[2 * c + f];
+        }
+      }
+    }
+    for (int64_t i = 0; i < H; ++i) {
+      for (int64_t j = 0; j < W; ++j) {
+        const int64_t cell = i * W + j;
+        const T *most = a + cell * p.Q + 4 * c, *own = z + cell * p.Z + 4 * c;
+        T* to = dz + cell * p.Z + 4 * c;
+        for (int64_t f = 0; f < c; ++f) {
+          to[f] = own[f] == most[f] ? d_most[f] / (sharers[f] > 0 ? sharers[f] : T(1)) : T(0);
+          to[c + f] = d_rows[i * c + f] / count[i] + d_columns[j * c + f] / count[H + j];
+        }
+      }
+    }
+  }
+  if (p.P > 1) {
+    for (int64_t n = 0; n < p.N; ++n) {
+      for (int64_t cell = 0; cell < cells; ++cell) {
+        const int64_t first = n * p.P * cells + cell;
+        T *d_sum = room, *d_most = room + c, *sharers = room + 2 * c;
+        for (int64_t f = 0; f < 3 * c; ++f) room[f] = 0;
+        for (int64_t k = 0; k < p.P; ++k) {
+          const int64_t row = first + k * cells;
+          const T *d = da_all + row * p.Q + p.context() + 7 * c, *most = a_all + row * p.Q + p.context() + 8 * c;
+          const T* own = z_all + row * p.Z + 6 * c;
+          for (int64_t f = 0; f < c; ++f) {
+            d_sum[f] += d[f];
+            d_most[f] += d[c + f];
+            sharers[f] += own[f] == most[f] ? T(1) : T(0);
+          }
+        }
+        for (int64_t k = 0; k < p.P; ++k) {
+          const int64_t row = first + k * cells;
+          const T *most = a_all + row * p.Q + p.context() + 8 * c, *own = z_all + row * p.Z + 6 * c;
+          T* to = dz_all + row * p.Z + 6 * c;
+          for (int64_t f = 0; f < c; ++f) {
+            const T share = own[f] == most[f] ? d_most[f] / (sharers[f] > 0 ? sharers[f] : T(1)) : T(0);
+            to[f] = d_sum[f] / T(p.P) + share;
+          }
+        }
+      }
+    }
+  }
+  for (int64_t k = 0; k < p.rows() * p.Z; ++k) dz_all[k] = z_all[k] > 0 ? dz_all[k] : T(0);
+}
+
+// z = max(z + bias, 0) on living cells, 0 on others, in place
+template <class T>
+QF_INLINE void relu_rows(const PlanShape& p, const T* bias, const T* alive, T* z) {
+  const int64_t cells = p.H * p.W;
+  for (int64_t row = 0; row < p.rows(); ++row, z += p.Z) {
+    const T live = alive[row / (p.P * cells) * cells + row % cells];
+    for (int64_t f = 0; f < p.Z; ++f) {
+      const T value = (z[f] + bias[f]) * live;
+      z[f] = value > 0 ? value : T(0);
+    }
+  }
+}
+
+// u = (pre + bias) * scale + shift, scale and shift [N, hidden]; pre takes its bias in place
+template <class T>
+QF_INLINE void film_rows(const PlanShape& p, T* pre, const T* bias, const T* scale, const T* shift, T* u) {
+  const int64_t per = p.P * p.H * p.W;
+  for (int64_t row = 0; row < p.rows(); ++row, pre += p.hidden, u += p.hidden) {
+    const T *scales = scale + row / per * p.hidden, *shifts = shift + row / per * p.hidden;
+    for (int64_t f = 0; f < p.hidden; ++f) {
+      pre[f] += bias[f];
+      u[f] = pre[f] * scales[f] + shifts[f];
+    }
+  }
+}
+
+// du becomes the gradient of pre in place; d_scale, d_shift [N, hidden] += theirs
+template <class T>
+QF_INLINE void film_rows_backward(
+    const PlanShape& p, const T* pre, const T* scale, T* du, T* d_scale, T* d_shift, T* d_bias) {
+  const int64_t per = p.P * p.H * p.W;
+  for (int64_t row = 0; row < p.rows(); ++row, pre += p.hidden, du += p.hidden) {
+    const int64_t at = row / per * p.hidden;
+    for (int64_t f = 0; f < p.hidden; ++f) {
+      d_scale[at + f] += du[f] * pre[f];
+      d_shift[at + f] += du[f];
+      du[f] *= scale[at + f];
+      d_bias[f] += du[f];
+    }
+  }
+}
+
+// rows of dead cells to 0, in place
+template <class T>
+QF_INLINE void mask_rows(const PlanShape& p, const T* alive, T* rows, int64_t width) {
+  const int64_t cells = p.H * p.W;
+  for (int64_t row = 0; row < p.rows(); ++row, rows += width) {
+    if (alive[row / (p.P * cells) * cells + row % cells] != 0) continue;
+    for (int64_t f = 0; f < width; ++f) rows[f] = 0;
+  }
+}
+
+}  // namespace qwen_fused

@@ -1,0 +1,193 @@
+"""The planner's recurrence: T planning steps over a grid of cells, weights tied, in one differentiable call.
+
+One step, rows being cells, in channels-last layout:
+
+    x = state / rms(state) * norm                                            on living cells, 0 elsewhere
+    z = relu(x wz + bz)                                                      parts of c features, and one of m
+    a = [x | the nine cells around, of z's last m features | context of z's other parts]
+    h = gelu((a wc + bias) * scale + shift)                                  scale, shift: what the prompt asks for (FiLM)
+    state = state + h wu
+
+The context of a cell is what it can see of the whole grid: the largest z on its line to either side, above and below
+(running maxima, as in CompressARC), the largest anywhere, the means of its row and of its column; and where an
+episode has several palettes, the mean and the largest over them.
+
+Axes: N episodes, P palettes (1 if colours are channels), H W canvas, F state width, c and m context widths, R = N*P*H*W.
+The op has no second derivative.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen_fused import backends
+
+EPSILON = 1e-6
+CONTEXTS = 6
+"""Parts of z of an episode with one palette."""
+
+COMPILED = backends.has_kernel("plan_core", "cpu")
+
+
+class PlanCore(nn.Module):
+    """The recurrence's weights, and the prompt's say in it.
+
+    Args:
+        channels: state width F, a multiple of 4.
+        prompt_dim: prompt width D.
+    """
+
+    def __init__(self, channels: int, prompt_dim: int):
+        super().__init__()
+        hidden, self.part = 2 * channels, channels // 4
+        seen = channels + (9 + CONTEXTS + 1) * self.part
+        self.norm = nn.Parameter(torch.ones(channels))
+        self.look = nn.Linear(channels, (CONTEXTS + 1) * self.part)
+        self.mix = nn.Parameter(torch.empty(seen, hidden).uniform_(-1, 1) * (2 / seen) ** 0.5)
+        self.bias = nn.Parameter(torch.zeros(hidden))
+        self.film = nn.Linear(prompt_dim, 2 * hidden)
+        self.update = nn.Parameter(torch.randn(hidden, channels) * 0.3 / channels**0.5)
+
+    def forward(self, state: Tensor, alive: Tensor, prompt: Tensor, steps: int) -> Tensor:
+        """States [T, N, 1, H, W, F] after each step of [N, 1, H, W, F], under prompts [N, D]."""
+        scale, shift = self.film(prompt).chunk(2, dim=1)
+        return plan_core(
+            state, alive, 1 + scale, shift, self.norm, self.look.weight.t(), self.look.bias, self.mix, self.bias,
+            self.update, self.part, steps,
+        )  # fmt: skip
+
+
+def plan_core(
+    state: Tensor,
+    alive: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    norm: Tensor,
+    wz: Tensor,
+    bz: Tensor,
+    wc: Tensor,
+    bias: Tensor,
+    wu: Tensor,
+    part: int,
+    steps: int,
+) -> Tensor:
+    """Run the recurrence.
+
+    Args:
+        state: [N, P, H, W, F] float32 or float64, 0 on dead cells.
+        alive: [N, H, W] 1 on living cells, 0 on others.
+        scale, shift: [N, hidden].
+        norm: [F].
+        wz, bz: [F, 6c + m], [6c + m]; 7c + m where P > 1.
+        wc, bias: [F + 9m + 7c, hidden] (9c where P > 1), [hidden].
+        wu: [hidden, F].
+        part: c.
+        steps: T.
+
+    Returns:
+        [T, N, P, H, W, F], the state after each step.
+    """
+    arguments = (state, alive, scale, shift, norm, wz, bz, wc, bias, wu, part, steps)
+    fits = COMPILED and state.device.type == "cpu" and state.dtype in (torch.float32, torch.float64)
+    if fits and not torch._C._functorch.maybe_current_level() and all(t.dtype == state.dtype for t in arguments[:-2]):
+        return torch.ops.qwen_fused.plan_core(*arguments)[0]
+    return plan_core_reference(*arguments)
+
+
+def plan_core_reference(
+    state: Tensor,
+    alive: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    norm: Tensor,
+    wz: Tensor,
+    bz: Tensor,
+    wc: Tensor,
+    bias: Tensor,
+    wu: Tensor,
+    part: int,
+    steps: int,
+) -> Tensor:
+    """The same in plain torch, on any device, under `torch.func` too."""
+    live = alive[:, None, :, :, None].to(state.dtype)
+    scale, shift = scale[:, None, None, None], shift[:, None, None, None]
+    rows, columns = live.sum(3, keepdim=True).clamp(min=1), live.sum(2, keepdim=True).clamp(min=1)
+    states = []
+    for _ in range(steps):
+        x = rms_norm(state, norm) * live
+        z = F.relu(x @ wz + bz) * live
+        a = torch.cat([x, *context(z, part, rows, columns)], -1)
+        h = F.gelu((a @ wc + bias) * scale + shift) * live
+        state = state + h @ wu
+        states.append(state)
+    return torch.stack(states)
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x over its root mean square along the last axis, times a weight: each cell by itself, so padding never enters."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON) * weight
+
+
+def context(z: Tensor, part: int, rows: Tensor, columns: Tensor) -> list[Tensor]:
+    """What a cell sees of its neighbours and of the whole grid: [N, P, H, W, .] each, in the order of wc's rows.
+
+    Args:
+        z: [N, P, H, W, 6c + m], 7c + m where P > 1; at least 0.
+        part: c.
+        rows, columns: [N, 1, H, 1, 1] and [N, 1, 1, W, 1], living cells of each.
+    """
+    height, width = z.shape[2:4]
+    parts = CONTEXTS if z.shape[1] == 1 else CONTEXTS + 1
+    right, left, down, up, whole, line, *across = z[..., : parts * part].split(part, -1)
+    near = F.pad(z[..., parts * part :], (0, 0, 1, 1, 1, 1))
+    seen = [near[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    seen += [
+        right.cummax(3)[0],
+        left.flip(3).cummax(3)[0].flip(3),
+        down.cummax(2)[0],
+        up.flip(2).cummax(2)[0].flip(2),
+        whole.amax((2, 3), keepdim=True).expand_as(whole),
+        (line.sum(3, keepdim=True) / rows).expand_as(line),
+        (line.sum(2, keepdim=True) / columns).expand_as(line),
+    ]
+    for own in across:
+        seen += [own.mean(1, keepdim=True).expand_as(own), own.amax(1, keepdim=True).expand_as(own)]
+    return seen
+
+
+def _save(ctx, inputs, output) -> None:
+    state, alive, scale, shift, norm, wz, _, wc, _, wu, ctx.part, _ = inputs
+    ctx.save_for_backward(state, alive, scale, shift, norm, wz, wc, wu, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 12
+    found = torch.ops.qwen_fused.plan_core_backward(grad, *ctx.saved_tensors, ctx.part)
+    d_state, *others = found
+    return d_state, None, *others, None, None
+
+
+def _fake(state, alive, scale, shift, norm, wz, bz, wc, bias, wu, part, steps):
+    rows = state.shape[:-1].numel()
+    return (
+        state.new_empty((steps, *state.shape)),
+        state.new_empty((steps, rows, wz.shape[1])),
+        state.new_empty((steps, rows, wc.shape[0])),
+        state.new_empty((steps, rows, wc.shape[1])),
+    )
+
+
+def _fake_backward(grad, state, alive, scale, shift, norm, wz, wc, wu, *saved):
+    bz, bias = wz.new_empty(wz.shape[1]), wc.new_empty(wc.shape[1])
+    return [torch.empty_like(x) for x in (state, scale, shift, norm, wz, bz, wc, bias, wu)]
+
+
+if COMPILED:
+    torch.library.register_fake("qwen_fused::plan_core", _fake)
+    torch.library.register_fake("qwen_fused::plan_core_backward", _fake_backward)
+    torch.library.register_autograd("qwen_fused::plan_core", _backward, setup_context=_save)
