@@ -7,6 +7,7 @@ is differentiable, and what follows predicted is what backward needs.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +38,9 @@ def register_autograd(name: str) -> None:
 
 
 def _fake_forward(
-    plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight, weights, *options
-):  # fmt: skip
+    plan: Tensor, target: Tensor, back: Any, preference: Any, anchor: Any, obs_entropy: Any, prompt_colors: Any,
+    step_weight: Any, class_weight: Any, weights: Any, *options: Any
+) -> tuple[Tensor, ...]:  # fmt: skip
     B, T, C, _, _ = plan.shape
     if len(weights) != WEIGHTS:
         raise ValueError(f"weights must hold {WEIGHTS} numbers, got {len(weights)}")
@@ -62,9 +64,11 @@ def _fake_forward(
 
 
 def _fake_backward(
-    grad, plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight, predicted,
-    coef, d_pooled, d_obs_entropy, d_prompt_colors, weights, hard_floor, hard_mode, ignore_index, needs,
-):  # fmt: skip
+    grad: Tensor, plan: Tensor, target: Tensor, back: Any, preference: Any, anchor: Any, obs_entropy: Any,
+    prompt_colors: Any, step_weight: Any, class_weight: Any, predicted: Any, coef: Tensor, d_pooled: Tensor,
+    d_obs_entropy: Tensor, d_prompt_colors: Tensor, weights: Any, hard_floor: float, hard_mode: int,
+    ignore_index: int, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     _, risk, ambiguity, agreement, anchor_weight, prompt = (weight != 0 for weight in weights)
     used = (True, agreement, risk or (anchor_weight and anchor is not None), ambiguity, prompt)
     inputs = (plan, back, preference, obs_entropy, prompt_colors)
@@ -74,7 +78,7 @@ def _fake_backward(
     )
 
 
-def _save(ctx, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     loss, terms, solved, predicted, *shares = output
     hard_mode = inputs[TENSOR_INPUTS + 2]
     if hard_mode != HARD_MODE["cell"]:
@@ -86,7 +90,7 @@ def _save(ctx, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(op, ctx, grad: Tensor | None, *others) -> tuple[Tensor | None, ...]:
+def _backward(op: Any, ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * (TENSOR_INPUTS + len(ctx.options))
     if grad is None:
         return tuple(gradients)
@@ -100,7 +104,7 @@ def _backward(op, ctx, grad: Tensor | None, *others) -> tuple[Tensor | None, ...
     return tuple(gradients)
 
 
-def _refuse_second_derivative(ctx, *grads) -> None:
+def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
         "efe_loss has no second derivative in its fused backends: use backend='reference', or drop create_graph=True"
     )
