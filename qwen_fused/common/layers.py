@@ -10,7 +10,7 @@ from torch import nn
 
 
 def layer_of(name: str) -> str:
-    """The layer that a parameter belongs to: its name up to the first number, else all but the last two parts."""
+    """The layer that a parameter belongs to: its name up to the first number, else all but its last part."""
     parts = name.split(".")
     for place, part in enumerate(parts):
         if part.isdigit():

@@ -9,7 +9,7 @@ from qwen_fused.common.layers import group_by_layer, layer_of, numbered_layers
 
 def test_layer_is_the_name_up_to_its_first_number():
     assert layer_of("backbone.layers.3.mlp.experts.5.weight") == "backbone.layers.3"
-    assert layer_of("head.linear.weight") == "head" and layer_of("weight") == "weight"
+    assert layer_of("head.linear.weight") == "head.linear" and layer_of("weight") == "weight"
 
 
 def test_names_are_joined_where_there_are_many_layers():
