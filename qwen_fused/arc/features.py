@@ -132,7 +132,7 @@ def classify(features: np.ndarray) -> str:
 
 
 def rule_sentence(features: np.ndarray) -> str:
-    """One sentence, at most 25 words, that names the rule a task seems to follow: the prompt opens with it."""
+    """One sentence, at most 25 words, that names the rule a task seems to follow: the prompt's text opens with it."""
     return RULES[classify(features)]
 
 
