@@ -76,7 +76,8 @@ def changed(name: str) -> Iterator[None]:
 
     def spoiled(module: QwenPrompt, *args: Any, **options: Any) -> PromptOutput:
         out = forward(module, *args, **options)
-        return replace(out, **{part: PROMPTS[name](getattr(out, part)) for part in ("prompt", "text", "control")})
+        parts = ("prompt", "text_embedding", "control")
+        return replace(out, **{part: PROMPTS[name](getattr(out, part)) for part in parts})
 
     made = spoiled if name in PROMPTS else forward
     with patch.object(QwenPrompt, "forward", made), patch.dict(SHAPE, QWENS.get(name, {})):

@@ -21,6 +21,7 @@ import mdformat
 import qwen_fused
 from qwen_fused.cli import main as cli
 from qwen_fused.cli.solve import SolveCommand
+from qwen_fused.config import TrainConfig
 from qwen_fused.norms.group_grad_norm import PendingStats
 from qwen_fused.proof.cuts import Cut
 from qwen_fused.proof.frames import Frame
@@ -186,19 +187,26 @@ def commands_text() -> Iterator[str]:
         rows = [(flag, row) for flag, row in flags.items() if flag not in shared]
         if rows:
             yield "| flag | default | |\n|---|---|---|"
-            yield from (f"| {flag} | {default} | {meaning} |" for flag, (default, meaning) in rows)
+            before = None
+            for flag, (default, meaning, group) in rows:
+                if group != before and group is not None:
+                    yield f"| **{group.removesuffix('.')}** | | |"
+                before = group
+                yield f"| {flag} | {default} | {meaning} |"
             yield ""
 
 
-def flags_of(cls: type) -> dict[str, tuple[str, str]]:
-    """Flag -> default and meaning, nested settings with a point between."""
+def flags_of(cls: type) -> dict[str, tuple[str, str, str | None]]:
+    """Flag -> default, meaning and, of the training configuration, group; nested settings with a point between."""
+    settings = {base: inline(base.__doc__) for base in TrainConfig.__mro__[1:-1] if issubclass(cls, TrainConfig)}
+    groups = {name: text for base, text in settings.items() for name in vars(base)["__annotations__"]}
     meanings = {name: text for base in reversed(cls.__mro__[:-1]) for name, _, text in fields_of(base)}
     rows = {}
     for field in dataclasses.fields(cls):
         if field.default_factory is not dataclasses.MISSING:
             nested = field.default_factory()
             for name, _, text in fields_of(type(nested)):
-                rows[f"`--{field.name}.{name}`"] = f"`{getattr(nested, name)}`", text
+                rows[f"`--{field.name}.{name}`"] = f"`{getattr(nested, name)}`", text, groups.get(field.name)
             continue
         positional = "Positional" in str(field.type)
         flag = f"`{field.name.upper()}`" if positional else f"`--{field.name.replace('_', '-')}`"
@@ -208,7 +216,7 @@ def flags_of(cls: type) -> dict[str, tuple[str, str]]:
             default += f" of {', '.join(f'`{choice}`' for choice in choices)}"
         if field.type == "bool":
             flag, default = f"{flag}, `--no-{field.name.replace('_', '-')}`", "yes" if field.default else "no"
-        rows[flag] = default, meanings[field.name].replace("|", "\\|")
+        rows[flag] = default, meanings[field.name].replace("|", "\\|"), groups.get(field.name)
     return rows
 
 

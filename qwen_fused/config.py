@@ -218,15 +218,6 @@ class TrainConfig(
         write_atomic(path, self.to_yaml())
 
     @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> TrainConfig:
-        """Inverse of `to_dict`; keys that are left out have their defaults.
-
-        Raises:
-            ValueError: an unknown key or a value of another type, named.
-        """
-        return from_plain(cls, plain)
-
-    @classmethod
     def load(cls, path: Path, base: TrainConfig | None = None) -> TrainConfig:
         """Read what `save` wrote, or any part of it over `base`.
 

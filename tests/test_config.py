@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_fused.common.typed_yaml import from_plain
 from qwen_fused.config import TrainConfig
 from qwen_fused.loss.efe_loss import EFEWeights
 
@@ -46,7 +47,7 @@ def test_settings_are_grouped_and_in_the_order_of_the_file():
 
 def test_unknown_key_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="^bach_size is not a key of the configuration; did you mean batch_size.$"):
-        TrainConfig.from_dict({"bach_size": 3})
+        from_plain(TrainConfig, {"bach_size": 3})
 
 
 def test_file_and_key_are_named(tmp_path):

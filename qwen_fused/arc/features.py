@@ -6,11 +6,7 @@ reads the query's answer. The numbers, their order and the classes' thresholds a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-
-from qwen_fused.arc.tasks import Pair
 
 FEATURES: tuple[str, ...] = (
     "area_ratio",
@@ -100,33 +96,11 @@ def pair_features(input: np.ndarray, output: np.ndarray) -> np.ndarray:
     )
 
 
-def demonstration_features(pairs: Sequence[Pair]) -> np.ndarray:
-    """The features of a task: the mean of `pair_features` over its demonstration pairs.
-
-    Args:
-        pairs: demonstrations, each with its output.
-
-    Returns:
-        [15] float32.
-
-    Raises:
-        ValueError: there is no pair, or a pair has no output.
-    """
-    if len(pairs) == 0:
-        raise ValueError("demonstrations must hold at least one pair, got none")
-    rows = []
-    for number, pair in enumerate(pairs):
-        if pair.output is None:
-            raise ValueError(f"demonstrations must have output grids, got none in pair {number}")
-        rows.append(pair_features(pair.input, pair.output))
-    return np.stack(rows).mean(0, dtype=np.float32)
-
-
 def classify(features: np.ndarray) -> str:
     """The transformation class of a pair's or a task's features: the first of the sixteen that matches.
 
     Args:
-        features: [15] as `pair_features` or `demonstration_features` give them. In a mean over pairs, sizes
+        features: [15] as `pair_features` gives them, or their mean over a task's pairs. In a mean, sizes
             count as preserved where every pair preserves them.
 
     Returns:
@@ -158,7 +132,7 @@ def classify(features: np.ndarray) -> str:
 
 
 def rule_sentence(features: np.ndarray) -> str:
-    """One sentence, at most 25 words, that names the rule a task seems to follow: the prompt opens with it."""
+    """One sentence, at most 25 words, that names the rule a task seems to follow: the prompt's text opens with it."""
     return RULES[classify(features)]
 
 

@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
 from qwen_fused.cli.presets import preset
 from qwen_fused.config import TrainConfig, require
+
+C = TypeVar("C")
+T = TypeVar("T", bound=TrainConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +29,13 @@ class Source:
     """Print the configuration as YAML, and do nothing else."""
 
 
-def parse(config_class: type, command: str, arguments: Sequence[str], default: object | None = None):
+def parse(config_class: type[C], command: str, arguments: Sequence[str], default: C | None = None) -> C:
     """Parse one command's flags into its configuration."""
     options: dict[str, Any] = {"default": default} if default is not None else {}
     return tyro.cli(config_class, prog=f"qwen-fused {command}", args=list(arguments), **options)
 
 
-def parse_over_source(command_class: type, command: str, arguments: Sequence[str]):
+def parse_over_source(command_class: type[T], command: str, arguments: Sequence[str]) -> T:
     """Parse flags over --preset and --config; or, with --resume, over the run's own configuration."""
     # a first look at the flags that say what the others are over
     source, rest = tyro.cli(Source, args=list(arguments), return_unknown_args=True, add_help=False)

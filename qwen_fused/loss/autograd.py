@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +37,9 @@ def register_autograd(name: str) -> None:
 
 
 def _fake_forward(
-    plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight, on, weights, *options
-):  # fmt: skip
+    plan: Tensor, target: Tensor, back: Any, preference: Any, anchor: Any, obs_entropy: Any, prompt_colors: Any,
+    step_weight: Any, class_weight: Any, on: Sequence[bool], weights: Any, *options: Any
+) -> tuple[Tensor, ...]:  # fmt: skip
     B, T, C, _, _ = plan.shape
     if len(weights) != len(TERMS):
         raise ValueError(f"weights must hold {len(TERMS)} numbers, got {len(weights)}")
@@ -60,9 +62,11 @@ def _fake_forward(
 
 
 def _fake_backward(
-    grad, plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight, predicted,
-    coef, d_pooled, d_obs_entropy, d_prompt_colors, on, weights, hard_floor, hard_mode, ignore_index, needs,
-):  # fmt: skip
+    grad: Tensor, plan: Tensor, target: Tensor, back: Any, preference: Any, anchor: Any, obs_entropy: Any,
+    prompt_colors: Any, step_weight: Any, class_weight: Any, predicted: Any, coef: Tensor, d_pooled: Tensor,
+    d_obs_entropy: Tensor, d_prompt_colors: Tensor, on: Sequence[bool], weights: Any, hard_floor: float,
+    hard_mode: int, ignore_index: int, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     inputs = (plan, back, preference, obs_entropy, prompt_colors)
     return tuple(
         torch.empty_like(x) if need and read else plan.new_empty(0)
@@ -76,7 +80,7 @@ def read_by(on: Sequence[bool]) -> tuple[bool, bool, bool, bool, bool]:
     return True, agreement, risk or anchor, ambiguity, prompt
 
 
-def _save(ctx, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     loss, terms, solved, predicted, *shares = output
     _, _, _, hard_mode, _ = inputs[TENSOR_INPUTS:]
     if hard_mode != HARD_MODE["cell"]:
@@ -88,7 +92,7 @@ def _save(ctx, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(op, ctx, grad: Tensor | None, *others) -> tuple[Tensor | None, ...]:
+def _backward(op: Any, ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * (TENSOR_INPUTS + len(ctx.options))
     if grad is None:
         return tuple(gradients)
@@ -103,7 +107,7 @@ def _backward(op, ctx, grad: Tensor | None, *others) -> tuple[Tensor | None, ...
     return tuple(gradients)
 
 
-def _refuse_second_derivative(ctx, *grads) -> None:
+def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
         "efe_loss has no second derivative in its fused backends: use backend='reference', or drop create_graph=True"
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ Tensors = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 if backends.has_op("group_grad_norm"):
 
     @torch.library.register_fake("qwen_fused::group_grad_norm")
-    def _(grads, rows, position, inv_scale, inv_scale_tensor):
+    def _(
+        grads: list[Tensor], rows: list[int], position: Any, inv_scale: float, inv_scale_tensor: Any
+    ) -> tuple[Tensor, Tensor]:
         reference.check(grads)
         dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
         # without a gradient it is the scalar that brought the call here
@@ -28,7 +31,7 @@ if backends.has_op("group_grad_norm"):
         return values, values.new_empty((2, len(rows) // 3), dtype=torch.int64)
 
     @torch.library.register_fake("qwen_fused::group_grad_clip_")
-    def _(grads, rows, values, max_norm):
+    def _(grads: list[Tensor], rows: list[int], values: Tensor, max_norm: list[float]) -> None:
         reference.check(grads)
         return None
 
@@ -148,7 +151,7 @@ def nonfinite_message(report: Mapping[str, Mapping[str, float | int | str | None
     return f"the gradient is not finite: {found}"
 
 
-def _call(name: str, reference: Callable, grads: Sequence[Tensor], *rest):
+def _call(name: str, reference: Callable, grads: Sequence[Tensor], *rest: Any) -> Any:
     """The compiled op where it was built for the gradients' device, else the reference."""
     if backends.has_kernel(name, grads[0].device.type):
         try:

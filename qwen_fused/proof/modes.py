@@ -23,7 +23,7 @@ class FunctionMode(TorchFunctionMode):
         super().__init__()
         self.handler = handler
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.handler(func, args, kwargs or {})
 
 
@@ -41,7 +41,7 @@ class DispatchMode(TorchDispatchMode):
         # nothing is compiled meanwhile, and the guard against tracing would import dynamo, which takes seconds
         return False
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # scripted code arrives here without a function call around it
         with torch._C.DisableTorchFunction():
             return self.handler(func, args, kwargs or {})
@@ -53,7 +53,7 @@ def on_apply(handler: Callable[[type, Callable[..., Any], tuple, dict], Any]) ->
     original = torch.autograd.Function.__dict__["apply"]
     thread = threading.get_ident()
 
-    def apply(cls, *args, **kwargs):
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
             return original.__func__(cls, *args, **kwargs)
         return handler(cls, lambda *a, **k: original.__func__(cls, *a, **k), args, kwargs)
@@ -71,7 +71,7 @@ def on_inference_mode(handler: Callable[[], None]) -> Iterator[None]:
     """Call the handler whenever inference mode, which no mode sees, is entered."""
     original = torch.inference_mode.__enter__
 
-    def enter(switch):
+    def enter(switch: Any) -> Any:
         if switch.mode:
             handler()
         return original(switch)

@@ -148,7 +148,7 @@ def available_memory(device: torch.device) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
 
 
-def advise(available: int, qwen: str = "tiny", **arguments) -> str | None:
+def advise(available: int, qwen: str = "tiny", **arguments: Any) -> str | None:
     """What to do when Qwen's side does not fit; None when it does.
 
     Args:

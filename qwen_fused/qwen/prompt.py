@@ -1,8 +1,10 @@
 """The prompt: a task's demonstrations as text through Qwen, and as fifteen numbers through a small network.
 
-    demonstrations ─► rule sentence + grids as rows of digits ─► Qwen ─► pool ─► project ─► text     [B, D]
-                  └─► mean features ───────────────────────────────────► MLP ─► control  [B, D]
-    prompt = ½ text + ½ control
+    demonstrations ─► prompt_text: rule sentence, rows of digits ─► Qwen ─► pool ─► project ─► text embedding  [B, D]
+                  └─► mean features ───────────────────────────────────────────────► MLP ─► control         [B, D]
+    prompt = ½ text embedding + ½ control
+
+The prompt is always the embedding; what Qwen reads is its text.
 
 Nothing here can see a query or its answer: `forward` takes demonstration pairs and nothing else.
 """
@@ -128,7 +130,7 @@ class QwenPrompt(nn.Module):
                 `PromptWindow`); the gradient then goes there.
 
         Returns:
-            The prompt [B, D], its two halves, the features, and how many texts were truncated.
+            The prompt [B, D], its two halves, the features, and which share of the texts was truncated.
 
         Raises:
             ValueError: no episode, an episode without demonstrations, a pair without output, or `pooled` of

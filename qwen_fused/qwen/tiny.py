@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -58,7 +59,7 @@ def byte_tokenizer(added_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_config(vocab_size: int, family: str = "qwen2", **changes) -> PretrainedConfig:
+def tiny_config(vocab_size: int, family: str = "qwen2", **changes: Any) -> PretrainedConfig:
     """The tiny shape as a config of `family`, "qwen2" (Qwen2.5's too) or "qwen3", with `changes` on top."""
     shape = {"vocab_size": vocab_size, **SHAPE, **changes}
     if family == "qwen2":
@@ -76,7 +77,7 @@ def tiny_qwen(
     family: str = "qwen2",
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
-    **changes,
+    **changes: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Build the tiny Qwen backbone and its tokenizer; the same seed gives the same weights, bit for bit.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qwen_fused.report.answers import Example, read_examples
@@ -48,7 +49,7 @@ def _draw(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height))
 
-        def panel(left: float, top: float, width: float, tall: float, title: str):
+        def panel(left: float, top: float, width: float, tall: float, title: str) -> Axes:
             axes = figure.add_axes((left, 1 - (top + tall) / height, width, tall / height))
             axes.set_title(title, loc="left", fontsize=10, color=INK["ink"])
             return axes

@@ -59,7 +59,7 @@ def run_in(folder: Path, config: TrainConfig, run: Continuation | None, ranks: R
             run_batches(trainer, log)
             finish(trainer, log)
         except (RuntimeError, MemoryError, OSError) as error:
-            reason = explain(error, trainer)
+            reason = explain_stop(error, trainer)
             if reason is None:
                 raise
             with suppress(OSError):
@@ -92,7 +92,7 @@ def set_up(config: TrainConfig, folder: Path, run: Continuation | None, ranks: R
     return trainer, memory
 
 
-def explain(error: Exception, trainer: Trainer) -> str | None:
+def explain_stop(error: Exception, trainer: Trainer) -> str | None:
     """What ended the run and what to do, in a sentence, where it is the machine's doing: memory, or a file."""
     if not isinstance(error, OSError):
         hint = out_of_memory(error)

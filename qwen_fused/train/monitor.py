@@ -58,24 +58,6 @@ def out_of_memory(error: BaseException) -> Hint | None:
 
 
 @dataclass
-class LayerHistory:
-    """Gradient norms of one layer: the last, a running mean over some fifty batches, the largest, batches at zero."""
-
-    last: float = 0.0
-    mean: float = 0.0
-    largest: float = 0.0
-    zero_for: int = 0
-
-    def add(self, norm: float) -> None:
-        """Take one batch's norm in; NaN and Inf count as neither zero nor as part of the mean."""
-        self.last = norm
-        self.zero_for = self.zero_for + 1 if norm == 0 else 0
-        if math.isfinite(norm):
-            self.mean = norm if self.mean == 0 else self.mean + 0.02 * (norm - self.mean)
-            self.largest = max(self.largest, norm)
-
-
-@dataclass
 class GradientMonitor:
     """Raises each symptom's hint once, and again only after the symptom has gone.
 
@@ -90,8 +72,8 @@ class GradientMonitor:
     patience: int = 100
     explodes_at: float = 3.0
     flat_within: float = 0.005
-    layers: dict[str, LayerHistory] = field(default_factory=dict)
-    total: LayerHistory = field(default_factory=LayerHistory)
+    layers_zero_for: dict[str, int] = field(default_factory=dict)
+    total_zero_for: int = 0
 
     def __post_init__(self) -> None:
         if self.patience < 5:
@@ -127,16 +109,18 @@ class GradientMonitor:
     def _look_at_gradients(
         self, metrics: Mapping[str, float | None], gradients: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, str]:
-        whole = gradients[self.group]["norm"] if self.group in gradients else metrics.get(f"{self.group}_grad")
-        if whole is None:
+        total = gradients[self.group]["norm"] if self.group in gradients else metrics.get(f"{self.group}_grad")
+        if total is None:
             return {}
-        self.total.add(whole)
+        # NaN and Inf are not zero
+        self.total_zero_for = self.total_zero_for + 1 if total == 0 else 0
         for name, row in gradients.items():
             if name.startswith(f"{self.group}/"):
-                self.layers.setdefault(name.removeprefix(f"{self.group}/"), LayerHistory()).add(row["norm"])
-        if self.total.zero_for >= self.patience:
-            return {"no gradient": f"the gradient of {self.group} has been 0 for {self.total.zero_for} batches"}
-        dead = [name for name, layer in self.layers.items() if layer.zero_for >= self.patience]
+                layer = name.removeprefix(f"{self.group}/")
+                self.layers_zero_for[layer] = self.layers_zero_for.get(layer, 0) + 1 if row["norm"] == 0 else 0
+        if self.total_zero_for >= self.patience:
+            return {"no gradient": f"the gradient of {self.group} has been 0 for {self.total_zero_for} batches"}
+        dead = [name for name, zero_for in self.layers_zero_for.items() if zero_for >= self.patience]
         if dead:
             return {"dead layers": f"no gradient in {', '.join(dead)} of {self.group} for {self.patience} batches"}
         return {}
@@ -179,8 +163,8 @@ class GradientMonitor:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on counting."""
         return {
-            "layers": {name: vars(layer).copy() for name, layer in self.layers.items()},
-            "total": vars(self.total).copy(),
+            "layers": {name: {"zero_for": zero_for} for name, zero_for in self.layers_zero_for.items()},
+            "total": {"zero_for": self.total_zero_for},
             "recent": list(self._recent),
             "period": list(self._period),
             "periods": list(self._periods),
@@ -191,8 +175,8 @@ class GradientMonitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self.layers = {name: LayerHistory(**layer) for name, layer in state["layers"].items()}
-        self.total = LayerHistory(**state["total"])
+        self.layers_zero_for = {name: layer["zero_for"] for name, layer in state["layers"].items()}
+        self.total_zero_for = state["total"]["zero_for"]
         self._recent.extend(state["recent"])
         self._period = list(state["period"])
         self._periods.extend(state["periods"])

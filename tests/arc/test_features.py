@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from demonstrations import mean_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +11,6 @@ from qwen_fused.arc.features import (
     FEATURES,
     RULES,
     classify,
-    demonstration_features,
     normalise,
     pair_features,
     rule_sentence,
@@ -69,19 +69,6 @@ def test_correlation_of_constant_grids_is_zero():
     assert pair_features(grid("09"), grid("90"))[FEATURES.index("correlation")] == pytest.approx(-1)
 
 
-def test_demonstration_features_are_the_mean_over_pairs():
-    pairs = [Pair(grid("12"), grid("1")), Pair(grid("12"), grid("1212"))]
-    mean = demonstration_features(pairs)
-    assert mean[0] == pytest.approx((0.5 + 2) / 2) and mean.dtype == np.float32
-    assert demonstration_features(pairs[:1])[0] == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(("pairs", "message"), [([], "at least one pair"), ([Pair(grid("1"), None)], "pair 0")])
-def test_rejects_missing_demonstrations(pairs, message):
-    with pytest.raises(ValueError, match=message):
-        demonstration_features(pairs)
-
-
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -110,8 +97,8 @@ def test_first_matching_class_wins(name, changes):
 
 def test_one_resizing_pair_makes_the_task_resizing():
     same, other = Pair(grid("12", "21"), grid("12", "22")), Pair(grid("12", "21"), grid("1221"))
-    assert classify(demonstration_features([same, other])) == "reshaping"
-    assert classify(demonstration_features([same] * 3)) != "reshaping"
+    assert classify(mean_features([same, other])) == "reshaping"
+    assert classify(mean_features([same] * 3)) != "reshaping"
 
 
 def test_rules_are_short_sentences():

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from qwen_fused.cli.main import main
+from qwen_fused.common.typed_yaml import from_plain
 from qwen_fused.config import TrainConfig
 
 
@@ -40,7 +41,7 @@ def test_the_line_people_type_trains_the_tiny_qwen(small, unevaluated, tmp_path)
 def printed(arguments: list[str], capsys) -> TrainConfig:
     """What --print-config says, read back."""
     assert main([*arguments, "--print-config"]) == 0
-    return TrainConfig.from_dict(yaml.safe_load(capsys.readouterr().out))
+    return from_plain(TrainConfig, yaml.safe_load(capsys.readouterr().out))
 
 
 def test_the_line_people_type_without_a_gpu(tmp_path, capsys, monkeypatch):

@@ -5,13 +5,13 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from demonstrations import DEMONSTRATIONS, pair, text_of
+from demonstrations import DEMONSTRATIONS, mean_features, pair, text_of
 from qwens import exact_norms, qwen_tokenizer, save_qwen  # noqa: F401
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from qwen_fused.arc.episodes import Pair
-from qwen_fused.arc.features import FEATURES, demonstration_features, normalise
+from qwen_fused.arc.features import FEATURES, normalise
 from qwen_fused.qwen.prompt import TOKENS_PER_FORWARD, QwenPrompt, group_by_length
 
 
@@ -25,7 +25,7 @@ def test_shapes_and_hybrid(prompt):
     assert out.prompt.shape == out.text_embedding.shape == out.control.shape == (3, 24)
     assert out.features.shape == (3, len(FEATURES)) and not out.features.requires_grad
     assert torch.equal(out.prompt, 0.5 * out.text_embedding + 0.5 * out.control)
-    want = np.stack([normalise(demonstration_features(pairs)) for pairs in DEMONSTRATIONS])
+    want = np.stack([normalise(mean_features(pairs)) for pairs in DEMONSTRATIONS])
     assert np.array_equal(out.features.numpy(), want)
     assert out.truncated == 0.0
 

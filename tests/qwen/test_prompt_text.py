@@ -7,6 +7,7 @@ import pytest
 import torch
 from demonstrations import DEMONSTRATIONS, pair, text_of
 
+from qwen_fused.arc.episodes import Pair
 from qwen_fused.arc.features import RULES
 from qwen_fused.qwen.prompt import QwenPrompt
 from qwen_fused.qwen.prompt_text import ADDED_TOKENS, INPUT, OUTPUT, PromptText, Truncation, grid_text
@@ -26,6 +27,27 @@ def test_ids_are_those_of_the_whole_text():
     for pairs, encoded in zip(DEMONSTRATIONS, text.encode(DEMONSTRATIONS), strict=True):
         assert encoded.ids.tolist() == text.tokenizer(text_of(pairs))["input_ids"]
         assert (encoded.full_length, encoded.dropped_pairs, encoded.truncated) == (len(encoded.ids), 0, False)
+
+
+def test_features_are_the_mean_over_pairs():
+    grids = {text: np.array([[int(cell) for cell in text]], np.uint8) for text in ("12", "1", "1212")}
+    pairs = [Pair(grids["12"], grids["1"]), Pair(grids["12"], grids["1212"])]
+    both, first = make().encode([pairs, pairs[:1]])
+    assert both.features[0] == pytest.approx((0.5 + 2) / 2) and both.features.dtype == np.float32
+    assert first.features[0] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("demonstrations", "message"),
+    [
+        ([], "at least one episode"),
+        ([[pair(0)], []], "at least one pair each, got none for episode 1"),
+        ([[pair(0), Pair(pair(1).input, None)]], "a pair without in episode 0"),
+    ],
+)
+def test_rejects_missing_demonstrations(demonstrations, message):
+    with pytest.raises(ValueError, match=message):
+        make().encode(demonstrations)
 
 
 def test_whole_pairs_are_dropped_from_the_end():

@@ -120,13 +120,12 @@ def test_per_layer_norms_from_the_fused_measure():
         h = torch.ones(1, 4)
         # the middle layer's output never reaches the loss
         (qwen[2](qwen[0](h)) * (step + 1)).sum().backward()
-        hints += monitor.observe(step, {"loss": falling(step)}, norms.measure().to_dict())
+        row = norms.measure().to_dict()
+        hints += monitor.observe(step, {"loss": falling(step)}, row)
     assert symptoms(hints) == [("dead layers", 4)] and "layer 1" in hints[0].seen
+    assert monitor.layers_zero_for == {"layer 0": 0, "layer 1": 8, "layer 2": 0} and monitor.total_zero_for == 0
     expected = torch.cat([p.grad.flatten() for p in qwen[2].parameters()]).norm().item()
-    assert monitor.layers["layer 2"].last == pytest.approx(expected, rel=1e-5)
-    whole = torch.cat([p.grad.flatten() for p in qwen.parameters() if p.grad is not None]).norm().item()
-    assert monitor.total.last == pytest.approx(whole, rel=1e-5)
-    assert monitor.layers["layer 2"].largest == monitor.layers["layer 2"].last
+    assert row["qwen/layer 2"]["norm"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_resumed_monitor_goes_on_counting():
