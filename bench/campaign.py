@@ -131,6 +131,7 @@ def stage_train(arguments) -> str:
 
     half = arguments.what == "half"
     changes = dict(device="cuda", dataset=dataset(), max_batches=200, max_minutes=0.8, eval_every=0, prove=False)
+    changes |= dict(ttt_seconds=0)
     # one at the end, which with Qwen's float32 masters is 7 GB
     changes |= dict(checkpoint_every=1000, keep_checkpoints=1)
     if arguments.cpu:

@@ -19,7 +19,7 @@ from qwen_fused.arc.episodes import MAX_SIDE, Batch, Episode, collate
 from qwen_fused.arc.features import FEATURES
 from qwen_fused.arc.symmetry import SYMMETRIES, swaps_sides, turn_back
 from qwen_fused.config import TrainConfig
-from qwen_fused.planner.agent import GridAgent
+from qwen_fused.planner.agent import make_agent
 from qwen_fused.planner.evaluation_mode import evaluating
 from qwen_fused.planner.objective import PlanObjective, PlanScore
 from qwen_fused.planner.policy import REWARD_SCALE, Action, PolicyLoss, PromptPolicy
@@ -65,7 +65,7 @@ class QwenPlanner(nn.Module):
             hidden=config.policy_hidden,
             delta_scale=config.delta_scale,
         )
-        self.agent = GridAgent(channels=config.agent_channels, prompt_dim=config.prompt_dim, steps=config.plan_steps)
+        self.agent = make_agent(config)
         self.objective = PlanObjective(
             prompt_dim=config.prompt_dim,
             weights=config.weights,

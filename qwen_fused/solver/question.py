@@ -1,21 +1,51 @@
-"""What a worker process is asked: a task without its answers, with what Qwen made of its demonstrations.
+"""What a worker process is asked, as JSON and safetensors: a task without its answers, and what Qwen made of it.
 
 Qwen stays with whoever asks: a worker holds the agent, a few megabytes, however large Qwen is.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
+from torch import nn
 
 from qwen_fused.arc.symmetry import turn
 from qwen_fused.arc.tasks import Pair, Task
+from qwen_fused.config import TrainConfig
+from qwen_fused.planner.agent import make_agent
 from qwen_fused.planner.evaluation_mode import evaluating
 from qwen_fused.solver.settings import SolveSettings
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What all questions have in common."""
+
+    agent: nn.Module
+    settings: SolveSettings
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Job:
+        """What `job_bytes` wrote."""
+        head, _, tensors = content.partition(b"\n")
+        plain = json.loads(head)
+        agent = make_agent(TrainConfig.from_dict(plain["config"]))
+        agent.load_state_dict(load(tensors))
+        return cls(agent, SolveSettings(**plain["settings"]))
+
+
+def job_bytes(planner: Any, settings: SolveSettings) -> bytes:
+    """A `QwenPlanner`'s agent and the settings: a line of JSON, then safetensors."""
+    head = json.dumps({"config": planner.config.to_dict(), "settings": asdict(settings)})
+    # clone: what shares memory is refused
+    state = {name: tensor.detach().cpu().clone() for name, tensor in planner.agent.state_dict().items()}
+    return head.encode() + b"\n" + save(state)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +58,27 @@ class Question:
     seconds: float | None = None
     """Until the time for all tasks ends; None: it does not."""
 
+    def to_bytes(self) -> bytes:
+        """As JSON; floats come back bit for bit."""
+        train = [[grid.tolist() for grid in (pair.input, pair.output) if grid is not None] for pair in self.task.train]
+        plain = {
+            "id": self.task.id,
+            "train": train,
+            "test": [pair.input.tolist() for pair in self.task.test],
+            "prompts": self.prompts.tolist(),
+            "features": self.features.tolist(),
+            "seconds": self.seconds,
+        }
+        return json.dumps(plain).encode()
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """What all questions have in common."""
-
-    agent: torch.nn.Module
-    settings: SolveSettings
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Question:
+        """Inverse of `to_bytes`."""
+        plain = json.loads(content)
+        train = tuple(Pair(*(np.array(grid, np.uint8) for grid in pair)) for pair in plain["train"])
+        test = tuple(Pair(np.array(grid, np.uint8), None) for grid in plain["test"])
+        prompts, features = (np.array(plain[name], np.float32) for name in ("prompts", "features"))
+        return cls(Task(plain["id"], train, test), prompts, features, plain["seconds"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +92,7 @@ class Encoded:
 class ReadPlanner:
     """Stands for the planner whose Qwen has read the demonstrations already."""
 
-    def __init__(self, agent: torch.nn.Module, question: Question):
+    def __init__(self, agent: nn.Module, question: Question):
         self.agent = agent
         self.encoded = Encoded(torch.from_numpy(question.prompts), torch.from_numpy(question.features))
 
@@ -72,9 +116,9 @@ def make_question(planner: Any, task: Task, settings: SolveSettings) -> Question
 
 def turned_pairs(pairs: Sequence[Pair], symmetry: int) -> tuple[Pair, ...]:
     """Demonstrations through a symmetry."""
-    return tuple(Pair(turn(pair.input, symmetry), turn(pair.output, symmetry)) for pair in pairs)  # type: ignore[arg-type]
+    return tuple(Pair(turn(p.input, symmetry), turn(p.output, symmetry)) for p in pairs)  # type: ignore[arg-type]
 
 
 def without_answers(task: Task) -> Task:
     """The task as it is asked: no test pair has an output."""
-    return replace(task, test=tuple(Pair(pair.input, None) for pair in task.test))
+    return Task(task.id, task.train, tuple(Pair(pair.input, None) for pair in task.test))

@@ -44,7 +44,7 @@ class TaskResult:
             "task": answer.task_id,
             "question": self.question,
             "attempts": [[grid.tolist() for grid in grids] for grids in answer.attempts],
-            "confidence": [round(value, 6) for value in answer.confidence],
+            "confidence": [_known(value) or 0.0 for value in answer.confidence],
             "seconds": round(answer.seconds, 3),
             "steps": answer.steps,
             "own_accuracy": _known(answer.own_accuracy),
@@ -56,7 +56,7 @@ class TaskResult:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> TaskResult:
-        """Inverse of `to_plain`, to the digits that it keeps.
+        """Inverse of `to_plain`, to the six digits that it keeps.
 
         Raises:
             ValueError, KeyError, TypeError: it is no such row.
@@ -95,7 +95,7 @@ def digest(task: Task) -> str:
 
 
 def _known(value: float) -> float | None:
-    return round(value, 5) if math.isfinite(value) else None
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _number(value: Any) -> float:

@@ -35,7 +35,11 @@ class Solution:
         return Evaluation(tuple(record for task in self.tasks for record in score_task(task, self.result(task))))
 
     def result(self, task: Task) -> TaskResult:
-        """What came of a task, or the query in its place."""
+        """What came of a task, or the query in its place.
+
+        Args:
+            task: one of `tasks`.
+        """
         return self.results.get(task.id) or fallback(task, "it was not reached")
 
     @property
@@ -92,7 +96,11 @@ class Solution:
         write_submission(path, self.tasks, attempts, unusable)
 
     def write_score(self, path: Path) -> None:
-        """`to_dict` as JSON."""
+        """`to_dict` as JSON.
+
+        Args:
+            path: file to write.
+        """
         write_atomic(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 

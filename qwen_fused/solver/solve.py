@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 
 from qwen_fused.arc.tasks import Task
 from qwen_fused.config import require
 from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.report.solve_log import Counts, SolveLog, short_time
 from qwen_fused.solver.folder import SUBMISSION, SolveFolder
-from qwen_fused.solver.question import Job, Question, make_question
+from qwen_fused.solver.question import Question, job_bytes, make_question
 from qwen_fused.solver.results import TaskResult, fallback
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.solution import Solution, canvas, score_task
@@ -81,7 +80,7 @@ def solve_tasks(
     with log.progress(counts) as advance:
         submission.write()
         count = min(workers or usable_cores(), len(left))
-        job = Job(deepcopy(planner.agent).cpu(), settings)
+        job = job_bytes(planner, settings)
         questions = make_questions(planner, left, settings)
         for result in run_workers(job, questions, count, deadline=deadline, should_stop=should_stop, command=command):
             task = by_id[result.answer.task_id]

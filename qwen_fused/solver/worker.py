@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
-import pickle
 import queue
 import sys
 import threading
@@ -55,17 +55,18 @@ def serve(job: Job, connection: Connection) -> None:
     threading.Thread(target=receive, daemon=True).start()
     connection.send_bytes(b"ready")
     while True:
-        connection.send_bytes(pickle.dumps(answer(job, pickle.loads(received.get()))))
+        result = answer(job, Question.from_bytes(received.get()))
+        connection.send_bytes(json.dumps(result.to_plain()).encode())
 
 
 def main() -> None:
-    """`python -m qwen_fused.solver.worker NUMBER`: of an inherited socket; a pickled `Job` on standard input."""
+    """`python -m qwen_fused.solver.worker NUMBER`: of an inherited socket; a `Job` on standard input."""
     torch.set_num_threads(1)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         # where memory runs out a worker goes, and not whoever holds all the answers
         score.write("500")
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        serve(pickle.load(sys.stdin.buffer), Connection(int(sys.argv[1])))
+        serve(Job.from_bytes(sys.stdin.buffer.read()), Connection(int(sys.argv[1])))
 
 
 if __name__ == "__main__":

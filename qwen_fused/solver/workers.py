@@ -6,9 +6,9 @@ the process that starts them has.
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from qwen_fused.arc.tasks import Task
-from qwen_fused.solver.question import Job, Question
+from qwen_fused.solver.question import Question
 from qwen_fused.solver.results import TaskResult, fallback
 
 COMMAND = (sys.executable, "-m", "qwen_fused.solver.worker")
@@ -40,7 +40,7 @@ class Worker:
     """One process and what it is at.
 
     Args:
-        job: what all questions have in common, pickled.
+        job: what all questions have in common, from `job_bytes`.
         command: what to start, the number of a socket to it as its last argument.
     """
 
@@ -79,7 +79,7 @@ class Worker:
         self.task = question.task
         # where it is no longer there, its end is seen when it is listened to
         with suppress(OSError):
-            self.connection.send_bytes(pickle.dumps(question))
+            self.connection.send_bytes(question.to_bytes())
 
     def receive(self) -> TaskResult | None:
         """What it says: a row, or None when it has started.
@@ -95,7 +95,7 @@ class Worker:
             self.ready = True
             return None
         self.task = None
-        return pickle.loads(content)
+        return TaskResult.from_plain(json.loads(content))
 
     def exit_reason(self) -> str:
         """In a sentence: the signal or code, and the last line it said."""
@@ -126,7 +126,7 @@ def usable_cores() -> int:
 
 
 def run_workers(
-    job: Job,
+    job: bytes,
     questions: Iterator[Question | TaskResult],
     count: int,
     *,
@@ -139,7 +139,7 @@ def run_workers(
     Questions are drawn one ahead of who is free. What comes as a row already, as it could not be asked, is handed on.
 
     Args:
-        job: what all questions have in common.
+        job: what all questions have in common, from `job_bytes`.
         questions: each a task to solve, or its row.
         count: processes.
         deadline: on `time.monotonic()`'s clock; no task begins after it, and those begun end soon after it.
@@ -149,11 +149,10 @@ def run_workers(
     Raises:
         RuntimeError: workers end before they have begun.
     """
-    content = pickle.dumps(job)
     failed_starts = 0
     drawn: Question | None = None
     more = True
-    workers = [Worker(content, command) for _ in range(count)]
+    workers = [Worker(job, command) for _ in range(count)]
     try:
         while not should_stop():
             left = math.inf if deadline is None else deadline - time.monotonic()
@@ -190,7 +189,7 @@ def run_workers(
                         raise RuntimeError(f"a worker must start, but {told}") from None
                     if worker.task is not None:
                         yield fallback(worker.task, told)
-                    workers[workers.index(worker)] = Worker(content, command)
+                    workers[workers.index(worker)] = Worker(job, command)
     finally:
         for worker in workers:
             worker.end()

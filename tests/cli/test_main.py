@@ -22,7 +22,8 @@ def small(small_arc, small_qwen, tmp_path) -> list[str]:
     """Flags of a run of milliseconds."""
     return (
         f"--dataset {small_arc} --qwen {small_qwen} --val-fraction 0.25 --batch_size 4 --agent-channels 16 "
-        f"--prompt-dim 32 --policy-hidden 32 --plan-steps 2 --device cpu --max-batches 3 --out {tmp_path / 'runs'}"
+        "--prompt-dim 32 --policy-hidden 32 --plan-steps 2 --device cpu --max-batches 3 --ttt-seconds 0 "
+        f"--out {tmp_path / 'runs'}"
     ).split()
 
 

@@ -6,7 +6,6 @@ Only how they start is another: what they do and how they are listened to is the
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import time
 from collections.abc import Callable
@@ -18,8 +17,10 @@ import torch
 from torch import nn
 
 from qwen_fused.arc.tasks import Pair, Task
+from qwen_fused.config import TrainConfig
+from qwen_fused.planner.agent import make_agent
 from qwen_fused.solver import worker, workers
-from qwen_fused.solver.question import Encoded
+from qwen_fused.solver.question import Encoded, Job
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.task_solver import TaskAnswer
 
@@ -59,7 +60,7 @@ def use_forked_workers(monkeypatch, solve_task: Callable[..., TaskAnswer]) -> No
                 signal.signal(number, signal.SIG_DFL)
             torch.set_num_threads(1)
             worker.solve_task = solve_task
-            worker.serve(pickle.loads(job), theirs)
+            worker.serve(Job.from_bytes(job), theirs)
         finally:
             os._exit(71)
 
@@ -67,7 +68,7 @@ def use_forked_workers(monkeypatch, solve_task: Callable[..., TaskAnswer]) -> No
 
 
 class StandIn(nn.Module):
-    """A planner of no weight, whose Qwen reads nothing."""
+    """A planner whose agent is small and whose Qwen reads nothing."""
 
     class Prompt(nn.Module):
         def forward(self, demonstrations):
@@ -75,7 +76,8 @@ class StandIn(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.agent, self.prompt = nn.Identity(), self.Prompt()
+        self.config = TrainConfig(agent_channels=8, prompt_dim=4, plan_steps=2)
+        self.agent, self.prompt = make_agent(self.config), self.Prompt()
 
 
 def make_task(task_id: str, *, tests: int = 1, side: int = 3, answers: bool = True, pairs: int = 2) -> Task:

@@ -42,7 +42,7 @@ def few_arc(small_arc, tmp_path_factory) -> Path:
 def flags(few_arc, folder, out) -> list[str]:
     return (
         f"--qwen {folder} --dataset {few_arc} --val-fraction 0.25 --batch-size 4 --agent-channels 16 --prompt-dim 32 "
-        f"--policy-hidden 32 --plan-steps 2 --device cpu --max-batches 4 --prompt-window 2 --out {out}"
+        f"--policy-hidden 32 --plan-steps 2 --device cpu --max-batches 4 --prompt-window 2 --ttt-seconds 0 --out {out}"
     ).split()
 
 

@@ -10,11 +10,10 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from forked_workers import SETTINGS, StandIn, make_task, stand_in, use_forked_workers
 
 from qwen_fused.solver import workers
-from qwen_fused.solver.question import Job, make_question
+from qwen_fused.solver.question import job_bytes, make_question
 from qwen_fused.solver.results import fallback
 from qwen_fused.solver.workers import run_workers, usable_cores
 
@@ -31,7 +30,7 @@ def run(*names: str, count: int = 2, settings=SETTINGS, **options) -> dict:
     planner = StandIn()
     questions = (make_question(planner, task, settings) for task in tasks)
     results = {}
-    for result in run_workers(Job(torch.nn.Identity(), settings), questions, count, **options):
+    for result in run_workers(job_bytes(planner, settings), questions, count, **options):
         assert result.answer.task_id not in results
         results[result.answer.task_id] = result
     return results
@@ -79,7 +78,7 @@ def test_fallback_is_the_query(tmp_path):
 def test_what_could_not_be_asked_is_handed_on():
     refused = fallback(make_task("task9"), "Qwen cannot read it")
     questions = iter([refused, make_question(StandIn(), make_task("task1"), SETTINGS)])
-    results = list(run_workers(Job(torch.nn.Identity(), SETTINGS), questions, 1))
+    results = list(run_workers(job_bytes(StandIn(), SETTINGS), questions, 1))
     assert [result.answer.task_id for result in results] == ["task9", "task1"] and results[0] is refused
 
 
@@ -130,11 +129,9 @@ def test_a_process_of_its_own_answers_and_ends_with_its_parent(monkeypatch, tmp_
     script.write_text(
         "import os, pathlib, time\n"
         "from forked_workers import SETTINGS, StandIn, make_task\n"
-        "import torch\n"
-        "from qwen_fused.solver.question import Job\n"
+        "from qwen_fused.solver.question import job_bytes\n"
         "from qwen_fused.solver.workers import Worker\n"
-        "import pickle\n"
-        "worker = Worker(pickle.dumps(Job(torch.nn.Identity(), SETTINGS)))\n"
+        "worker = Worker(job_bytes(StandIn(), SETTINGS))\n"
         "assert worker.receive() is None and worker.ready\n"
         "assert os.getsid(worker.process.pid) == worker.process.pid\n"
         "print(worker.process.pid, flush=True)\n"

@@ -58,6 +58,60 @@ def browse(page: Path, profile: Path, *flags: str) -> tuple[dict, str]:
     return json.loads(re.search(r"<title>probe(.*?)</title>", out)[1]), err
 
 
+# of the page of a solve: what each control leaves, in what order
+CONTROLS = """
+<script>
+addEventListener("load", () => {
+  const images = [...document.images], said = {};
+  const ask = (name, id, value) => {
+    const control = document.getElementById(id);
+    control.value = value;
+    control.dispatchEvent(new Event("input"));
+    const left = [...document.querySelectorAll(".task:not([hidden])")].map(task => task.dataset.id);
+    said[name] = [left, document.getElementById("shown").textContent];
+  };
+  said.images = images.length;
+  said.broken = images.filter(i => !i.complete || !i.naturalWidth).length;
+  said.wide = document.documentElement.scrollWidth > innerWidth;
+  ask("surest", "order", "sure:-1");
+  ask("least", "order", "sure:1");
+  ask("large", "order", "side:-1");
+  ask("by id", "order", "id:1");
+  ask("failed", "state", "failed");
+  ask("all", "state", "");
+  ask("found", "find", "K1");
+  document.title = "probe" + JSON.stringify(said);
+});
+</script>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("width", [1300, 500])
+def test_solve_page_in_a_browser(tmp_path, width):
+    from forked_workers import answer_of, make_task
+
+    from qwen_fused.solver.page import write_page
+    from qwen_fused.solver.results import TaskResult, digest, fallback
+    from qwen_fused.solver.solution import Solution
+
+    tasks = [make_task("task2", tests=2), make_task("task1", side=30), make_task("task4", answers=False)]
+    results = {task.id: TaskResult(answer_of(task), digest(task)) for task in tasks}
+    broken = make_task("task6")
+    page = tmp_path / "page.html"
+    write_page(page, Solution((*tasks, broken), results | {"task6": fallback(broken, "it broke")}))
+    text = page.read_text()
+    page.write_text(text.replace("</body>", CONTROLS + "</body>"))
+    said, console = browse(page, tmp_path / "profile", f"--window-size={width},900")
+    assert "CONSOLE" not in console, console
+    assert said["images"] == text.count("<img ") > 30 and said["broken"] == 0 and not said["wide"]
+    assert said["surest"] == [["task2", "task4", "task1", "task6"], "4 tasks"]
+    assert said["least"][0] == ["task6", "task1", "task2", "task4"]
+    assert said["large"][0][0] == "task1" and said["by id"][0] == ["task1", "task2", "task4", "task6"]
+    assert said["failed"] == [["task6"], "1 of 4 tasks"] and said["all"][1] == "4 tasks"
+    assert said["found"] == [["task1"], "1 of 4 tasks"]
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 def test_report_in_a_browser(tmp_path, report_run):
     report = write_report(report_run)

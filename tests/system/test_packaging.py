@@ -89,7 +89,7 @@ def test_wheel_holds_every_module_and_no_stray_one(sources: Path, tmp_path: Path
     assert len(modules) > 40
     assert not {str(module.relative_to(ROOT)) for module in modules} - set(names)
     # without the marker a user's type checker ignores our annotations
-    assert {"qwen_fused/py.typed", "qwen_fused/report/report.html"} <= set(names)
+    assert {"qwen_fused/py.typed", "qwen_fused/report/report.html", "qwen_fused/report/solve.html"} <= set(names)
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"qwen_fused"}
 
