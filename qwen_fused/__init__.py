@@ -2,16 +2,24 @@
 
     import qwen_fused as qf
 
-Every part stands alone; nothing here imports transformers until it is used.
+Every part stands alone; nothing here imports transformers or lightning until it is used.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from qwen_fused.loss.efe_loss import EFEOutput, EFEWeights, efe_loss, hard_cell_cross_entropy
 from qwen_fused.norms.group_grad_norm import GradStats, GroupGradNorm
+from qwen_fused.proof.gradient_error import GradientError
 from qwen_fused.proof.prove import ProofReport, prove
 from qwen_fused.train.optimizer import MasterAdamW
 from qwen_fused.window.prompt_window import PromptWindow
+
+if TYPE_CHECKING:
+    from qwen_fused import lightning, testing
+    from qwen_fused.proof.trainer_callback import ProveCallback
 
 __version__ = "0.1.0"
 
@@ -19,11 +27,29 @@ __all__ = [
     "EFEOutput",
     "EFEWeights",
     "GradStats",
+    "GradientError",
     "GroupGradNorm",
     "MasterAdamW",
     "PromptWindow",
     "ProofReport",
+    "ProveCallback",
     "efe_loss",
     "hard_cell_cross_entropy",
     "prove",
 ]
+
+# name -> module that has it; imported when it is first asked for
+_LATER = {"ProveCallback": "qwen_fused.proof.trainer_callback"}
+_MODULES = ("lightning", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"qwen_fused.{name}")
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER, *_MODULES})
