@@ -34,13 +34,14 @@ def run_prove_script(arguments: Sequence[str]) -> int:
     from qwen_fused.proof.script import prove_script
 
     run = prove_script(config.script, theirs, config.allow)
+    if run.error:
+        print(run.error, end="", file=sys.stderr)
     if run.report is not None:
         print(run.report)
         if config.json is not None:
             config.json.write_text(json.dumps(run.report.to_dict(), indent=2))
         return 0 if run.report.ok else 1
     if run.error:
-        print(run.error, end="", file=sys.stderr)
         ended = "ended with the exception above"
     elif run.left_with is not None:
         ended = f"left with {run.left_with!r}"

@@ -24,7 +24,7 @@ class ScriptRun:
     """How a script's run ended.
 
     Args:
-        report: the ladder of its first step; None where it took none.
+        report: the ladder of its first step, or of a backward pass that failed before; None where there was neither.
         error: the script's own exception, as its traceback reads without a proof around it; empty where there is none.
         left_with: what the script gave `sys.exit` before its first step, or None.
     """
@@ -64,7 +64,7 @@ def prove_script(script: Path, arguments: Sequence[str] = (), allow: Iterable[st
             raise
         except BaseException as error:
             run.error = _own_traceback(error)
-    if seen.stepped:
+    if seen.stepped or (seen.failed and run.error):
         run.report = report_of(seen, allow)
         run.report.seconds = time.perf_counter() - started
     return run

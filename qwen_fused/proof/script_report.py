@@ -58,13 +58,14 @@ def report_of(seen: FirstStep, allow: Iterable[str]) -> ProofReport:
     """The ladder.
 
     Args:
-        seen: a first step, with at least one optimizer that stepped.
+        seen: a first step, or a backward pass that failed before it.
         allow: as in `prove`.
     """
-    held = seen.trainable(seen.stepped)
+    judged = seen.stepped or seen.optimizers
+    held = seen.trainable(judged)
     known = {id(p) for o in seen.optimizers for group in o.param_groups for p in group["params"]}
     strays = {key: p for key, p in seen.reached.items() if key not in known and p.requires_grad}
-    frozen = {id(p): p for o in seen.stepped for g in o.param_groups for p in g["params"] if not p.requires_grad}
+    frozen = {id(p): p for o in judged for g in o.param_groups for p in g["params"] if not p.requires_grad}
     followed = {id(p): p for p in seen.tracer.labels.known}
     spare = {
         id(p): f"parameter {place} of group {number} of {type(optimizer).__name__}"
@@ -82,7 +83,9 @@ def report_of(seen: FirstStep, allow: Iterable[str]) -> ProofReport:
     later = {names[key]: grad for key, grad in seen.later.items() if key in names}
     gradients = {name: given[name] for name in named if name in given}
     erased = {n: p for n, p in named.items() if _is_erased(seen, id(p)) and id(p) in held}
-    connected, cut = rungs.connected(subject, trace, Gradients(of=delivered))
+    # a loss without a graph fails too, but that is for the cut to explain
+    error = None if seen.stepped or seen.hopeless else seen.failed
+    connected, cut = rungs.connected(subject, trace, Gradients(of=delivered, error=error))
     left = {name: grad for name, grad in gradients.items() if name not in erased}
     loss = torch.tensor(0.0 if seen.loss is None else seen.loss)
     ladder = [
@@ -173,7 +176,7 @@ def _applied(
     if findings:
         return Rung("applied", False, name_some([f.kind for f in findings]), findings)
     if not alive:
-        return Rung("applied", None, "there is no gradient to step with")
+        return Rung("applied", None, "there is no gradient to step with" if seen.stepped else "no step was taken")
     if back:
         detail = f"a scheduler holds the learning rate of {name_some(back)} at 0 for more than {seen.looks} steps"
         return Rung("applied", None, detail)
@@ -200,7 +203,7 @@ def _notes(seen: FirstStep, subject: Subject, trace: Trace, frozen: list[str]) -
     if again and any(seen.delivered.values()):
         notes.append(f"gradients were taken away between the step's {seen.losses} backward passes, at {again[0].user}")
     others = len(seen.optimizers) - len(seen.stepped)
-    if others > 0:
+    if seen.stepped and others > 0:
         notes.append(f"{others} of {len(seen.optimizers)} optimizers had not stepped: what they hold is not judged")
     notes += [f"allow entry {entry!r} matched nothing" for entry, count in subject.allow.matches.items() if not count]
     return notes

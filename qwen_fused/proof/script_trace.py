@@ -36,8 +36,19 @@ class GrowingLabels(Labels):
         self.bits[id(parameter)] = bit
         self.names = (*self.names, str(len(self.known)))
         self.trainable |= bit if parameter.requires_grad else 0
-        self.add_values(parameter, bit)
-        self._homes.add(self.key(parameter))
+        self.settle(parameter)
+
+    def settle(self, parameter: Tensor) -> None:
+        """Say that a followed parameter's values lie where they do now: moved or cast, they are still its own."""
+        key = self.key(parameter)
+        self._values[key] = self.bits[id(parameter)] | (self._values[key] if key in self._homes else 0)
+        self._cuts.pop(key, None)
+        self._homes.add(key)
+
+    def add_values(self, tensor: Tensor, values: int, cuts: int = 0) -> None:
+        # what is written into a parameter, as its initial values are, becomes its own
+        if self.key(tensor) not in self._homes:
+            super().add_values(tensor, values, cuts)
 
 
 class ScriptTracer(_Tracer):
@@ -68,15 +79,27 @@ class ScriptTracer(_Tracer):
         for parameter in cleared:
             if parameter.grad is None or not parameter.grad.any():
                 self.erasures[id(parameter)] = frames.locate()
+        if kinds.name_of(func) == "data.__set__" and id(args[0]) in self.labels.bits:
+            self.labels.settle(args[0])
+        self._leave_site(out)
+        self.trace.fixed.clear()
+        for event in (*self.trace.cuts[-2:], *self.trace.departures[-1:]):
+            event.record = None
+        return out
+
+    def apply(self, cls: type, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """See one call of a custom autograd Function."""
+        out = super().apply(cls, call, args, kwargs)
+        self._leave_site(out)
+        return out
+
+    @staticmethod
+    def _leave_site(out: Any) -> None:
         site = None
         for tensor in tensors_in(out):
             if tensor.grad_fn is not None and SITE not in tensor.grad_fn.metadata:
                 site = site or frames.locate()
                 tensor.grad_fn.metadata[SITE] = site
-        self.trace.fixed.clear()
-        for event in (*self.trace.cuts[-2:], *self.trace.departures[-1:]):
-            event.record = None
-        return out
 
     def _gradients_in(self, func: Any, args: tuple) -> list[Tensor]:
         """Followed parameters whose gradient a call is about to replace, or to fill with zeros."""

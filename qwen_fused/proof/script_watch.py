@@ -43,6 +43,8 @@ class FirstStep:
         rates: id -> learning rate, and the one that its scheduler began with.
         reached: id -> parameter, of all that any loss was connected to.
         passed: autograd node -> what came into its backward and what went out of it, in words.
+        failed: what the last backward pass raised, which leaves nothing to step with.
+        hopeless: whether nothing sent back so far was connected to anything.
     """
 
     def __init__(self) -> None:
@@ -58,6 +60,8 @@ class FirstStep:
         self.passed: dict[Any, tuple[list[str], list[str]]] = {}
         self.values = self.cuts = self.alive = 0  # labels of all the losses together
         self.losses = 0
+        self.failed: RuntimeError | None = None
+        self.hopeless = True
         self.loss: float | None = None
         self.variables: dict[str, Any] = {}
         self.looks = 0
@@ -117,10 +121,14 @@ class FirstStep:
         if not self.tracer.active:
             send(tensors, *args, **kwargs)
             return
-        self._note_losses([t for t in tensors_in(tensors) if t.requires_grad])
+        self.variables = self.variables or variables_of(sys._getframe(1))
+        self._note_losses(list(tensors_in(tensors)))
         self.tracer.active, self._sending = False, True
         try:
             send(tensors, *args, **kwargs)
+        except RuntimeError as error:
+            self.failed = error
+            raise
         finally:
             self.tracer.active, self._sending = not self.stepped, False
         if self.stepped:
@@ -135,6 +143,7 @@ class FirstStep:
             self.values |= labels.values(loss)
             self.cuts |= labels.cuts(loss)
             self.alive |= labels.alive(loss)
+            self.hopeless = self.hopeless and not loss.requires_grad
             self.loss = float(loss.detach()) if loss.numel() == 1 else self.loss
             self.reached |= {id(leaf): leaf for leaf in graph_leaves(loss) if isinstance(leaf, nn.Parameter)}
             for node in graph_nodes(loss):
@@ -167,7 +176,6 @@ class FirstStep:
         for key, parameter in held.items():
             self.tracer.labels.add(parameter)
             self._before[key] = parameter.detach().clone()
-        self.variables = self.variables or variables_of(sys._getframe(1))
         if not _closure(args, kwargs):
             self.tracer.active = False
             self._take_gradients(held)

@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import torch
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from qwen_fused.proof.script import prove_script
 
@@ -203,7 +204,7 @@ def test_names_and_figures(prove) -> None:
 
 def test_first_optimizer_of_a_gan(prove) -> None:
     run, _ = prove("""
-        G, D = nn.Linear(4, 6), nn.Linear(6, 1)
+        G, D = nn.Linear(4, 6), nn.Linear(6, 1, bias=False)
         d_opt, g_opt = torch.optim.Adam(D.parameters()), torch.optim.Adam(G.parameters())
         for step in range(3):
             fake = G(torch.randn(16, 4))
@@ -216,7 +217,7 @@ def test_first_optimizer_of_a_gan(prove) -> None:
             raise AssertionError("went on")
     """)
     assert not run.error, run.error
-    assert run.report.ok and run.report.parameters == 1 + 1, run.report
+    assert run.report.ok and run.report.parameters == 1, run.report
     assert "1 of 2 optimizers had not stepped: what they hold is not judged" in run.report.notes
 
 
@@ -268,6 +269,21 @@ def test_cut_is_named_with_its_line(prove, kind, body) -> None:
     assert run.report.rungs["applied"].ok
 
 
+def test_loss_that_is_cut_off_from_everything(prove) -> None:
+    run, line = prove("net = Net(); net.head.register_forward_hook(lambda m, i, out: out.detach())  # here" + LOOP)
+    assert "element 0 of tensors does not require grad" in run.error
+    (finding,) = run.report.rungs["connected"].findings
+    assert (finding.kind, finding.line, len(finding.parameters)) == ("detach", line, 4), run.report
+    assert run.report.rungs["applied"].detail == "no step was taken" and run.report.verdict == "broken"
+
+
+def test_backward_pass_that_fails(prove) -> None:
+    run, _ = prove("net = Net(lambda h: h.exp().mul_(h.tanh().add_(1)))" + LOOP)
+    assert "modified by an inplace operation" in run.error
+    (finding,) = run.report.rungs["connected"].findings
+    assert finding.kind == "backward failed" and "modified by an inplace operation" in finding.detail
+
+
 def test_cut_is_allowed(prove) -> None:
     run, _ = prove(CUTS["detach"][1] + LOOP, allow=["encoder.*"])
     assert run.report.ok and run.report.allowed["encoder.*"] > 0
@@ -287,11 +303,7 @@ def test_nan_of_a_backward_pass_is_named_with_its_line(prove) -> None:
 
 
 def test_layers_in_a_list_that_no_optimizer_holds(prove) -> None:
-    run, _ = prove("""
-        net = Net()
-        extra = [nn.Linear(8, 8)]
-        net.between = lambda h: extra[0](h)
-    """ + LOOP)  # fmt: skip
+    run, _ = prove("net, extra = Net(), [nn.Linear(8, 8)]; net.between = lambda h: extra[0](h)" + LOOP)
     (finding,) = run.report.rungs["declared"].findings
     assert finding.kind == "not in the optimizer", run.report
     assert finding.parameters == ("Linear.weight", "Linear.bias")
@@ -428,4 +440,4 @@ def test_nothing_stays_patched(prove) -> None:
     assert before == (
         torch.optim.Optimizer.add_param_group, torch.autograd.backward, torch.autograd.Function.apply.__func__
     )  # fmt: skip
-    assert not torch.optim.optimizer._global_optimizer_pre_hooks
+    assert not _global_optimizer_pre_hooks
