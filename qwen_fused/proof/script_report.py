@@ -76,7 +76,7 @@ def report_of(seen: FirstStep, allow: Iterable[str]) -> ProofReport:
     names, modules = name_parameters({**held, **strays, **frozen}, seen.variables, spare)
     named = {names[key]: p for key, p in {**held, **strays}.items()}
     trace = _trace_of(seen, [names.get(key, spare.get(key, "<other>")) for key in followed], names)
-    subject = _Once(named, modules, seen.optimizers, allow, _breaks_of(seen, named))
+    subject = _Once(named, modules, judged, allow, _breaks_of(seen, named))
 
     given = {names[key]: grad for key, grad in seen.gradients.items() if key in names}
     delivered = {name: p for name, p in named.items() if id(p) in seen.delivered or id(p) in strays or name in given}

@@ -60,6 +60,7 @@ class ScriptTracer(_Tracer):
         self.trace = Trace(self.labels)
         self.active = False
         self.erasures: dict[int, frames.Site] = {}  # id of a parameter -> where its gradient was last taken away
+        self.closed: set[int] = set()  # ids of parameters whose step is over
         self._process = os.getpid()
 
     @contextmanager
@@ -77,7 +78,7 @@ class ScriptTracer(_Tracer):
         cleared = self._gradients_in(func, args)
         out = super().call(func, args, kwargs)
         for parameter in cleared:
-            if parameter.grad is None or not parameter.grad.any():
+            if id(parameter) not in self.closed and (parameter.grad is None or not parameter.grad.any()):
                 self.erasures[id(parameter)] = frames.locate()
         if kinds.name_of(func) == "data.__set__" and id(args[0]) in self.labels.bits:
             self.labels.settle(args[0])

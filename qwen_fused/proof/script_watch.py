@@ -20,6 +20,8 @@ from qwen_fused.proof.script_trace import ScriptTracer
 
 # steps in which a gradient of zero may come alive, and a rate of 0 may rise: an adapter's other side, a warm-up
 LOOKS = 3
+# backward passes after the first step in which the other optimizers may take theirs
+TURNS = 8
 
 
 class Finished(BaseException):
@@ -29,9 +31,9 @@ class Finished(BaseException):
 class FirstStep:
     """What happens to the parameters of every optimizer, up to and with the first step.
 
-    Gradients are taken when the optimizer comes to use them. Where several optimizers step after one backward pass,
-    they are seen together. With a gradient of zero, or a learning rate that a scheduler holds at 0, the script goes on
-    for up to three steps more.
+    Gradients are taken when the optimizer comes to use them. With several optimizers the script goes on until each has
+    stepped, for up to eight backward passes; with a gradient of zero, or a learning rate that a scheduler holds at 0,
+    for up to three steps.
 
     Args:
         optimizers: every one that was made.
@@ -69,6 +71,7 @@ class FirstStep:
         self._hooked: set[int] = set()
         self._inside: torch.optim.Optimizer | None = None
         self._sending = self._done = False
+        self._turns = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -102,6 +105,12 @@ class FirstStep:
         return zero | {key for key in self.held_back if not self.moved.get(key)}
 
     @property
+    def pending(self) -> list[torch.optim.Optimizer]:
+        """Optimizers that have something to step and have not."""
+        left = [o for o in self.optimizers if not any(o is other for other in self.stepped)]
+        return [optimizer for optimizer in left if self.trainable([optimizer])]
+
+    @property
     def held_back(self) -> set[int]:
         """Parameters whose learning rate a scheduler held at 0 in the first step."""
         return {key for key, (rate, initial) in self.rates.items() if rate == 0 and initial > 0}
@@ -111,13 +120,14 @@ class FirstStep:
             self.optimizers.append(optimizer)
         for parameter in self.trainable([optimizer]).values():
             self.tracer.labels.add(parameter)
-        self.tracer.active = not self.stepped and not self._sending
+        self.tracer.active = not self.looks and not self._sending
 
     def _backward(self, send: Callable[..., None], tensors: Any, args: tuple, kwargs: dict) -> None:
         """Run one backward pass of the script, with an eye on what it delivers."""
         if self.stepped and not self._sending:
-            # the next turn of the loop: whatever has not stepped yet belongs to it
-            self._conclude()
+            self._turns += 1
+            if self._turns > TURNS:
+                self._conclude()
         if not self.tracer.active:
             send(tensors, *args, **kwargs)
             return
@@ -130,8 +140,9 @@ class FirstStep:
             self.failed = error
             raise
         finally:
-            self.tracer.active, self._sending = not self.stepped, False
-        if self.stepped:
+            self.tracer.active, self._sending = True, False
+        # optimizers may step in the midst of it
+        if self.stepped and not self.pending:
             self._conclude()
 
     def _note_losses(self, losses: list[Tensor]) -> None:
@@ -156,7 +167,7 @@ class FirstStep:
                 parameter.register_post_accumulate_grad_hook(self._note_delivery)
 
     def _note_delivery(self, parameter: Tensor) -> None:
-        if not self.stepped and parameter.grad is not None:
+        if id(parameter) not in self.moved and parameter.grad is not None:
             some = self.delivered.get(id(parameter), False) or bool(parameter.grad.detach().to_dense().any())
             self.delivered[id(parameter)] = some
 
@@ -167,7 +178,7 @@ class FirstStep:
         if self._inside is not None:
             return
         self._inside = optimizer
-        if self.looks:
+        if any(optimizer is known for known in self.stepped):
             return
         held = self.trainable([optimizer])
         for group in optimizer.param_groups:
@@ -185,19 +196,19 @@ class FirstStep:
             return
         self._inside = None
         held = self.trainable([optimizer])
-        if self.looks:
+        if any(optimizer is known for known in self.stepped):
             for key in self.waiting & held.keys():
                 self._look_again(key, held[key])
-            self.looks += 1
+            self.looks += bool(self.looks)
         else:
             if _closure(args, kwargs):
-                self.tracer.active = False
                 self._take_gradients(held)
             self.stepped.append(optimizer)
             for key, parameter in held.items():
-                if key in self._before:
-                    self.moved[key] = int((parameter.detach() != self._before[key]).count_nonzero())
-        if not self._sending and (self.looks or len(self.stepped) >= len(self.optimizers)):
+                self.moved[key] = self._count_moved(key, parameter)
+            self.tracer.closed |= held.keys()
+        self.tracer.active = bool(self.pending) and not self.looks and not self._sending
+        if not self._sending and not self.pending:
             self._conclude()
 
     def _take_gradients(self, held: dict[int, Tensor]) -> None:
@@ -209,13 +220,16 @@ class FirstStep:
     def _look_again(self, key: int, parameter: Tensor) -> None:
         if parameter.grad is not None and parameter.grad.detach().to_dense().any():
             self.later[key] = parameter.grad.detach().to_dense().clone()
-        if key in self._before:
-            self.moved[key] = int((parameter.detach() != self._before[key]).count_nonzero())
+        self.moved[key] = self._count_moved(key, parameter)
+
+    def _count_moved(self, key: int, parameter: Tensor) -> int:
+        return int((parameter.detach() != self._before[key]).count_nonzero()) if key in self._before else 0
 
     def _conclude(self) -> None:
         """Leave the script, unless a later step may say more."""
         if self.waiting and self.looks < LOOKS * len(self.stepped):
             self.looks = max(self.looks, 1)
+            self.tracer.active = False
             return
         self._done = True
         raise Finished

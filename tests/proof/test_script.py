@@ -202,22 +202,43 @@ def test_names_and_figures(prove) -> None:
     assert "1 zero now but not one step on (a)" in report.rungs["nonzero"].detail
 
 
-def test_first_optimizer_of_a_gan(prove) -> None:
-    run, _ = prove("""
-        G, D = nn.Linear(4, 6), nn.Linear(6, 1, bias=False)
-        d_opt, g_opt = torch.optim.Adam(D.parameters()), torch.optim.Adam(G.parameters())
-        for step in range(3):
-            fake = G(torch.randn(16, 4))
-            d_opt.zero_grad()
-            (D(fake.detach()).mean() - D(x).mean()).backward()
-            d_opt.step()
-            g_opt.zero_grad()
-            assert step == 0
-            (-D(fake).mean()).backward()
-            raise AssertionError("went on")
-    """)
+GAN = """
+G, D = nn.Linear(4, 6), nn.Linear(6, 1, bias=False)
+d_opt, g_opt = torch.optim.Adam(D.parameters()), torch.optim.Adam(G.parameters())
+for step in range(3):
+    assert step == 0
+    fake = G(torch.randn(16, 4))
+    d_opt.zero_grad()
+    (D(fake.detach()).mean() - D(x).mean()).backward()
+    d_opt.step()
+    g_opt.zero_grad()
+    (-D(fake).mean()).backward()
+    g_opt.step()
+    raise AssertionError("went on")
+"""
+
+
+def test_both_optimizers_of_a_gan(prove) -> None:
+    run, _ = prove(GAN)
     assert not run.error, run.error
-    assert run.report.ok and run.report.parameters == 1, run.report
+    assert run.report.ok and run.report.parameters == 3, run.report
+    assert "3 parameters moved" in run.report.rungs["applied"].detail
+
+
+def test_generator_that_is_cut_off(prove) -> None:
+    run, line = prove(GAN.replace("(-D(fake).mean()).backward()", "(-D(fake.detach()).mean()).backward()  # here"))
+    found = run.report.rungs["connected"].findings
+    assert [f.parameters for f in found] == [("G.weight", "G.bias")] and found[0].kind == "detach", run.report
+
+
+def test_optimizer_that_another_replaces(prove) -> None:
+    run, _ = prove("net = Net(); old = torch.optim.SGD(net.parameters(), lr=0.1)" + LOOP)
+    assert run.report.ok and run.report.parameters == 4, run.report
+
+
+def test_optimizer_that_never_steps(prove) -> None:
+    run, _ = prove("net, other = Net(), Net(); unused = torch.optim.SGD(other.parameters(), lr=0.1)" + LOOP.replace("9", "20"))
+    assert run.report.ok and (run.report.parameters, run.report.evaluations) == (4, 9)
     assert "1 of 2 optimizers had not stepped: what they hold is not judged" in run.report.notes
 
 
