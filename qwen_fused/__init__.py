@@ -18,7 +18,8 @@ from qwen_fused.train.optimizer import MasterAdamW
 from qwen_fused.window.prompt_window import PromptWindow
 
 if TYPE_CHECKING:
-    from qwen_fused import lightning, testing
+    from qwen_fused import lightning as lightning
+    from qwen_fused import testing as testing
     from qwen_fused.proof.trainer_callback import ProveCallback
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The gradient proof in Lightning: `Trainer(callbacks=[qwen_fused.lightning.Prove()])`. Needs `pip install lightning`."""
+"""The gradient proof in Lightning, which must be installed: `Trainer(callbacks=[qwen_fused.lightning.Prove()])`."""
 
 from __future__ import annotations
 

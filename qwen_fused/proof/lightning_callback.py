@@ -46,9 +46,7 @@ class Prove(Callback):
         """Every `fit` is proved anew."""
         self.report = None
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Prove the step, once per `fit()`, when the trainer is about to take its first."""
         if self.report is not None:
             return
@@ -64,7 +62,7 @@ class _Loop:
     """One batch's turn in a Lightning trainer, as the functions that `prove` asks for."""
 
     def __init__(self, trainer: Trainer, module: LightningModule, batch: Any, number: int):
-        self.trainer = trainer
+        self.trainer: Any = trainer
         self.strategy: Any = trainer.strategy
         self.module = module
         self.batch = batch

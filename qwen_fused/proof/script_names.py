@@ -46,9 +46,9 @@ def name_parameters(
         for name, parameter in root.named_parameters(prefix=prefix):
             if id(parameter) in wanted:
                 names.setdefault(id(parameter), name)
-    for key, parameter in wanted.items():
+    for key, tensor in wanted.items():
         if key not in names:
-            names[key] = _variable(parameter, variables) or spare.get(key, f"<{'x'.join(map(str, parameter.shape))}>")
+            names[key] = _variable(tensor, variables) or spare.get(key, f"<{'x'.join(map(str, tensor.shape))}>")
     return _told_apart(names), modules
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qwen_fused.proof import backtrace, rungs
 from qwen_fused.proof.backtrace import Break
 from qwen_fused.proof.cuts import Trace
-from qwen_fused.proof.frames import NOWHERE, Frame
+from qwen_fused.proof.frames import NOWHERE, Frame, Site
 from qwen_fused.proof.ladder import Finding, ProofReport, Rung, name_some
 from qwen_fused.proof.script_names import name_parameters
 from qwen_fused.proof.script_trace import SITE, joint_loss
@@ -124,7 +124,7 @@ def _is_erased(seen: FirstStep, key: int) -> bool:
 def _breaks_of(seen: FirstStep, named: Mapping[str, Tensor]) -> list[Break]:
     """Operations whose backward took a fine gradient and passed on none, zeros, or NaN and Inf."""
     nodes = list(seen.passed)
-    sites = {}
+    sites: dict[Any, Site] = {}
     for node in nodes:
         sites[node] = node.metadata.get(SITE) or sites.get(node, NOWHERE)
         for child, _ in node.next_functions:
@@ -142,9 +142,7 @@ def _breaks_of(seen: FirstStep, named: Mapping[str, Tensor]) -> list[Break]:
     return found
 
 
-def _applied(
-    seen: FirstStep, subject: Subject, gradients: Mapping[str, Tensor], erased: Mapping[str, Tensor]
-) -> Rung:
+def _applied(seen: FirstStep, subject: Subject, gradients: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> Rung:
     """Whether the step moved what it was given a gradient for."""
     findings = []
     by_line: dict[Frame | None, list[str]] = {}
@@ -191,10 +189,10 @@ def _notes(seen: FirstStep, subject: Subject, trace: Trace, frozen: list[str]) -
         if partly and not event.carried and not subject.allow.event(event):
             key = (event.operation, event.site.user)
             lines[key] = lines.get(key, 0) | partly
-    notes = [
-        f"one way to the loss is cut, another is not: {operation} at {frame} ({name_some(trace.labels.names_of(lost), 2)})"
-        for (operation, frame), lost in lines.items()
-    ]
+    notes = []
+    for (operation, frame), lost in lines.items():
+        names = name_some(trace.labels.names_of(lost), 2)
+        notes.append(f"one way to the loss is cut, another is not: {operation} at {frame} ({names})")
     if frozen:
         notes.append(f"the optimizer holds {len(frozen)} frozen parameters: {name_some(frozen)}")
     held = seen.trainable(seen.stepped)

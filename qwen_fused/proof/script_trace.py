@@ -98,9 +98,11 @@ class ScriptTracer(_Tracer):
     def _leave_site(out: Any) -> None:
         site = None
         for tensor in tensors_in(out):
-            if tensor.grad_fn is not None and SITE not in tensor.grad_fn.metadata:
+            # typed as a method by torch's stubs
+            metadata: Any = None if tensor.grad_fn is None else tensor.grad_fn.metadata
+            if metadata is not None and SITE not in metadata:
                 site = site or frames.locate()
-                tensor.grad_fn.metadata[SITE] = site
+                metadata[SITE] = site
 
     def _gradients_in(self, func: Any, args: tuple) -> list[Tensor]:
         """Followed parameters whose gradient a call is about to replace, or to fill with zeros."""

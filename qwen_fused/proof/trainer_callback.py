@@ -46,7 +46,11 @@ class ProveCallback(TrainerCallback):
         self._batches: tuple[list[Any], Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Ask for the first batches when the trainer fetches them."""
+        """Ask for the first batches when the trainer fetches them.
+
+        Args:
+            args, state, control, rest: as the trainer hands them over.
+        """
         self._trainer, self.report = _caller(self), None
         fetch = self._trainer.get_batch_samples
 
@@ -59,7 +63,14 @@ class ProveCallback(TrainerCallback):
         undo = override(self._trainer, "get_batch_samples", keep)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Prove the step, once per `train()`, when the trainer is about to take its first."""
+        """Prove the step, once per `train()`, when the trainer is about to take its first.
+
+        Args:
+            args, state, control, rest: as the trainer hands them over.
+
+        Raises:
+            GradientError: when the gradient is broken, unless `only_warn`.
+        """
         if self._batches is None:
             return
         trainer, (samples, items) = self._trainer, self._batches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from proof_cases import X, Y, Pair, marked
+from proof_cases import Pair, X, Y, marked
 
 import qwen_fused as qf
 

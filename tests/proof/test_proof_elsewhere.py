@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from proof_cases import X, Y, Pair
+from proof_cases import Pair, X, Y
 from small_loops import Counting, counting_qwen
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -66,7 +66,7 @@ def test_pytest_block() -> None:
         names["test_gradient_reaches_every_parameter"]()
 
 
-TRAIN = '''\
+TRAIN = """\
 import argparse
 import torch
 from torch import nn
@@ -88,7 +88,7 @@ for _ in range(100):
     optimizer.zero_grad()
     nn.functional.cross_entropy(net(torch.randn(16, 6)), torch.arange(16) % 3).backward()
     optimizer.step()
-'''
+"""
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -237,7 +237,8 @@ def test_optimizer_that_another_replaces(prove) -> None:
 
 
 def test_optimizer_that_never_steps(prove) -> None:
-    run, _ = prove("net, other = Net(), Net(); unused = torch.optim.SGD(other.parameters(), lr=0.1)" + LOOP.replace("9", "20"))
+    made = "net, other = Net(), Net(); unused = torch.optim.SGD(other.parameters(), lr=0.1)"
+    run, _ = prove(made + LOOP.replace("9", "20"))
     assert run.report.ok and (run.report.parameters, run.report.evaluations) == (4, 9)
     assert "1 of 2 optimizers had not stepped: what they hold is not judged" in run.report.notes
 
@@ -423,7 +424,8 @@ def test_exception_of_its_own_is_shown_as_its_own(prove) -> None:
         main()
     """)
     assert run.report is None and "RuntimeError: mat1 and mat2" in run.error
-    assert run.error.startswith("Traceback (most recent call last):\n") and f'train.py", line {line}, in main' in run.error
+    assert run.error.startswith("Traceback (most recent call last):\n")
+    assert f'train.py", line {line}, in main' in run.error
     assert "qwen_fused" not in run.error and "runpy" not in run.error
 
 

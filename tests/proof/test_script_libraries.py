@@ -1,4 +1,4 @@
-"""Scripts that leave the loop to a library: transformers' Trainer, peft, trl, Lightning; healthy, and with a line that cuts."""
+"""Scripts that leave the loop to a library: transformers, peft, trl, Lightning; healthy, and with a line that cuts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ arguments = dict(
     disable_tqdm=True, use_cpu=True, learning_rate=1e-3,
 )
 """
-TRAINER = TRANSFORMERS + """
+TRAINER = """
 class Own(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         embedded = model.get_input_embeddings()(inputs.pop("input_ids"))
@@ -32,7 +32,7 @@ class Own(Trainer):
 more = dict(gradient_accumulation_steps=2, bf16=True, warmup_steps=2, max_grad_norm=0.5)
 Own(model=model, args=TrainingArguments(**arguments, **more), train_dataset=data).train()
 """
-LORA = TRANSFORMERS + """
+LORA = """
 from peft import LoraConfig, get_peft_model
 model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
 model.enable_input_require_grads()
@@ -68,7 +68,7 @@ trainer = pl.Trainer(accelerator="cpu", max_epochs=2, accumulate_grad_batches=2,
 trainer.fit(Module(), DataLoader(TensorDataset(torch.randn(32, 6), torch.arange(32) % 3), 8))
 raise AssertionError("went on")
 """
-SFT = TRANSFORMERS + """
+SFT = """
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 from qwen_fused.qwen.tiny import byte_tokenizer
@@ -79,11 +79,19 @@ texts = Dataset.from_dict({"text": [f"{n} {n + 1}" for n in range(24)]})
 config = SFTConfig(**arguments, bf16=False, gradient_checkpointing=True)
 SFTTrainer(model=model, args=config, train_dataset=texts, processing_class=tokenizer).train()
 """
+LORA_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"
 SCRIPTS = {
-    "trainer": (TRAINER, "accelerate", 27, 2, 1, "model.embed_tokens.weight"),
-    "lora": (LORA, "peft", 8, 1, 4, "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"),
+    "trainer": (TRANSFORMERS + TRAINER, "accelerate", 27, 2, 1, "model.embed_tokens.weight"),
+    "lora": (
+        TRANSFORMERS + LORA,
+        "peft",
+        8,
+        1,
+        4,
+        LORA_B,
+    ),
     "lightning": (LIGHTNING, "lightning", 4, 2, 2, "encoder.weight"),
-    "sft": (SFT, "trl", 27, 1, 26, "model.layers.0.self_attn.q_proj.weight"),
+    "sft": (TRANSFORMERS + SFT, "trl", 27, 1, 26, "model.layers.0.self_attn.q_proj.weight"),
 }
 
 

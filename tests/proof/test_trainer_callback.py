@@ -148,7 +148,8 @@ def test_only_warns(tmp_path, caplog) -> None:
     assert trainer.state.global_step == 3
     assert callback.report.verdict == "broken"
     (record,) = [record for record in caplog.records if record.name == "qwen_fused"]
-    assert record.levelname == "WARNING" and f"test_trainer_callback.py:{marked(Detached.compute_loss)}" in record.message
+    assert record.levelname == "WARNING"
+    assert f"test_trainer_callback.py:{marked(Detached.compute_loss)}" in record.message
 
 
 def test_intended_cut_is_allowed(tmp_path) -> None:
