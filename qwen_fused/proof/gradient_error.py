@@ -19,7 +19,8 @@ class GradientError(RuntimeError):
     """
 
     def __init__(self, report: ProofReport):
-        super().__init__(f"the gradient is broken, and no step was taken\n{report}")
+        where = "" if report.verdict == "broken" else " in another process"
+        super().__init__(f"the gradient is broken{where}, and no step was taken\n{report}")
         self.report = report
 
 

@@ -30,7 +30,7 @@ class SplitStep:
         runs: one per micro-batch; each computes a loss and sends it back.
         owner: what the loop sends losses back with, an Accelerator for example.
         method: name of the method of `owner` that does it, taking the loss first.
-        entering: given the micro-batch's number, what to send its loss back under.
+        entering: given the micro-batch's number, what to run it under.
     """
 
     def __init__(
@@ -48,7 +48,10 @@ class SplitStep:
 
     def loss(self) -> Any:
         """The micro-batches' losses, added up."""
-        losses = [self._until_sent(run) for run in self.runs]
+        losses = []
+        for number, run in enumerate(self.runs):
+            with self.entering(number):
+                losses.append(self._until_sent(run))
         return losses[0] if len(losses) == 1 else sum(losses)
 
     def backward(self, loss: Tensor) -> None:

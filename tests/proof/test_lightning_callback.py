@@ -97,11 +97,17 @@ def fit(module, *callbacks, **changes):
     return trainer
 
 
+def half():
+    """fp16 with a gradient scaler, which Lightning leaves to GPUs unless it is asked for by name."""
+    return lightning.plugins.precision.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
+
+
 MODES = {
     "plain": (Module, {}),
     "accumulated, clipped": (Module, dict(accumulate_grad_batches=2, gradient_clip_val=0.1)),
     "bf16": (Module, dict(precision="bf16-mixed")),
     "float64": (Module, dict(precision="64-true")),
+    "fp16": (Module, dict(gradient_clip_val=0.5)),
     "hooks": (Scheduled, {}),
     "manual": (Manual, {}),
 }
@@ -111,8 +117,10 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_healthy_run_is_proved_and_goes_on_as_without(mode) -> None:
     cls, changes = MODES[mode]
+    changes = {**changes, **({"plugins": [half()]} if mode == "fp16" else {})}
     plain, proved, callback = cls(), cls(), qf.lightning.Prove()
     without = fit(plain, **changes)
+    changes |= {"plugins": [half()]} if mode == "fp16" else {}
     trainer = fit(proved, callback, **changes)
     assert callback.report.verdict == "proved", callback.report
     assert callback.report.parameters == (2 if cls is Manual else 5)

@@ -176,6 +176,42 @@ def test_lora_is_proved_and_its_frozen_base_is_meant(tmp_path) -> None:
     assert torch.equal(weights(plain.model), weights(proved.model))
 
 
+class Half(Trainer):
+    """fp16 with a gradient scaler, which accelerate leaves to GPUs."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def autocast_smart_context_manager(self, cache_enabled=True):
+        return torch.autocast("cpu", torch.float16)
+
+
+def test_scaled_fp16(tmp_path) -> None:
+    plain = trainer_of(tmp_path, Half, max_grad_norm=0.0)
+    plain.train()
+    callback = qf.ProveCallback()
+    proved = trainer_of(tmp_path, Half, [callback], max_grad_norm=0.0)
+    proved.train()
+    assert callback.report.verdict == "proved", callback.report
+    assert torch.equal(weights(plain.model), weights(proved.model))
+    assert proved.accelerator.scaler.state_dict() == plain.accelerator.scaler.state_dict()
+
+
+class Unscaling(TrainerCallback):
+    """Takes the scaler away from the optimizer, as a loop of one's own forgets it."""
+
+    def on_train_begin(self, args, state, control, optimizer=None, **rest):
+        optimizer.scaler = None
+
+
+def test_scale_that_nobody_takes_off(tmp_path) -> None:
+    callbacks = [qf.ProveCallback(), Unscaling()]
+    with pytest.raises(qf.GradientError) as stopped:
+        trainer_of(tmp_path, Half, callbacks, max_grad_norm=0.0, optim="sgd").train()
+    assert "still scaled" in [f.kind for f in stopped.value.report.rungs["applied"].findings]
+
+
 class Fetched(TrainerCallback):
     """Counts the batches that the trainer is given, by the tokens that the model reads."""
 
