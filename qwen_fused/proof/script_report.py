@@ -42,7 +42,8 @@ class _Once(Subject):
         self.backward = lambda loss: None
         self._breaks = breaks
 
-    def call(self, held: Any = None, wide: Any = None) -> Any:
+    def value(self, *held: Any, **more: Any) -> float:
+        # whoever asks for a second evaluation takes this for one that can't be had
         raise RuntimeError("a script is run once")
 
     def watched_call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -66,7 +67,6 @@ def report_of(seen: FirstStep, allow: Iterable[str]) -> ProofReport:
     known = {id(p) for o in seen.optimizers for group in o.param_groups for p in group["params"]}
     strays = {key: p for key, p in seen.reached.items() if key not in known and p.requires_grad}
     frozen = {id(p): p for o in judged for g in o.param_groups for p in g["params"] if not p.requires_grad}
-    followed = {id(p): p for p in seen.tracer.labels.known}
     spare = {
         id(p): f"parameter {place} of group {number} of {type(optimizer).__name__}"
         for optimizer in seen.optimizers
@@ -75,12 +75,13 @@ def report_of(seen: FirstStep, allow: Iterable[str]) -> ProofReport:
     }
     names, modules = name_parameters({**held, **strays, **frozen}, seen.variables, spare)
     named = {names[key]: p for key, p in {**held, **strays}.items()}
-    trace = _trace_of(seen, [names.get(key, spare.get(key, "<other>")) for key in followed], names)
+    trace = _trace_of(seen, {**{id(p): spare.get(id(p), "<other>") for p in seen.tracer.labels.known}, **names})
     subject = _Once(named, modules, judged, allow, _breaks_of(seen, named))
 
     given = {names[key]: grad for key, grad in seen.gradients.items() if key in names}
     delivered = {name: p for name, p in named.items() if id(p) in seen.delivered or id(p) in strays or name in given}
     later = {names[key]: grad for key, grad in seen.later.items() if key in names}
+    delivered |= {name: named[name] for name in later if name in named}
     gradients = {name: given[name] for name in named if name in given}
     erased = {n: p for n, p in named.items() if _is_erased(seen, id(p)) and id(p) in held}
     # a loss without a graph fails too, but that is for the cut to explain
@@ -107,9 +108,9 @@ def report_of(seen: FirstStep, allow: Iterable[str]) -> ProofReport:
     )
 
 
-def _trace_of(seen: FirstStep, labels: list[str], names: Mapping[int, str]) -> Trace:
+def _trace_of(seen: FirstStep, names: Mapping[int, str]) -> Trace:
     trace = seen.tracer.trace
-    trace.labels.names = tuple(labels)
+    seen.tracer.labels.rename(names)
     trace.named_after = dict(names)
     trace.loss = joint_loss(trace.labels, seen.values, seen.cuts, seen.alive)
     return trace
@@ -193,6 +194,9 @@ def _notes(seen: FirstStep, subject: Subject, trace: Trace, frozen: list[str]) -
     for (operation, frame), lost in lines.items():
         names = name_some(trace.labels.names_of(lost), 2)
         notes.append(f"one way to the loss is cut, another is not: {operation} at {frame} ({names})")
+    skipped = [name for name, p in subject.named.items() if id(p) in seen.later and id(p) not in seen.gradients]
+    if skipped:
+        notes.append(f"{name_some(skipped)} is skipped by the first step, and reached by a later one")
     if frozen:
         notes.append(f"the optimizer holds {len(frozen)} frozen parameters: {name_some(frozen)}")
     held = seen.trainable(seen.stepped)

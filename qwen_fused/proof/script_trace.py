@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -37,6 +37,10 @@ class GrowingLabels(Labels):
         self.names = (*self.names, str(len(self.known)))
         self.trainable |= bit if parameter.requires_grad else 0
         self.settle(parameter)
+
+    def rename(self, names: Mapping[int, str]) -> None:
+        """Give the parameters the names that go with their ids."""
+        self.names = tuple(names[id(parameter)] for parameter in self.known)
 
     def settle(self, parameter: Tensor) -> None:
         """Say that a followed parameter's values lie where they do now: moved or cast, they are still its own."""

@@ -32,15 +32,15 @@ class FirstStep:
     """What happens to the parameters of every optimizer, up to and with the first step.
 
     Gradients are taken when the optimizer comes to use them. With several optimizers the script goes on until each has
-    stepped, for up to eight backward passes; with a gradient of zero, or a learning rate that a scheduler holds at 0,
-    for up to three steps.
+    stepped, for up to eight backward passes; with a gradient of zero, a parameter that the loss did not use, or a
+    learning rate that a scheduler holds at 0, for up to three steps.
 
     Args:
         optimizers: every one that was made.
         stepped: those that stepped.
         delivered: id of a parameter -> whether backward ever gave it more than zeros.
         gradients: id -> gradient when the optimizer used it.
-        later: id -> gradient of a later step, of those that were zero.
+        later: id -> gradient of a later step, of those that were zero, or that the first step's losses did not use.
         moved: id -> number of elements that the step changed.
         rates: id -> learning rate, and the one that its scheduler began with.
         reached: id -> parameter, of all that any loss was connected to.
@@ -101,8 +101,10 @@ class FirstStep:
     @property
     def waiting(self) -> set[int]:
         """Parameters of which a later step may say more."""
-        zero = {key for key, grad in self.gradients.items() if key not in self.later and not grad.any()}
-        return zero | {key for key in self.held_back if not self.moved.get(key)}
+        dead = {key for key, grad in self.gradients.items() if not grad.any()}
+        # a layer that is dropped at random, an expert that nobody asked
+        unused = {key for key in self.moved if key not in self.gradients and not self.values & self._bit(key)}
+        return (dead | unused) - self.later.keys() | {key for key in self.held_back if not self.moved.get(key)}
 
     @property
     def pending(self) -> list[torch.optim.Optimizer]:
@@ -114,6 +116,9 @@ class FirstStep:
     def held_back(self) -> set[int]:
         """Parameters whose learning rate a scheduler held at 0 in the first step."""
         return {key for key, (rate, initial) in self.rates.items() if rate == 0 and initial > 0}
+
+    def _bit(self, key: int) -> int:
+        return self.tracer.labels.bits.get(key, 0)
 
     def _adopt(self, optimizer: torch.optim.Optimizer) -> None:
         if not any(optimizer is known for known in self.optimizers):
@@ -181,20 +186,24 @@ class FirstStep:
         if any(optimizer is known for known in self.stepped):
             return
         held = self.trainable([optimizer])
+        # what is looked at here is no use that the script makes of it
+        self.tracer.active = False
         for group in optimizer.param_groups:
             rate, initial = (float(group.get(name) or 0.0) for name in ("lr", "initial_lr"))
             self.rates |= {id(p): (rate if "lr" in group else 1.0, initial) for p in group["params"]}
         for key, parameter in held.items():
             self.tracer.labels.add(parameter)
             self._before[key] = parameter.detach().clone()
-        if not _closure(args, kwargs):
-            self.tracer.active = False
+        if _closure(args, kwargs):
+            self.tracer.active = not self._sending
+        else:
             self._take_gradients(held)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if optimizer is not self._inside:
             return
         self._inside = None
+        self.tracer.active = False
         held = self.trainable([optimizer])
         if any(optimizer is known for known in self.stepped):
             for key in self.waiting & held.keys():

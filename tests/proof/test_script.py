@@ -306,6 +306,13 @@ def test_backward_pass_that_fails(prove) -> None:
     assert finding.kind == "backward failed" and "modified by an inplace operation" in finding.detail
 
 
+def test_layer_that_is_never_used(prove) -> None:
+    run, _ = prove("net = Net(); net.spare = nn.Linear(2, 2)" + LOOP)
+    (finding,) = run.report.rungs["connected"].findings
+    assert (finding.kind, finding.parameters) == ("unused", ("spare.weight", "spare.bias")), run.report
+    assert run.report.evaluations == 1
+
+
 def test_cut_is_allowed(prove) -> None:
     run, _ = prove(CUTS["detach"][1] + LOOP, allow=["encoder.*"])
     assert run.report.ok and run.report.allowed["encoder.*"] > 0

@@ -113,6 +113,17 @@ KINDS = {
                 out = out.index_put((rows.nonzero().squeeze(-1),), expert(x[rows]) * weight[rows])
             return F.cross_entropy(out, y)
         """,
+    "layers dropped at random": """
+        layers, head = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)]), nn.Linear(6, 3)
+        optimizer, turn = adam(layers, head), 0
+        def loss():
+            global turn
+            turn += 1
+            h = x
+            for number, layer in enumerate(layers):
+                h = layer(h).tanh() if (number + turn) % 2 else h
+            return F.cross_entropy(head(h), y)
+        """,
     "sparse embedding": """
         table = nn.Embedding(32, 4, sparse=True)
         optimizer = torch.optim.SparseAdam(table.parameters(), lr=1e-2)
