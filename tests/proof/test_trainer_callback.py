@@ -176,6 +176,33 @@ def test_lora_is_proved_and_its_frozen_base_is_meant(tmp_path) -> None:
     assert torch.equal(weights(plain.model), weights(proved.model))
 
 
+class Stateful(Trainer):
+    """Draws when it prepares a batch, and weighs every other turn's loss otherwise."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.prepared, self.turns = [], 0
+
+    def _prepare_inputs(self, inputs):
+        self.prepared.append(float(torch.rand(())))
+        return super()._prepare_inputs(inputs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.turns += 1
+        return super().compute_loss(model, inputs) * (1 + self.turns % 2)
+
+
+def test_state_of_the_trainers_own(tmp_path) -> None:
+    plain = trainer_of(tmp_path, Stateful)
+    plain.train()
+    callback = qf.ProveCallback()
+    proved = trainer_of(tmp_path, Stateful, [callback])
+    proved.train()
+    assert callback.report.verdict == "proved", callback.report
+    assert (proved.prepared, proved.turns) == (plain.prepared, plain.turns)
+    assert torch.equal(weights(plain.model), weights(proved.model))
+
+
 class Half(Trainer):
     """fp16 with a gradient scaler, which accelerate leaves to GPUs."""
 
