@@ -20,6 +20,7 @@ import mdformat
 
 import qwen_fused
 from qwen_fused.cli import main as cli
+from qwen_fused.cli.prove_script import ProveScriptConfig
 from qwen_fused.cli.solve import SolveCommand
 from qwen_fused.config import TrainConfig
 from qwen_fused.norms.group_grad_norm import PendingStats
@@ -36,11 +37,13 @@ FLAGS = {
     "eval": cli.EvalConfig,
     "export": cli.ExportConfig,
     "prove": cli.ProveCommand,
+    "prove-script": ProveScriptConfig,
     "report": cli.ReportConfig,
     "show": cli.ShowConfig,
 }
 NOTES = {
     "prove": "Every flag of `train`, and:",
+    "prove-script": "More in [proof_elsewhere.md](proof_elsewhere.md). Flags stand in front of the script:",
     "bench": "`qwen-fused bench --help` has its flags; it ends with the suite's own code.",
     "info": "No flags; prints JSON.",
 }
@@ -132,7 +135,8 @@ def signature_text(function: Any) -> str:
             continue
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             arguments, keyword_only = [*arguments, "*"], True
-        declared = f"{parameter.name}: {parameter.annotation}"
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        declared = f"{stars}{parameter.name}: {parameter.annotation}"
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
         arguments.append(declared + default)
     returned = inspect.signature(function).return_annotation
@@ -210,7 +214,7 @@ def flags_of(cls: type) -> dict[str, tuple[str, str, str | None]]:
             continue
         positional = "Positional" in str(field.type)
         flag = f"`{field.name.upper()}`" if positional else f"`--{field.name.replace('_', '-')}`"
-        default = "" if field.default in (dataclasses.MISSING, None) else f"`{field.default}`"
+        default = "" if field.default in (dataclasses.MISSING, None, ()) else f"`{field.default}`"
         choices = re.findall(r"'(\w+)'", str(field.type)) if "Literal" in str(field.type) else []
         if choices:
             default += f" of {', '.join(f'`{choice}`' for choice in choices)}"

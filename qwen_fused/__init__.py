@@ -2,21 +2,26 @@
 
     import qwen_fused as qf
 
-Every part stands alone; nothing here imports transformers until it is used.
+Every part stands alone; nothing here imports transformers or lightning until it is used.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from qwen_fused.loss.efe_loss import EFEOutput, EFEWeights, efe_loss, hard_cell_cross_entropy
 from qwen_fused.norms.group_grad_norm import GradStats, GroupGradNorm
+from qwen_fused.proof.gradient_error import GradientError
 from qwen_fused.proof.prove import ProofReport, prove
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.train.optimizer import MasterAdamW
 from qwen_fused.window.prompt_window import PromptWindow
 
 if TYPE_CHECKING:
+    from qwen_fused import lightning as lightning
+    from qwen_fused import testing as testing
+    from qwen_fused.proof.trainer_callback import ProveCallback
     from qwen_fused.solver.solution import Solution
     from qwen_fused.train.solve import solve
 
@@ -26,10 +31,12 @@ __all__ = [
     "EFEOutput",
     "EFEWeights",
     "GradStats",
+    "GradientError",
     "GroupGradNorm",
     "MasterAdamW",
     "PromptWindow",
     "ProofReport",
+    "ProveCallback",
     "Solution",
     "SolveSettings",
     "efe_loss",
@@ -38,15 +45,22 @@ __all__ = [
     "solve",
 ]
 
+# name -> module that has it; imported when it is first asked for
+_LATER = {
+    "ProveCallback": "qwen_fused.proof.trainer_callback",
+    "Solution": "qwen_fused.solver.solution",
+    "solve": "qwen_fused.train.solve",
+}
+_MODULES = ("lightning", "testing")
+
 
 def __getattr__(name: str) -> Any:
-    """The names that need transformers, imported where they are used."""
-    if name == "solve":
-        from qwen_fused.train.solve import solve
-
-        return solve
-    if name == "Solution":
-        from qwen_fused.solver.solution import Solution
-
-        return Solution
+    if name in _MODULES:
+        return importlib.import_module(f"qwen_fused.{name}")
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER, *_MODULES})

@@ -1,4 +1,4 @@
-"""Command line: `qwen-fused train | solve | eval | export | prove | bench | report | show | info`.
+"""Command line: `qwen-fused train | solve | eval | export | prove | prove-script | bench | report | show | info`.
 
 Exit codes are those of `EXIT_CODES`; what went wrong is one sentence on stderr.
 """
@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from qwen_fused.cli.flags import Source, parse, parse_over_source, train_config
+from qwen_fused.cli.prove_script import run_prove_script
 from qwen_fused.cli.solve import run_solve
 from qwen_fused.config import TrainConfig, require
 
@@ -245,6 +246,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "eval": (run_eval, "evaluate a run and write submission.json"),
     "export": (run_export, "export a run's Qwen for plain transformers or peft"),
     "prove": (run_prove, "prove that the gradient of the training step reaches Qwen"),
+    "prove-script": (run_prove_script, "the same of somebody's own script, up to its first optimizer step"),
     "bench": (run_bench, "measure the kernels, the prompt window and the training step on this machine"),
     "report": (run_report, "draw a run's report again, or one picture of it"),
     "show": (run_show, "draw one task, and a run's answers to it, in the terminal and as a PNG"),
@@ -257,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: qwen-fused COMMAND [flags], with --help after a command for its flags\n")
-        print("\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items()))
+        print("\n".join(f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items()))
         print(f"\n{EXIT_CODES}")
         return 0 if arguments else 2
     if arguments[0] not in COMMANDS:

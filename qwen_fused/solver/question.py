@@ -17,6 +17,7 @@ from torch import nn
 
 from qwen_fused.arc.symmetry import turn
 from qwen_fused.arc.tasks import Pair, Task
+from qwen_fused.common.typed_yaml import from_plain
 from qwen_fused.config import TrainConfig
 from qwen_fused.planner.agent import make_agent
 from qwen_fused.planner.evaluation_mode import evaluating
@@ -35,7 +36,7 @@ class Job:
         """What `job_bytes` wrote."""
         head, _, tensors = content.partition(b"\n")
         plain = json.loads(head)
-        agent = make_agent(TrainConfig.from_dict(plain["config"]))
+        agent = make_agent(from_plain(TrainConfig, plain["config"]))
         agent.load_state_dict(load(tensors))
         return cls(agent, SolveSettings(**plain["settings"]))
 
