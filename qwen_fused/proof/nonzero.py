@@ -15,6 +15,9 @@ from qwen_fused.proof.frames import NOWHERE
 from qwen_fused.proof.ladder import Finding, Rung, name_some
 from qwen_fused.proof.subject import Gradients, Subject, as_float
 
+# operations whose backward sums the gradient up for what they add
+ADDS = ("AddmmBackward", "AddBackward", "ConvolutionBackward", "SubBackward", "ExpandBackward", "SumBackward")
+
 
 def nonzero(subject: Subject, gradients: Gradients, later: Mapping[str, Tensor], loss: Any) -> Rung:
     """Every gradient is finite and, there or one small step away, not all zero."""
@@ -23,8 +26,13 @@ def nonzero(subject: Subject, gradients: Gradients, later: Mapping[str, Tensor],
     finite = torch.stack([g.isfinite().all().cpu() for g in gradients.of.values()]).tolist()
     nonfinite = tuple(name for name, whole in zip(gradients.of, finite, strict=True) if not whole)
     zero = [n for n in zeros(gradients.of) if not subject.allow.name(n)]
+    zero = [n for n in zero if gradients.of[n].numel()]
     always_zero = tuple(n for n in zero if n not in later or not later[n].any())
     findings = []
+    cancels = cancelling(subject, always_zero) if always_zero else ()
+    if cancels:
+        subject.notes.append(f"the loss does not depend on {name_some(cancels)}: its gradient cancels to zero")
+        always_zero = tuple(name for name in always_zero if name not in cancels)
     if nonfinite:
         findings += _explain_nonfinite(subject, nonfinite, loss)
     if always_zero:
@@ -32,7 +40,7 @@ def nonzero(subject: Subject, gradients: Gradients, later: Mapping[str, Tensor],
     if findings:
         detail = f"{len(nonfinite)} not finite, {len(always_zero)} zero of {len(gradients.of)} gradients"
         return Rung("nonzero", False, detail, findings)
-    zero_here_only = [n for n in zero if n not in always_zero]
+    zero_here_only = [n for n in zero if n not in always_zero and n not in cancels]
     detail = f"{len(gradients.of)} gradients, all finite"
     detail += (
         f"; {len(zero_here_only)} zero now but not one step on ({name_some(zero_here_only, 1)})"
@@ -67,6 +75,16 @@ def layers(gradients: Mapping[str, Tensor]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def cancelling(subject: Subject, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the parameters that fine gradients arrive at and cancel, as a bias's do that every score has alike.
+
+    No operation on the way gives zeros, or one that adds the parameter to something and so sums what it is given.
+    """
+    broken, rest = breaks_of(subject, names, backtrace.ZERO)
+    added = tuple(n for brk, hit in broken if brk.operation in ADDS for n in hit)
+    return tuple(name for name in names if name in rest or (name in added and subject.named[name].dim() <= 1))
 
 
 def _explain(

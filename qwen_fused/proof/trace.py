@@ -32,11 +32,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwen_fused.common.random_state import RandomState
 from qwen_fused.proof import frames, kinds, modes
 from qwen_fused.proof.cuts import CustomOp, Event, Trace
 from qwen_fused.proof.frames import NOWHERE, Site
-from qwen_fused.proof.labels import Key, Labels, tensors_in
-from qwen_fused.proof.replay import Slot, Slots, capture
+from qwen_fused.proof.labels import Key, Labels, is_wrapped, tensors_in
+from qwen_fused.proof.replay import Draw, Slot, Slots, capture
 from qwen_fused.proof.switches import GradientSwitch
 
 OnCustom = Callable[[CustomOp, Callable[..., Any], tuple, dict, Any], None]
@@ -47,22 +48,26 @@ def trace(
     parameters: Mapping[str, Tensor],
     on_custom: OnCustom | None = None,
     earlier: Labels | None = None,
+    trusted: Callable[[str], bool] = lambda name: False,
 ) -> Trace:
     """Call the loss function once and follow the parameters through it.
 
-    Compiled functions run their source meanwhile. Operations that other threads make are not seen.
+    Compiled functions run their source meanwhile. Operations that other threads make are not seen, only that there were
+    other threads.
 
     Args:
         loss_fn: called without arguments.
         parameters: name -> parameter.
         on_custom: called with every custom operation that depends on a parameter, its callable, arguments and result.
         earlier: labels of an earlier call; what that computed and this one still uses is listed as kept.
+        trusted: whether a torch function of that name is to be taken at its word, as a custom operation may be.
     """
-    tracer = _Tracer(parameters, on_custom, earlier)
+    tracer = _Tracer(parameters, on_custom, earlier, trusted)
     with (
         modes.uncompiled(),
         modes.on_apply(tracer.apply),
         modes.on_inference_mode(lambda: tracer.switch.note("inference_mode", False)),
+        modes.on_thread(tracer.note_thread),
         modes.FunctionMode(tracer.call),
         modes.DispatchMode(tracer.aten),
     ):
@@ -74,11 +79,18 @@ def trace(
 
 
 class _Tracer:
-    def __init__(self, parameters: Mapping[str, Tensor], on_custom: OnCustom | None, earlier: Labels | None):
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        on_custom: OnCustom | None,
+        earlier: Labels | None,
+        trusted: Callable[[str], bool],
+    ):
         self.labels = Labels(parameters)
         self.earlier = earlier
         self.trace = Trace(self.labels)
         self.on_custom = on_custom
+        self.trusted = trusted
         self.calls = 0
         self.slots = Slots()
         self.busy = False
@@ -108,6 +120,7 @@ class _Tracer:
                 labels.add_values(tensor, values, cuts)
         for tensor in kinds.written_by(func, args, kwargs):
             self.written.add(labels.key(tensor))
+            self.trace.rewritten |= labels.homes.get(labels.key(tensor), 0)
             labels.add_values(tensor, values, cuts)
         return out
 
@@ -124,9 +137,15 @@ class _Tracer:
                 self.switch.note("no_grad", args[0])
                 return func(*args, **kwargs)
             ins = list(tensors_in((args, kwargs)))
+            if name in ("requires_grad_", "requires_grad.__set__"):
+                return self._switch_parameter(func, name, ins[0], args, kwargs)
+            if any(is_wrapped(tensor) for tensor in ins):
+                # inside vmap or jvp a wrapper says nothing of what autograd connects: what comes out of it is looked at
+                return func(*args, **kwargs)
+            self.trace.differentiates |= name in ("grad", "backward")
             seen = self._look_at(ins)
             self.written.clear()
-            out = func(*args, **kwargs)
+            out = self._watch_draw(func, name, slot, args, kwargs)
             self._after(func, name, slot, ins, (args, kwargs), out, seen)
             return out
         finally:
@@ -158,7 +177,8 @@ class _Tracer:
             if not self.nested:
                 self._lose(cls, cls.__name__, slot, ins, out, alive | inside, cuts)
                 if not kinds.recomputes(cls):
-                    self._custom(slot, values | inside, call, args, kwargs, out)
+                    surrogate = kinds.is_surrogate(cls, cls.__name__)
+                    self._custom(slot, values | inside, call, args, kwargs, out, surrogate)
         return out
 
     def _look_at(self, ins: list[Tensor]) -> tuple[int, int, int]:
@@ -209,8 +229,8 @@ class _Tracer:
         alive, values, cuts = seen
         labels = self.labels
         outs = list(tensors_in(out))
-        if kinds.is_discrete(name, ins, outs):
-            held = capture(ins, out, outs)
+        if discrete := kinds.discrete_among(name, ins, outs):
+            held = capture(ins, out, discrete)
             self.trace.fixed.append(Event("fixed", name, NOWHERE, 0, self.calls, slot=slot, record=held))
         if not values or (not outs and not self.written and name not in kinds.DEPARTURES):
             if name == "register_hook" and values:
@@ -220,9 +240,6 @@ class _Tracer:
             self._depart(name, slot, ins, out, values)
             return
         self.mark_continued(ins)
-        if name in ("requires_grad_", "requires_grad.__set__"):
-            for event in self._events_of(labels.cuts(ins[0])):
-                event.carried = True
         for tensor in outs:
             self.trace.half |= tensor.dtype in (torch.float16, torch.bfloat16)
             if func in kinds.COPIES_VALUES:
@@ -232,8 +249,41 @@ class _Tracer:
         for tensor in outs + [t for t in ins if labels.key(t) in self.written]:
             labels.set_alive(tensor, alive)
         self._lose(func, name, slot, ins, out, alive, cuts)
-        if alive and kinds.is_custom(func):
-            self._custom(slot, values, func, *given, out)
+        surrogate = kinds.is_surrogate(func, name)
+        if alive and (surrogate or kinds.is_custom(func) or self._is_trusted(name, outs)):
+            self._custom(slot, values, func, *given, out, surrogate=surrogate)
+
+    def _is_trusted(self, name: str, outs: list[Tensor]) -> bool:
+        return any(t.requires_grad for t in outs) and self.trusted(name)
+
+    def _watch_draw(self, func: Any, name: str, slot: Slot, args: tuple, kwargs: dict) -> Any:
+        """Make the call, and take down the generators around it where it draws from them."""
+        if name.endswith("__"):
+            return func(*args, **kwargs)
+        own = kwargs.get("generator")
+        states = own.get_state() if isinstance(own, torch.Generator) else None
+        before = RandomState.now()
+        out = func(*args, **kwargs)
+        after = RandomState.now()
+        if isinstance(own, torch.Generator) and states is not None:
+            self.trace.draws[slot] = Draw(before, after, (own, states, own.get_state()))
+        elif after != before:
+            self.trace.draws[slot] = Draw(before, after)
+        return out
+
+    def _switch_parameter(self, func: Any, name: str, tensor: Tensor, args: tuple, kwargs: dict) -> Any:
+        """Note that a tensor is told to ask for no gradient, or to ask for one again: nothing is written to it."""
+        labels = self.labels
+        alive, cuts = labels.alive(tensor), labels.cuts(tensor)
+        out = func(*args, **kwargs)
+        if tensor.requires_grad:
+            for event in self._events_of(cuts):
+                # what it was behind can be carried on from here; what switched it off is over
+                event.carried = event.kind != "requires_grad"
+            labels.drop_own_cuts(tensor, sum(e.bit for e in self._events_of(cuts) if e.kind == "requires_grad"))
+        elif alive:
+            labels.add_own_cuts(tensor, self._note(func, name, [(tensor, alive)], "requires_grad").bit)
+        return out
 
     def _lose(self, func: Any, name: str, slot: Slot, ins: list[Tensor], out: Any, alive: int, cuts: int) -> None:
         """Compare what went in alive with what came out, note a cut, and hand the cuts on."""
@@ -260,11 +310,11 @@ class _Tracer:
             elif labels.values(tensor):
                 labels.add_values(tensor, 0, through)
 
-    def _note(self, func: Any, name: str, dead: Sequence[tuple[Tensor | None, int]]) -> Event:
+    def _note(self, func: Any, name: str, dead: Sequence[tuple[Tensor | None, int]], kind: str | None = None) -> Event:
         site, at, lost = frames.locate(), None, 0
         for _, label in dead:
             lost |= label
-        kind = kinds.of_cut(func, name, next(tensor for tensor, label in dead if label))
+        kind = kind or kinds.of_cut(func, name, next(tensor for tensor, label in dead if label))
         if kind == "no_grad":
             kind, at, site = self.switch.kind, site.user, self.switch.site or site
             site = Site(site.user, site.inside, frames.locate().callers)
@@ -300,11 +350,25 @@ class _Tracer:
         self.trace.departures.append(event)
         self.sources.setdefault(self.labels.key(ins[0]), []).append(event)
 
-    def _custom(self, slot: Slot, inputs: int, call: Callable[..., Any], args: tuple, kwargs: dict, out: Any) -> None:
-        op = CustomOp(slot, slot.name.removesuffix(".apply"), frames.locate(), inputs)
+    def _custom(
+        self,
+        slot: Slot,
+        inputs: int,
+        call: Callable[..., Any],
+        args: tuple,
+        kwargs: dict,
+        out: Any,
+        surrogate: bool = False,
+    ) -> None:
+        name, draw = slot.name.removesuffix(".apply"), self.trace.draws.get(slot)
+        op = CustomOp(slot, name, frames.locate(), inputs, surrogate, draw)
         self.trace.custom.append(op)
         if self.on_custom is not None:
             self.on_custom(op, call, args, kwargs, out)
+
+    def note_thread(self) -> None:
+        """Note that another thread was given something to do."""
+        self.trace.threads = True
 
     def _events_of(self, cuts: int) -> Iterator[Event]:
         return (event for event in self.trace.cuts if event.bit & cuts)
