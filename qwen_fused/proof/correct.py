@@ -10,7 +10,8 @@ from torch import Tensor
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.derivative import Directions, Verdict
 from qwen_fused.proof.ladder import Rung
-from qwen_fused.proof.replay import Held, ReplayMismatch, Slot
+from qwen_fused.proof.replay import Held, ReplayMismatch
+from qwen_fused.proof.slots import Slot
 from qwen_fused.proof.subject import Gradients, Subject, as_float
 from qwen_fused.proof.trusted_ops import Point
 from qwen_fused.proof.upcast import real_type

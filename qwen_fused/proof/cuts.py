@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qwen_fused.proof.draws import Draw
 from qwen_fused.proof.frames import Frame, Site
 from qwen_fused.proof.labels import Labels
-from qwen_fused.proof.replay import Draw, Record, Slot
+from qwen_fused.proof.replay import Record
+from qwen_fused.proof.slots import Slot
 
 
 @dataclass(frozen=True)

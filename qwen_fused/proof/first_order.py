@@ -16,7 +16,8 @@ from torch import Tensor
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.moves import Moves
 from qwen_fused.proof.real_parts import inner
-from qwen_fused.proof.replay import Held, ReplayMismatch, Slot
+from qwen_fused.proof.replay import Held, ReplayMismatch
+from qwen_fused.proof.slots import Slot
 from qwen_fused.proof.subject import Gradients, Subject
 from qwen_fused.proof.trusted_ops import Linearized
 

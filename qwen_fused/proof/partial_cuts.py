@@ -14,7 +14,8 @@ import torch
 from qwen_fused.proof.cuts import Event, Trace
 from qwen_fused.proof.derivative import Directions
 from qwen_fused.proof.ladder import Finding, Rung, name_some
-from qwen_fused.proof.replay import Held, Slot
+from qwen_fused.proof.replay import Held
+from qwen_fused.proof.slots import Slot
 from qwen_fused.proof.subject import Subject
 from qwen_fused.proof.trusted_ops import Point
 

@@ -9,41 +9,19 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from qwen_fused.common.random_state import RandomState
 from qwen_fused.proof import frames, kinds, modes
+from qwen_fused.proof.draws import Draw
 from qwen_fused.proof.labels import tensors_in
+from qwen_fused.proof.slots import Slot, Slots
 from qwen_fused.proof.upcast import CASTS, PLAIN_FORMS, Upcast
-
-
-class Slot(NamedTuple):
-    """The number-th call of a function from one line of source during an evaluation."""
-
-    name: str
-    file: str
-    line: int
-    number: int
-
-
-class Slots:
-    """Gives each call of an evaluation its slot."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[tuple[str, str, int]] = Counter()
-
-    def next(self, name: str) -> Slot:
-        """The slot of the call that is being made now."""
-        place = (name, *frames.line_of_call())
-        self._counts[place] += 1
-        return Slot(*place, self._counts[place])
 
 
 class Held(Protocol):
@@ -51,26 +29,6 @@ class Held(Protocol):
 
     def put(self, ins: list[Tensor], out: Any) -> Any:
         """The result to go on with, given the call's tensors and its own result."""
-
-
-@dataclass
-class Draw:
-    """Generators around a call that drew from them: in another type the same call would draw otherwise, or more."""
-
-    before: RandomState
-    after: RandomState
-    own: tuple[torch.Generator, Tensor, Tensor] | None = None  # one that was named, its states before and after
-
-    def again(self, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """Make the call from the generators' states of then, and leave them where it left them then."""
-        self.before.put_back()
-        if self.own:
-            self.own[0].set_state(self.own[1])
-        out = call(*args, **kwargs)
-        self.after.put_back()
-        if self.own:
-            self.own[0].set_state(self.own[2])
-        return out
 
 
 @dataclass

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from qwen_fused.proof import frames
 from qwen_fused.proof.allowance import Allowance
 from qwen_fused.proof.cuts import Trace
+from qwen_fused.proof.draws import Draw
 from qwen_fused.proof.gradients import Gradients, deliver
 from qwen_fused.proof.ladder import name_some
 from qwen_fused.proof.moves import Values
 from qwen_fused.proof.optimizers import Optimizers, as_list, needs_closure
-from qwen_fused.proof.replay import Draw, Held, Slot, evaluate
+from qwen_fused.proof.replay import Held, evaluate
+from qwen_fused.proof.slots import Slot
 from qwen_fused.proof.snapshot import Snapshot
 from qwen_fused.proof.trace import OnCustom, trace
 from qwen_fused.proof.upcast import Upcast
@@ -152,7 +154,9 @@ def _check_material(named: Mapping[str, Tensor]) -> None:
         if torch.nn.parameter.is_lazy(parameter):
             raise ValueError(f"params: {name} has no shape yet: call the model once first")
         if hasattr(parameter, "device_mesh"):
-            raise ValueError(f"params: {name} is a DTensor, which is not supported: prove the model before it is sharded")
+            raise ValueError(
+                f"params: {name} is a DTensor, which is not supported: prove it before it is sharded"
+            )
         if parameter.is_meta:
             raise ValueError(f"params: {name} is on the meta device and has no values: materialize the model first")
 

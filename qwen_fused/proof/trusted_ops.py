@@ -12,10 +12,12 @@ from torch import Tensor
 
 from qwen_fused.proof.cuts import CustomOp, Trace
 from qwen_fused.proof.derivative import TOLERANCE
+from qwen_fused.proof.draws import Draw
 from qwen_fused.proof.kinds import is_inexact
 from qwen_fused.proof.labels import tensors_in
 from qwen_fused.proof.real_parts import inner
-from qwen_fused.proof.replay import Draw, Slot, replace_tensors
+from qwen_fused.proof.replay import replace_tensors
+from qwen_fused.proof.slots import Slot
 from qwen_fused.proof.subject import Gradients, Subject, check_scalar
 
 Linearized = dict[Slot, "LinearizedOp"]
