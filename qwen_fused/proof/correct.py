@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ DOUBT, SLIGHT = "in float64", 0.05
 MOST_IN_FLOAT64 = 500_000_000
 
 
-def correct(subject: Subject, point: Point, directions: int, seed: int) -> Rung:
+def correct(
+    subject: Subject, point: Point, directions: int, seed: int, base: Mapping[str, Tensor] | None = None
+) -> Rung:
     """Judge the gradients taken at a point, where the parameters are, along random directions.
 
     Args:
@@ -31,6 +34,7 @@ def correct(subject: Subject, point: Point, directions: int, seed: int) -> Rung:
         point: the call that the gradients are of.
         directions: how many.
         seed: for the directions.
+        base: name -> value of the parameter there; a copy of them is made when None.
     """
     trace, gradients, loss = point.trace, point.gradients, point.loss
     if not gradients.of or not isinstance(loss, Tensor):
@@ -51,7 +55,7 @@ def correct(subject: Subject, point: Point, directions: int, seed: int) -> Rung:
     coarse = _coarsest(subject, trace, loss)
     rung, doubt, reason = Rung("correct", None, ""), None, ""
     for wide in _types(subject, coarse, trace.threads):
-        lines = Directions(subject.trainable, judged, subject.evaluation(trace, held, wide), coarse, wide, seed)
+        lines = Directions(subject.trainable, judged, subject.evaluation(trace, held, wide), coarse, wide, seed, base)
         try:
             if wide is not None and (said := _disagreement(lines, value, coarse)):
                 reason = reason or f"; not in {str(wide).removeprefix('torch.')}: {said}"

@@ -75,6 +75,7 @@ class Directions:
         coarse: coarsest type that autograd computed in.
         wide: type to evaluate in, or None for the parameters' own.
         seed: for the directions.
+        base: name -> value of the parameter there; a copy of them is made when None.
     """
 
     def __init__(
@@ -85,12 +86,13 @@ class Directions:
         coarse: torch.dtype,
         wide: torch.dtype | None,
         seed: int,
+        base: Mapping[str, Tensor] | None = None,
     ):
         self.parameters = {name: p for name, p in parameters.items() if name in gradients}
         self.gradients = gradients
         self.wide = wide
         self.seed = seed
-        self.moves = Moves(self.parameters, evaluate, wide)
+        self.moves = Moves(self.parameters, evaluate, wide, base)
         self.scales = scales_of(self.parameters)
         self._number: int | None = None
         self._along: dict[str, Tensor] = {}
@@ -110,6 +112,12 @@ class Directions:
             nondeterminism: by how much the loss differs between two evaluations at the same point.
             only: names of the parameters to move, all when empty.
         """
+        try:
+            return self._check(number, nondeterminism, only)
+        finally:
+            self.restore()
+
+    def _check(self, number: int, nondeterminism: float, only: Collection[str]) -> Verdict:
         weights = self._weights(number, only or self.parameters.keys())
         shares = self._predict(self.last / 10, weights)[1]
         scale = math.sqrt(sum(share * share for share in shares.values()))

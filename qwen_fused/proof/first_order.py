@@ -82,6 +82,7 @@ def measure(
     own = Moves(moved, lambda _: subject.value(), None, before)
     whole = dict.fromkeys(changes, 1.0)
     found.actual = own.loss_at(1.0, changes, whole) - loss
+    own.restore()
     found.nondeterminism = abs(subject.value() - loss)
     rounding = 4 * float(torch.finfo(_coarsest(subject, trace)).eps) * abs(loss) + 20 * found.nondeterminism
     size = sum(inner(gradients.of[n], gradients.of[n]) for n in changes) ** 0.5
@@ -112,21 +113,23 @@ def _look_along(
 ) -> None:
     """Try smaller and smaller parts of the step, in float64 if that can be, else down to what rounding hides."""
     whole = dict.fromkeys(changes, 1.0)
-    for wide in (torch.float64, None):
+    # its own precision is enough where nothing is held still and the change is no matter of rounding
+    plain = not held and not trace.half
+    for wide in (*((None,) if plain else ()), torch.float64, None):
         moves = Moves(moved, subject.evaluation(trace, held, wide), wide, before)
         try:
-            here = moves.loss_at(0.0, {}, {})
+            here = moves.loss_at(0.0, {}, {}) if wide or held else loss
             if abs(here - loss) > 0.05 * abs(loss) + 1e-6:
                 # other draws, or code that is another in float64
                 found.reason = "the loss is another when it is computed in float64"
                 continue
             noise = 4 * float(torch.finfo(torch.float64).eps) * abs(here) if wide else rounding
-            for part in PARTS:
+            for part in PARTS[1:] if plain else PARTS:
                 if abs(part * found.predicted) <= TOLD_APART * noise:
                     break
                 if _is_close(found, part, moves.loss_at(part, changes, whole) - here):
                     return
-            if found.part is not None:
+            if found.part is not None and wide:
                 return
             found.reason = "the change is lost in the loss's rounding"
         except ReplayMismatch as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 from qwen_fused.common.autograd_graph import graph_leaves
 from qwen_fused.proof import frames, kinds, modes
 from qwen_fused.proof.frames import Site
+from qwen_fused.proof.moves import has_nonzero
 from qwen_fused.proof.optimizers import watching_steps
 
 
@@ -37,6 +38,10 @@ class Gradients:
     stepped: bool = False
     unregistered: list[Tensor] = field(default_factory=list)
     error: RuntimeError | None = None
+
+    def forget(self) -> None:
+        """Let the gradients themselves go, and keep whose they were."""
+        self.of = {name: gradient.new_zeros(()) for name, gradient in self.of.items()}
 
 
 def deliver(
@@ -133,7 +138,7 @@ class _Erasure:
 
 
 def _is_alive(gradient: Tensor | None) -> bool:
-    return gradient is not None and bool(gradient.any())
+    return gradient is not None and has_nonzero(gradient)
 
 
 def _take_scale_off(found: Gradients, scale: float) -> None:
@@ -145,4 +150,4 @@ def _take_scale_off(found: Gradients, scale: float) -> None:
 
 
 def _is_gone(now: Tensor | None, delivered: Tensor) -> bool:
-    return now is None or (not now.any() and bool(delivered.any()))
+    return now is None or (not has_nonzero(now) and has_nonzero(delivered))

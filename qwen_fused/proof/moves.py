@@ -9,8 +9,6 @@ from torch import Tensor
 
 from qwen_fused.proof.real_parts import real_parts
 
-# id of a parameter -> its exact value, made when it is used: a model's worth of them at once is a copy too many
-Values = Mapping[int, Callable[[], Tensor]]
 # prime, so that the rows of no matrix repeat each other
 NOISE_BLOCK = 65537
 
@@ -29,49 +27,86 @@ class Moves:
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
-        evaluate: Callable[[Values | None], float],
+        evaluate: Callable[[Mapping[int, ExactValue] | None], float],
         wide: torch.dtype | None,
         base: Mapping[str, Tensor] | None = None,
     ):
         self.parameters = parameters
         self.evaluate = evaluate
         self.wide = wide
+        self._moved: set[str] = set()
         self.base = {name: p.data.clone() for name, p in parameters.items()} if base is None else base
 
     def shifted(self, name: str, direction: Tensor, step: float) -> Tensor:
         """A parameter's value, `step` along the direction."""
-        base = self.base[name]
-        exact = real_parts(base)
-        exact = exact.to(self.wide or (exact.dtype if exact.dtype == torch.float64 else torch.float32))
-        # to the type that the base itself is rounded to, unless a wider one is computed in
-        exact = exact + step * real_parts(direction).to(exact.dtype)
-        exact = torch.view_as_complex(exact) if base.is_complex() else exact
-        return exact if self.wide else exact.to(base.dtype)
+        return ExactValue(self.base[name], direction, step, self.wide)()
 
     def loss_at(self, step: float, directions: Mapping[str, Tensor], weights: Mapping[str, float]) -> float:
-        """The loss with every parameter moved by step * weight along its direction."""
-        values: dict[int, Callable[[], Tensor]] = {}
-        try:
-            for name, parameter in self.parameters.items():
-                far = step * weights.get(name, 0.0) if name in directions else 0.0
-                exact = self._exact(name, directions.get(name), far)
-                values[id(parameter)] = exact
-                if far:
-                    # code that no mode sees reads the parameters themselves
-                    parameter.data.copy_(exact())
-            return self.evaluate(values if self.wide else None)
-        finally:
-            self.restore()
-
-    def _exact(self, name: str, direction: Tensor | None, far: float) -> Callable[[], Tensor]:
-        if direction is None or not far:
-            return lambda: self.base[name]
-        return lambda: self.shifted(name, direction, far)
+        """The loss with every parameter moved by step * weight along its direction; they are left there."""
+        values = {}
+        for name, parameter in self.parameters.items():
+            far = step * weights.get(name, 0.0) if name in directions else 0.0
+            exact = ExactValue(self.base[name], directions.get(name), far, self.wide)
+            values[id(parameter)] = exact
+            if far or name in self._moved:
+                # code that no mode sees reads the parameters themselves
+                exact.write_to(parameter)
+            (self._moved.add if far else self._moved.discard)(name)
+        return self.evaluate(values if self.wide else None)
 
     def restore(self) -> None:
         """Put the parameters back to where they were."""
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(self.base[name])
+        for name in self._moved:
+            self.parameters[name].data.copy_(self.base[name])
+        self._moved.clear()
+
+
+class ExactValue:
+    """A parameter's value at base + far * direction, in the type that is computed in, made when it is asked for.
+
+    Args:
+        base: where it is moved from.
+        direction: of the same shape, None where it is not moved.
+        far: how far along it.
+        wide: the type; None for the base's own, to which the sum is rounded.
+    """
+
+    def __init__(self, base: Tensor, direction: Tensor | None, far: float, wide: torch.dtype | None):
+        self._base = base
+        self._direction = direction if far else None
+        self._far = far
+        self._wide = wide
+
+    def __call__(self) -> Tensor:
+        return self._sum(self._base, self._direction)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Those rows alone: of a large table a few are looked up."""
+        return self._sum(self._base[index], None if self._direction is None else self._direction[index])
+
+    def _sum(self, base: Tensor, direction: Tensor | None) -> Tensor:
+        parts = real_parts(base)
+        if direction is None:
+            exact = parts if self._wide is None else parts.to(self._wide)
+        else:
+            # in float32 at least, whatever the result is rounded to
+            exact = parts.to(self._wide or torch.promote_types(parts.dtype, torch.float32), copy=True)
+            exact.add_(real_parts(direction), alpha=self._far)
+        exact = torch.view_as_complex(exact) if base.is_complex() else exact
+        return exact if self._wide else exact.to(base.dtype)
+
+    def write_to(self, parameter: Tensor) -> None:
+        """Give the parameter itself this value, rounded to its own type."""
+        if self._direction is None:
+            parameter.data.copy_(self._base)
+        elif parameter.dtype == self._direction.dtype == self._base.dtype:
+            torch.add(self._base, self._direction, alpha=self._far, out=parameter.data)
+        else:
+            parameter.data.copy_(self())
+
+
+# id of a parameter -> its exact value: a model's worth of them at once would be a copy too many
+Values = Mapping[int, ExactValue]
 
 
 class Noise:
@@ -105,4 +140,9 @@ def _root_mean_square(tensor: Tensor) -> float:
         return 0.0
     parts = real_parts(tensor.detach())
     wide = torch.float64 if parts.dtype == torch.float64 else torch.float32
-    return float(torch.linalg.vector_norm(parts, dtype=wide)) / parts.numel() ** 0.5
+    return float(torch.linalg.vector_norm(parts, dtype=None if parts.dtype == wide else wide)) / parts.numel() ** 0.5
+
+
+def has_nonzero(tensor: Tensor) -> bool:
+    """Whether any element is not zero; most often the first few tell."""
+    return bool(tensor.reshape(-1)[:64].any()) or bool(tensor.any()) if tensor.is_contiguous() else bool(tensor.any())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from qwen_fused.proof import backtrace
 from qwen_fused.proof.backtrace import breaks_of
 from qwen_fused.proof.frames import NOWHERE
 from qwen_fused.proof.ladder import Finding, Rung, name_some
+from qwen_fused.proof.moves import has_nonzero
+from qwen_fused.proof.real_parts import real_parts
 from qwen_fused.proof.subject import Gradients, Subject, as_float
 
 # operations whose backward sums the gradient up for what they add
@@ -23,11 +26,11 @@ def nonzero(subject: Subject, gradients: Gradients, later: Mapping[str, Tensor],
     """Every gradient is finite and, there or one small step away, not all zero."""
     if not gradients.of:
         return Rung("nonzero", None, "there is no gradient to look at")
-    finite = torch.stack([g.isfinite().all().cpu() for g in gradients.of.values()]).tolist()
+    finite = [math.isfinite(_largest(g)) for g in gradients.of.values()]
     nonfinite = tuple(name for name, whole in zip(gradients.of, finite, strict=True) if not whole)
     zero = [n for n in zeros(gradients.of) if not subject.allow.name(n)]
     zero = [n for n in zero if gradients.of[n].numel()]
-    always_zero = tuple(n for n in zero if n not in later or not later[n].any())
+    always_zero = tuple(n for n in zero if n not in later or not has_nonzero(later[n]))
     findings = []
     cancels = cancelling(subject, always_zero) if always_zero else ()
     if cancels:
@@ -54,27 +57,35 @@ def zeros(gradients: Mapping[str, Tensor]) -> list[str]:
     """Names of the gradients whose every element is zero."""
     if not gradients:
         return []
-    alive = torch.stack([g.any().cpu() for g in gradients.values()]).tolist()
-    return [name for name, some in zip(gradients, alive, strict=True) if not some]
+    return [name for name, gradient in gradients.items() if not has_nonzero(gradient)]
 
 
 def layers(gradients: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """Per layer: parameters, gradient norm, largest element, and tensors that are zero or not finite."""
     rows = []
     for layer, names in group_by_layer(gradients).items():
-        grads = [gradients[name].float() for name in names]
-        largest = torch.stack([g.abs().max() if g.numel() else g.new_zeros(()) for g in grads])
+        largest = [_largest(gradients[name]) for name in names]
+        norms = [_norm(gradients[name]) for name in names]
         rows.append(
             {
                 "layer": layer,
                 "parameters": len(names),
-                "norm": torch.stack([g.norm() for g in grads]).norm().item(),
-                "max_abs": largest.max().item(),
+                "norm": sum(norm * norm for norm in norms) ** 0.5,
+                "max_abs": max(largest, key=lambda size: (math.isnan(size), size)),
                 "zero": len(zeros({name: gradients[name] for name in names})),
-                "nonfinite": sum(not bool(g.isfinite().all()) for g in grads),
+                "nonfinite": sum(not math.isfinite(size) for size in largest),
             }
         )
     return rows
+
+
+def _largest(gradient: Tensor) -> float:
+    """Largest size of an element; NaN where one is."""
+    return float(torch.linalg.vector_norm(gradient, math.inf)) if gradient.numel() else 0.0
+
+
+def _norm(gradient: Tensor) -> float:
+    return float(torch.linalg.vector_norm(real_parts(gradient).float()))
 
 
 def cancelling(subject: Subject, names: tuple[str, ...]) -> tuple[str, ...]:

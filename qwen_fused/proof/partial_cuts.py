@@ -8,8 +8,10 @@ results of the cut let go. What differs is what the cut loses. Only cuts that no
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from qwen_fused.proof.cuts import Event, Trace
 from qwen_fused.proof.derivative import Directions
@@ -38,7 +40,7 @@ def partial_cuts(subject: Subject, trace: Trace, *, count: bool) -> list[Event]:
     return [e for e in events if not subject.allow.event(e, count=count)]
 
 
-def weigh_partial_cuts(subject: Subject, point: Point, connected: Rung) -> None:
+def weigh_partial_cuts(subject: Subject, point: Point, connected: Rung, base: Mapping[str, Tensor]) -> None:
     """Call the second rung not judged where a cut that nobody wrote down loses more than a tenth of the gradient."""
     if connected.ok is not True or not point.gradients.of:
         return
@@ -48,7 +50,7 @@ def weigh_partial_cuts(subject: Subject, point: Point, connected: Rung) -> None:
             user = event.site.user
             lines.setdefault((event.operation, user.file, user.line), []).append(event)
     for events in list(lines.values())[:WEIGHED]:
-        share = _share_lost(subject, point, events)
+        share = _share_lost(subject, point, events, base)
         if not share > MOST_LOST:
             continue
         event, label = events[0], 0
@@ -63,14 +65,14 @@ def weigh_partial_cuts(subject: Subject, point: Point, connected: Rung) -> None:
         connected.findings.append(Finding("partial cut", detail, names, event.site.user, event.site.inside))
 
 
-def _share_lost(subject: Subject, point: Point, events: list[Event]) -> float:
+def _share_lost(subject: Subject, point: Point, events: list[Event], base: Mapping[str, Tensor]) -> float:
     """The part of the loss's derivative that flows through the cuts, relative to the whole; NaN if it can't be had."""
     slots = {event.slot for event in events}
     held: dict[Slot, Held] = {**point.trace.held(carried=subject.own_backward), **point.linearized}
     released = {slot: record for slot, record in held.items() if slot not in slots}
     judged = {name: g for name, g in point.gradients.of.items() if name in subject.trainable}
     evaluate = subject.evaluation(point.trace, released, torch.float64)
-    lines = Directions(subject.trainable, judged, evaluate, torch.float32, torch.float64, 0)
+    lines = Directions(subject.trainable, judged, evaluate, torch.float32, torch.float64, 0, base)
     try:
         return abs(lines.deviation_along(0))
     except Exception:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.held_state import AttributeMark
-from qwen_fused.proof.moves import Noise, scales_of
+from qwen_fused.proof.moves import Noise, has_nonzero, scales_of
 from qwen_fused.proof.nonzero import zeros
 from qwen_fused.proof.real_parts import real_parts
 from qwen_fused.proof.subject import Gradients, Subject
@@ -33,8 +33,9 @@ class PerturbedPoint:
         for number in range(PERTURBATIONS):
             zero_before = zeros(gradients.of)
             perturb(subject.trainable, gradients.of, scales)
-            self._values = {name: p.data.clone() for name, p in subject.trainable.items()}
+            self.values = {name: p.data.clone() for name, p in subject.trainable.items()}
             self.at = differentiate(subject, first)
+            subject.snapshot.clear_gradients()
             still_zero = [name for name in zero_before if name in zeros(self.at.gradients.of)]
             if not still_zero or len(still_zero) == len(zero_before) or number == PERTURBATIONS - 1:
                 break
@@ -45,13 +46,13 @@ class PerturbedPoint:
     def return_to(self) -> None:
         """Put the parameters back here."""
         for name, parameter in self._subject.trainable.items():
-            parameter.data.copy_(self._values[name])
+            parameter.data.copy_(self.values[name])
 
 
 def perturb(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
     """Move every parameter whose gradient is not zero by a random hundredth of its size; the others stay."""
     noise = Noise(0)
     for name, gradient in gradients.items():
-        if gradient.any():
+        if has_nonzero(gradient):
             data = real_parts(parameters[name].data)
             data.add_(noise.like(parameters[name]).mul_(0.02 * scales[name]).to(data.dtype))

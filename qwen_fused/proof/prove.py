@@ -91,10 +91,12 @@ def _climb(subject: Subject, directions: int, seed: int) -> ProofReport:
     near = PerturbedPoint(subject, first.gradients, first.trace, attributes)
     subject.snapshot.reset_values()
     ladder.append(nonzero(subject, first.gradients, near.at.gradients.of, first.loss))
+    by_layer = layers(first.gradients.of)
+    first.gradients.forget()
     near.return_to()
-    ladder.append(correct(subject, near.at, directions, seed))
+    ladder.append(correct(subject, near.at, directions, seed, near.values))
     near.return_to()
-    weigh_partial_cuts(subject, near.at, ladder[1])
+    weigh_partial_cuts(subject, near.at, ladder[1], near.values)
     subject.snapshot.reset_values()
     ladder.append(applied(subject, step, first.gradients, first.trace, near.at.trace))
 
@@ -103,7 +105,7 @@ def _climb(subject: Subject, directions: int, seed: int) -> ProofReport:
         cut=cut,
         notes=notes_of(subject, first.trace, first.gradients),
         allowed=dict(subject.allow.matches),
-        layers=layers(first.gradients.of),
+        layers=by_layer,
         parameters=len(subject.named),
         loss=as_float(first.loss),
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# elements of a tensor that are summed at a time
-CHUNK = 1 << 20
+# elements that are summed in float32
+ROW = 1024
 
 
 def real_parts(tensor: Tensor) -> Tensor:
@@ -20,8 +20,10 @@ def real_parts(tensor: Tensor) -> Tensor:
 def inner(one: Tensor, other: Tensor) -> float:
     """Real inner product of two tensors of one shape, summed in float64."""
     one, other = real_parts(one.detach()), real_parts(other.detach())
-    if one.numel() <= CHUNK:
-        return float((one.double() * other.double()).sum())
-    parts = zip(one.reshape(-1).split(CHUNK), other.reshape(-1).split(CHUNK), strict=True)
-    # a float64 copy of a large tensor is a copy too many
-    return float(sum((a.double() * b.double()).sum() for a, b in parts))
+    if one.dtype == other.dtype == torch.float32 and one.numel() >= ROW:
+        # short float32 sums, added up in float64: a float64 copy of a large tensor is a copy too many
+        one, other = one.reshape(-1), other.reshape(-1)
+        whole = one.numel() // ROW * ROW
+        rows = torch.linalg.vecdot(one[:whole].view(-1, ROW), other[:whole].view(-1, ROW))
+        return float(rows.double().sum()) + float((one[whole:].double() * other[whole:].double()).sum())
+    return float((one.double() * other.double()).sum())

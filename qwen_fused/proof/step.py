@@ -14,7 +14,7 @@ from qwen_fused.proof import modes
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.first_order import FirstOrder, measure
 from qwen_fused.proof.kinds import written_by
-from qwen_fused.proof.moves import scales_of
+from qwen_fused.proof.moves import has_nonzero, scales_of
 from qwen_fused.proof.optimizers import innermost, rate_of, rate_to_come, watching_steps
 from qwen_fused.proof.real_parts import inner, real_parts
 from qwen_fused.proof.subject import Gradients, Subject, as_float
@@ -75,7 +75,7 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace, l
     inside = [innermost(optimizer) for optimizer in subject.optimizers]
     step = Step(stepped=gradients.stepped, in_backward=gradients.stepped)
     step.had_state = any(getattr(optimizer, "state", None) for optimizer in inside) and not gradients.stepped
-    alive = [name for name, g in gradients.of.items() if g.any()]
+    alive = [name for name, g in gradients.of.items() if has_nonzero(g)]
     before = subject.snapshot.values_of(subject.named)
     masters = {name: master.clone() for name, master in _masters(subject).items()}
     with _after_warm_up(subject, step, gradients):
@@ -128,7 +128,7 @@ def _step_watched(subject: Subject, step: Step, gradients: Gradients, alive: Seq
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         mine = [name for name in alive if id(subject.named[name]) in own]
         now = {name: subject.named[name].grad for name in mine}
-        missing = [name for name, grad in now.items() if grad is None or not grad.any()]
+        missing = [name for name, grad in now.items() if grad is None or not has_nonzero(grad)]
         step.missing += tuple(name for name in missing if first or name not in step.missing)
         left = {name: grad for name, grad in now.items() if grad is not None and name not in missing}
         step.changed += tuple(name for name, grad in left.items() if _cosine(grad, gradients.of[name]) < 0.5)
@@ -217,10 +217,14 @@ def _is_wider(value: Any, parameter: Tensor) -> bool:
 
 def _norm(tensors: Iterable[Tensor]) -> float:
     parts = [real_parts(t.detach().to_dense() if t.is_sparse else t.detach()) for t in tensors]
-    return sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in parts) ** 0.5
+    # squares of float16 overflow in float16 itself
+    wide = [None if t.dtype in (torch.float32, torch.float64) else torch.float32 for t in parts]
+    return sum(float(torch.linalg.vector_norm(t, dtype=w)) ** 2 for t, w in zip(parts, wide, strict=True)) ** 0.5
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:
+    if one.dtype == other.dtype and not one.is_sparse and torch.equal(one, other):
+        return 1.0
     one = one.detach().to_dense() if one.is_sparse else one.detach()
     size = _norm([one]) * _norm([other])
     return inner(one, other) / size if size else 1.0

@@ -154,9 +154,7 @@ def _check_material(named: Mapping[str, Tensor]) -> None:
         if torch.nn.parameter.is_lazy(parameter):
             raise ValueError(f"params: {name} has no shape yet: call the model once first")
         if hasattr(parameter, "device_mesh"):
-            raise ValueError(
-                f"params: {name} is a DTensor, which is not supported: prove it before it is sharded"
-            )
+            raise ValueError(f"params: {name} is a DTensor, which is not supported: prove it before it is sharded")
         if parameter.is_meta:
             raise ValueError(f"params: {name} is on the meta device and has no values: materialize the model first")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_fused.proof.kinds import is_inexact
+from qwen_fused.proof.moves import Values
 
 _VIEWS = ("T", "mT", "H", "mH", "real", "imag", "data")
 _WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
@@ -66,7 +67,7 @@ class Upcast:
     """
 
     dtype: torch.dtype
-    values: Mapping[int, Callable[[], Tensor]]
+    values: Values
     differentiates: bool = False
     _twins: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -75,6 +76,10 @@ class Upcast:
         if name.endswith(".__set__") or (name.endswith(".__get__") and name.split(".")[0] not in _VIEWS):
             return args, kwargs
         in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITES
+        if name == "embedding" and self._may_look_up(args, kwargs):
+            # of a table with a hundred thousand rows a few are asked for
+            rows, index = args[0].unique(return_inverse=True)
+            return (index, self.values[id(args[1])].rows(rows)), kwargs | {"padding_idx": None}
         target = args[0] if in_place and args and isinstance(args[0], Tensor) else None
         out = kwargs.get("out")
         target = out if target is None and isinstance(out, Tensor) else target
@@ -96,6 +101,10 @@ class Upcast:
             return node
 
         return tuple(convert(a) for a in args), {key: convert(value) for key, value in kwargs.items()}
+
+    def _may_look_up(self, args: tuple, kwargs: dict) -> bool:
+        known = len(args) == 2 and id(args[1]) in self.values and not self.differentiates
+        return known and kwargs.get("max_norm") is None
 
     def _of_leaf(self, leaf: Tensor) -> Tensor:
         exact = self.values.get(id(leaf))
