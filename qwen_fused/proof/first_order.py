@@ -114,7 +114,7 @@ def _look_along(
     """Try smaller and smaller parts of the step, in float64 if that can be, else down to what rounding hides."""
     whole = dict.fromkeys(changes, 1.0)
     # its own precision is enough where nothing is held still and the change is no matter of rounding
-    plain = not held and not trace.half
+    plain = _is_plain(trace, held)
     for wide in (*((None,) if plain else ()), torch.float64, None):
         moves = Moves(moved, subject.evaluation(trace, held, wide), wide, before)
         try:
@@ -137,6 +137,11 @@ def _look_along(
         except Exception as error:
             # some code insists on its own type, and says so in its own way; the model's own precision is still to come
             found.reason = str(error).partition("\n")[0]
+
+
+def _is_plain(trace: Trace, held: Mapping[Slot, Held]) -> bool:
+    """Whether the loss function as it is, called in its own precision, is the function that autograd differentiates."""
+    return not held and not trace.half and all(event.kind != "requires_grad" for event in trace.cuts)
 
 
 def _is_close(found: FirstOrder, part: float, actual: float) -> bool:

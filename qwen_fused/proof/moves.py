@@ -72,17 +72,17 @@ class ExactValue:
     """
 
     def __init__(self, base: Tensor, direction: Tensor | None, far: float, wide: torch.dtype | None):
-        self._base = base
+        self.base = base
         self._direction = direction if far else None
         self._far = far
         self._wide = wide
 
     def __call__(self) -> Tensor:
-        return self._sum(self._base, self._direction)
+        return self._sum(self.base, self._direction)
 
     def rows(self, index: Tensor) -> Tensor:
         """Those rows alone: of a large table a few are looked up."""
-        return self._sum(self._base[index], None if self._direction is None else self._direction[index])
+        return self._sum(self.base[index], None if self._direction is None else self._direction[index])
 
     def _sum(self, base: Tensor, direction: Tensor | None) -> Tensor:
         parts = real_parts(base)
@@ -98,9 +98,9 @@ class ExactValue:
     def write_to(self, parameter: Tensor) -> None:
         """Give the parameter itself this value, rounded to its own type."""
         if self._direction is None:
-            parameter.data.copy_(self._base)
-        elif parameter.dtype == self._direction.dtype == self._base.dtype:
-            torch.add(self._base, self._direction, alpha=self._far, out=parameter.data)
+            parameter.data.copy_(self.base)
+        elif parameter.dtype == self._direction.dtype == self.base.dtype:
+            torch.add(self.base, self._direction, alpha=self._far, out=parameter.data)
         else:
             parameter.data.copy_(self())
 

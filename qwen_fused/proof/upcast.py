@@ -91,6 +91,9 @@ class Upcast:
                     return node
                 if node.is_leaf and node.requires_grad and wide is self.dtype:
                     return self._of_leaf(node)
+                if id(node) in self.values and node.is_leaf:
+                    # told to ask for no gradient meanwhile, it is a constant to autograd
+                    return _cast(self.values[id(node)].base, wide)
                 return _cast(node, wide)
             if isinstance(node, torch.dtype):
                 return self.widened(node)
