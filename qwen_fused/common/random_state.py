@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class RandomState:
     """Generators as they were before a call: the CPU's and, where CUDA is in use, every device's."""
 
@@ -24,6 +24,12 @@ class RandomState:
     def now(cls) -> RandomState:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls(torch.get_rng_state(), cuda)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RandomState):
+            return NotImplemented
+        same = len(self.cuda) == len(other.cuda) and torch.equal(self.cpu, other.cpu)
+        return same and all(torch.equal(one, two) for one, two in zip(self.cuda, other.cuda, strict=True))
 
     @contextmanager
     def again(self) -> Iterator[None]:

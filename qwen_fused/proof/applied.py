@@ -8,7 +8,7 @@ from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.erased import erased
 from qwen_fused.proof.frames import NOWHERE, Frame
 from qwen_fused.proof.ladder import Finding, Rung, name_some
-from qwen_fused.proof.step import HALF_PRECISION, Step
+from qwen_fused.proof.step import HALF_PRECISION, SAME_FACTOR, Step
 from qwen_fused.proof.subject import Gradients, Subject
 
 # norm of the gradient that the optimizer uses over that of the one backward left: more than this is no rounding
@@ -40,30 +40,45 @@ def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Tr
         findings += _check_descent(step, gradients)
     if findings:
         return Rung("applied", False, name_some([f.kind for f in findings]), findings)
-    if step.scheduled_zero:
-        detail = (
-            f"a scheduler holds the learning rate of {name_some(step.scheduled_zero)} at 0; prove after its first step"
+    if step.warming_up:
+        names = name_some(step.warming_up)
+        subject.notes.append(
+            f"a warm-up holds the learning rate of {names} at 0: the step is judged at the rate to come"
         )
-        return Rung("applied", None, detail)
+    return Rung("applied", True, _told(step, gradients))
+
+
+def _told(step: Step, gradients: Gradients) -> str:
+    """What the step did, in one line."""
     detail = f"{len(gradients.of)} parameters moved ({step.moved:.0%} of their elements)"
+    if step.in_backward:
+        detail += " while backward was going on"
     if step.master_only:
         detail += f", {len(step.master_only)} of them so far in the optimizer's float32 masters only"
-    detail += f"; the loss changes by {step.actual:+.2e}, first order says {step.predicted:+.2e}"
-    if step.fraction is None:
-        detail += ", which is not held against it"
-    elif step.fraction < 1:
-        detail += f" and holds for 1/{1 / step.fraction:.0f} of the step"
-    return Rung("applied", True, detail)
+    change = step.first_order
+    detail += f"; the loss changes by {change.actual:+.2e}"
+    if change.part == 1:
+        return f"{detail}, first order says {change.part_predicted:+.2e}"
+    if change.part:
+        small = f"1/{1 / change.part:.0f} of the step"
+        return f"{detail}, and over {small} by {change.part_actual:+.2e}, first order says {change.part_predicted:+.2e}"
+    return f"{detail}; first order not judged: {change.reason}" if change.reason else detail
 
 
 def _check_descent(step: Step, gradients: Gradients) -> list[Finding]:
     """A step that is not down the gradient of this loss."""
-    names = tuple(gradients.of)
-    if not step.had_state and step.predicted > 0 and step.actual > 20 * step.nondeterminism:
-        detail = f"the step goes uphill: the loss rises by {step.actual:.2g}, as its gradient predicts"
+    names, change = tuple(gradients.of), step.first_order
+    if (
+        not step.had_state
+        and change.predicted > 0
+        and change.actual > 20 * change.nondeterminism
+        and change.part != 0.0
+    ):
+        detail = f"the step goes uphill: the loss rises by {change.actual:.2g}, as its gradient predicts"
         return [Finding("uphill", detail, names)]
-    if step.fraction == 0.0:
-        detail = f"a small part of the step changes the loss by {step.ratio:.2g} times what its gradient predicts"
+    if change.part == 0.0:
+        ratio = change.part_actual / change.part_predicted
+        detail = f"a small part of the step changes the loss by {ratio:.2g} times what its gradient predicts"
         return [Finding("first order", detail, names)]
     return []
 
@@ -87,7 +102,7 @@ def _check_persistence(first: Trace, later: Trace | None) -> list[Finding]:
             detail = f"{name_some(shapes)} was made by the first call, after the optimizer and these names were"
             findings.append(Finding("created late", detail, shapes, line, sites[line].inside))
     for trace in (first, later):
-        if trace is not None and trace.stale:
+        if trace is not None and trace.stale and not trace.threads:
             label, site = trace.stale[0]
             names = trace.labels.names_of(label)
             detail = f"{name_some(names)} is used through a tensor of an earlier call, which no longer follows it"
@@ -100,10 +115,10 @@ def _check_persistence(first: Trace, later: Trace | None) -> list[Finding]:
 
 def _cached_values(first: Trace, later: Trace | None) -> list[Finding]:
     """Parameters that the first call's loss depended on and a later call's doesn't: their values are cached."""
-    if later is None or not all(isinstance(t.loss, Tensor) for t in (first, later)):
+    if later is None or not all(isinstance(t.loss, Tensor) and not t.threads for t in (first, later)):
         return []
     labels = first.labels
-    gone = labels.values(first.loss) & ~later.labels.values(later.loss) & labels.trainable
+    gone = first.depends_on & ~later.depends_on & labels.trainable
     if not gone:
         return []
     names = labels.names_of(gone)
@@ -127,7 +142,7 @@ def _check_used_gradients(subject: Subject, step: Step, gradients: Gradients) ->
     lost = tuple(name for name in step.missing if name not in gradients.erased and not subject.allow.name(name))
     if lost:
         findings.append(erased(subject, lost, during_step=True))
-    changed = tuple(name for name in step.changed if not subject.allow.name(name))
+    changed = tuple(name for name in dict.fromkeys(step.changed) if not subject.allow.name(name))
     if changed:
         detail = f"the gradient of {name_some(changed)} that the optimizer uses is not the one that backward left"
         findings.append(Finding("changed", detail, changed))
@@ -135,13 +150,22 @@ def _check_used_gradients(subject: Subject, step: Step, gradients: Gradients) ->
         detail = f"the loss is scaled by {gradients.scale:g} for backward, and the gradient that the optimizer uses is "
         detail += f"still {step.norm_ratio:.3g} times the loss's own: unscale it before it is clipped and used"
         findings.append(Finding("still scaled", detail, tuple(gradients.of)))
+    elif _is_clipped_first(step.factors, gradients.scale):
+        detail = f"the gradient is clipped while it is still scaled by {gradients.scale:g}: what the optimizer uses is "
+        detail += f"{step.norm_ratio:.2g} of the loss's own; unscale it before it is clipped"
+        findings.append(Finding("clipped before unscaling", detail, tuple(gradients.of)))
     return findings
+
+
+def _is_clipped_first(factors: list[float], scale: float) -> bool:
+    """Whether the gradient was made smaller by something before the loss's scale was taken off."""
+    unscaled = next((i for i, factor in enumerate(factors) if abs(factor * scale - 1) < SAME_FACTOR), None)
+    return scale > 1 and unscaled is not None and any(factor < 1 - SAME_FACTOR for factor in factors[:unscaled])
 
 
 def _check_moved(subject: Subject, step: Step) -> list[Finding]:
     """Every parameter that has a gradient and is in a group moved; if not, why."""
     unmoved = [n for n in step.unmoved if n not in step.missing and n in step.rates and not subject.allow.name(n)]
-    unmoved = [n for n in unmoved if n not in step.scheduled_zero]
     zero_rate = tuple(name for name in unmoved if step.rates[name] == 0)
     findings = []
     if zero_rate:

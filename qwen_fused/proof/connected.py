@@ -13,6 +13,8 @@ from qwen_fused.proof.backtrace import breaks_of
 from qwen_fused.proof.cuts import Cut, Event, Trace
 from qwen_fused.proof.frames import Frame
 from qwen_fused.proof.ladder import Finding, Rung, name_some
+from qwen_fused.proof.other_draws import skipped_by_this_draw
+from qwen_fused.proof.partial_cuts import DISCRETE
 from qwen_fused.proof.replay import Perturbation, ReplayMismatch
 from qwen_fused.proof.subject import Gradients, Subject, as_float
 
@@ -31,6 +33,10 @@ def connected(subject: Subject, trace: Trace, gradients: Gradients) -> tuple[Run
     missing = [n for n in trainable if n not in gradients.of and not subject.allow.name(n)]
     if not trainable:
         return Rung("connected", None, "no parameter asks for a gradient"), None
+    skipped = skipped_by_this_draw(subject, trace, missing) if missing else []
+    if skipped:
+        subject.notes.append(f"{name_some(skipped)} is skipped by this draw, and reached by another: judged without it")
+        missing = [name for name in missing if name not in skipped]
     if not missing:
         return Rung("connected", True, f"backward delivers to {len(gradients.of)} of {len(trainable)} parameters"), None
     findings, cuts = _explain(subject, trace, missing)
@@ -66,6 +72,8 @@ def _reason(trace: Trace, name: str, losing: dict[str, Event], departures: _Lazy
     if name in _replacements(trace):
         return "replaced"
     events = [e for e in trace.reaching if e.lost & bit] if trace.depends_on & bit else []
+    # an index or a mask never carries a gradient: where another cut loses it too, that one is the fault
+    events.sort(key=lambda event: event.kind in DISCRETE)
     events = events or [e for e in departures.found() if e.lost & bit]
     if events:
         losing[name] = events[0]

@@ -3,74 +3,65 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.derivative import Directions, Verdict
-from qwen_fused.proof.frames import of_function
-from qwen_fused.proof.ladder import Finding, Rung, name_some
-from qwen_fused.proof.replay import Held, ReplayMismatch, Slot, Upcast
+from qwen_fused.proof.ladder import Rung
+from qwen_fused.proof.replay import Held, ReplayMismatch
+from qwen_fused.proof.slots import Slot
 from qwen_fused.proof.subject import Gradients, Subject, as_float
-from qwen_fused.proof.trusted_ops import LinearizedOp, wrong_ops
+from qwen_fused.proof.trusted_ops import Point
+from qwen_fused.proof.upcast import real_type
+from qwen_fused.proof.wrong_backward import find_wrong_backward
 
 # what float64 shows, slight and unexplained, must show in the model's own precision too
 DOUBT, SLIGHT = "in float64", 0.05
-# parts of a model that are moved one by one to find the wrong ones
-SEARCHED = 24
 # parameters beyond which a second copy in float64 is too much to ask
 MOST_IN_FLOAT64 = 500_000_000
 
 
 def correct(
-    subject: Subject,
-    trace: Trace,
-    gradients: Gradients,
-    loss: Any,
-    linearized: Mapping[Slot, LinearizedOp],
-    directions: int,
-    seed: int,
+    subject: Subject, point: Point, directions: int, seed: int, base: Mapping[str, Tensor] | None = None
 ) -> Rung:
-    """Judge the gradients taken at the present point along random directions.
+    """Judge the gradients taken at a point, where the parameters are, along random directions.
 
     Args:
-        subject: what is proved, its parameters where the gradients were taken.
-        trace: the call that the gradients are of.
-        gradients: of that call.
-        loss: of that call.
-        linearized: custom operations to take at their word.
+        subject: what is proved.
+        point: the call that the gradients are of.
         directions: how many.
         seed: for the directions.
+        base: name -> value of the parameter there; a copy of them is made when None.
     """
+    trace, gradients, loss = point.trace, point.gradients, point.loss
     if not gradients.of or not isinstance(loss, Tensor):
         return Rung("correct", None, "there is no gradient to judge")
-    held: dict[Slot, Held] = {**trace.held(carried=subject.own_backward), **linearized}
-    for linearized_op in linearized.values():
-        linearized_op.finish()
+    held: dict[Slot, Held] = {**trace.held(carried=subject.own_backward), **point.linearized}
     value = as_float(loss)
     try:
-        again = subject.value(held)
+        again = subject.value(held, None, trace.draws)
     except ReplayMismatch as error:
         return Rung("correct", None, f"the loss function does not make the same calls twice: {error}")
     nondeterminism = abs(again - value)
     if not nondeterminism <= 1e-2 * abs(value) + 1e-12:
         detail = f"the loss is {value:.6g}, then {again:.6g} with the same parameters and random state: not repeatable"
         return Rung("correct", None, "the loss is not finite" if math.isnan(nondeterminism) else detail)
-    stale = {name for label, _ in trace.stale for name in trace.labels.names_of(label)}
-    judged = {name: g for name, g in gradients.of.items() if name not in stale}
-    types = {p.dtype for p in subject.trainable.values()} | {loss.dtype}
-    coarse = torch.bfloat16 if trace.half else min(types, key=lambda t: torch.finfo(t).bits)
-    rung, doubt = Rung("correct", None, ""), None
-    for wide in _types(subject, coarse):
-        lines = Directions(subject.trainable, judged, _evaluation(subject, held, wide), coarse, wide, seed)
+    judged = _judged(trace, gradients)
+    if not judged:
+        return Rung("correct", None, "every parameter is written to, or cached, by the loss function itself")
+    coarse = _coarsest(subject, trace, loss)
+    rung, doubt, reason = Rung("correct", None, ""), None, ""
+    for wide in _types(subject, coarse, trace.threads):
+        lines = Directions(subject.trainable, judged, subject.evaluation(trace, held, wide), coarse, wide, seed, base)
         try:
-            if wide is not None and not _agrees(lines, value, coarse):
+            if wide is not None and (said := _disagreement(lines, value, coarse)):
+                reason = reason or f"; not in {str(wide).removeprefix('torch.')}: {said}"
                 continue
             verdicts = [lines.check(n, nondeterminism) for n in range(directions)]
-            rung = _summarize(subject, trace, lines, verdicts, nondeterminism, doubt)
+            rung = _summarize(subject, point, lines, verdicts, nondeterminism, doubt)
         except ReplayMismatch as error:
             rung.detail = f"the loss function does not make the same calls twice: {error}"
         finally:
@@ -78,35 +69,53 @@ def correct(
         if rung.ok is not None:
             break
         doubt = rung.detail if rung.detail.startswith(DOUBT) else None
+    left = len(gradients.of) - len(judged)
+    rung.detail += reason + (f"; {left} not judged: the loss function writes to them or caches them" if left else "")
     return rung
 
 
-def _types(subject: Subject, coarse: torch.dtype) -> list[torch.dtype | None]:
+def _judged(trace: Trace, gradients: Gradients) -> dict[str, Tensor]:
+    """Gradients of what the loss is a function of: not of what it writes to itself, or keeps from an earlier call."""
+    label = trace.rewritten
+    if not trace.threads:
+        for stale, _ in trace.stale:
+            label |= stale
+    left = set(trace.labels.names_of(label))
+    return {name: g for name, g in gradients.of.items() if name not in left}
+
+
+def _coarsest(subject: Subject, trace: Trace, loss: Tensor) -> torch.dtype:
+    """The coarsest type that autograd computed in."""
+    if trace.half:
+        return torch.bfloat16
+    types = {real_type(p.dtype) for p in subject.trainable.values()} | {loss.dtype}
+    return min(types, key=lambda t: torch.finfo(t).bits)
+
+
+def _types(subject: Subject, coarse: torch.dtype, threads: bool) -> list[torch.dtype | None]:
     """Types to evaluate in, the best first; None is the model's own."""
-    if coarse == torch.float64:
+    if coarse == torch.float64 or threads:
+        # what other threads compute is not seen, and can't be had in another type
         return [None]
     room = sum(p.numel() for p in subject.snapshot.parameters) <= MOST_IN_FLOAT64
     return [*((torch.float64,) if room else ()), *((torch.float32,) if coarse != torch.float32 else ()), None]
 
 
-def _evaluation(
-    subject: Subject, held: Mapping[Slot, Held], wide: torch.dtype | None
-) -> Callable[[Mapping[int, Tensor] | None], float]:
-    return lambda values: subject.value(held, None if wide is None else Upcast(wide, values or {}))
-
-
-def _agrees(lines: Directions, value: float, coarse: torch.dtype) -> bool:
-    """Whether the loss can be computed in the wider type, and is the same loss: other draws would give another."""
+def _disagreement(lines: Directions, value: float, coarse: torch.dtype) -> str:
+    """Why the loss can't be computed in the wider type, or is another there; empty where it is the same loss."""
     allowed = {torch.float32: 3e-5}.get(coarse, 5e-2)
     try:
-        return abs(lines.here() - value) <= allowed * abs(value) + 1e-6
-    except Exception:
+        here = lines.here()
+    except ReplayMismatch:
+        return "it does not make the same calls there"
+    except Exception as error:
         # some code insists on its own type, and says so in its own way; the model's own precision is still to come
-        return False
+        return str(error).strip().partition("\n")[0]
+    return "" if abs(here - value) <= allowed * abs(value) + 1e-6 else f"the loss is {here:.6g} there, not {value:.6g}"
 
 
 def _summarize(
-    subject: Subject, trace: Trace, lines: Directions, verdicts: list[Verdict], nondeterminism: float, doubt: str | None
+    subject: Subject, point: Point, lines: Directions, verdicts: list[Verdict], nondeterminism: float, doubt: str | None
 ) -> Rung:
     judged = lines.gradients
     if all(verdict.ok for verdict in verdicts):
@@ -117,7 +126,7 @@ def _summarize(
             verdicts += [alone] if alone.ok is not None else []
     if any(verdict.ok is False for verdict in verdicts):
         failed = [v for v in verdicts if v.ok is False]
-        findings = _find_wrong_backward(subject, trace, lines, judged, verdicts)
+        findings = find_wrong_backward(subject, point, lines, verdicts)
         detail = f"the loss's own derivative is {failed[0].ratio:.3g} times autograd's"
         slight = all(abs(v.deviation) < SLIGHT for v in failed)
         if lines.wide and slight and all(finding.frame is None for finding in findings):
@@ -137,55 +146,3 @@ def _summarize(
     small = [name for name in judged if all(abs(v.shares.get(name, 0.0)) < v.resolution for v in verdicts)]
     detail += f"; {len(small)} of {len(judged)} parameters too small to tell" if small else ""
     return Rung("correct", True, detail)
-
-
-def _find_wrong_backward(
-    subject: Subject, trace: Trace, lines: Directions, judged: Mapping[str, Tensor], verdicts: list[Verdict]
-) -> list[Finding]:
-    """Name the custom operation whose backward disagrees with its forward; else a hook; else the layers concerned."""
-    findings = []
-    for op, said in wrong_ops(subject):
-        names = tuple(n for n in trace.labels.names_of(op.inputs) if n in judged)
-        findings.append(Finding("wrong", f"the backward of {op.name} is {said}", names, op.site.user, op.site.inside))
-    if findings:
-        return findings
-    lines.restore()
-    ratios = [verdict.ratio for verdict in verdicts if verdict.ok is False]
-    uniform = len(ratios) > 1 and all(abs(ratio / ratios[0] - 1) < 0.02 for ratio in ratios)
-    names = tuple(judged) if uniform else tuple(_narrowed(lines, list(judged)))
-    for name in names:
-        for hook in _hooks_of(subject.named[name]):
-            return [Finding("wrong", f"a hook on {name} changes its gradient", names, of_function(hook))]
-    detail = f"the loss's own derivative disagrees for {name_some(names)}"
-    if trace.hooks:
-        site = trace.hooks[0]
-        return [Finding("wrong", f"{detail}; a hook registered here changes a gradient", names, site.user, site.inside)]
-    for event in trace.cuts:
-        if event.aliased and event.lost:
-            detail += "; a value that backward may need is written to through this, behind autograd's back"
-            return [Finding("wrong", detail, names, event.site.user, event.site.inside)]
-    if uniform:
-        detail = f"every gradient is {1 / ratios[0]:.3g} times the loss's derivative: is it scaled before backward?"
-    else:
-        detail += "; no custom operation or hook was found to blame"
-    return [Finding("wrong", detail, names)]
-
-
-def _narrowed(lines: Directions, names: list[str]) -> list[str]:
-    """The wrong ones among parameters, part by part of the model, as far down as some of a part's parts are right."""
-    parts: dict[str, list[str]] = {}
-    split = [name.split(".") for name in names]
-    depth = next((d for d in range(min(map(len, split))) if len({s[d] for s in split}) > 1), None)
-    for name, pieces in zip(names, split, strict=True):
-        parts.setdefault(name if depth is None else pieces[depth], []).append(name)
-    if not 1 < len(parts) <= SEARCHED:
-        return names
-    wrong = lines.wrong_among(parts)
-    if not wrong or len(wrong) == len(parts):
-        return names
-    return [name for part in wrong for name in _narrowed(lines, parts[part])]
-
-
-def _hooks_of(parameter: Tensor) -> list[Callable[..., Any]]:
-    """Hooks that may change a parameter's gradient."""
-    return [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]

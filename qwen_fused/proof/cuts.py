@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qwen_fused.proof.draws import Draw
 from qwen_fused.proof.frames import Frame, Site
 from qwen_fused.proof.labels import Labels
-from qwen_fused.proof.replay import Record, Slot
+from qwen_fused.proof.replay import Record
+from qwen_fused.proof.slots import Slot
 
 
 @dataclass(frozen=True)
@@ -17,9 +19,9 @@ class Cut:
     """An operation behind which parameters get no gradient.
 
     Args:
-        kind: detach, data, no_grad, decorated no_grad, inference_mode, item, tolist, numpy, new tensor, argmax,
-            comparison, integer cast, non-differentiable, custom function, checkpoint, new leaf, branch, text, pointer,
-            unseen, or replaced.
+        kind: detach, data, requires_grad, no_grad, decorated no_grad, inference_mode, item, tolist, numpy, new tensor,
+            argmax, comparison, integer cast, non-differentiable, custom function, checkpoint, new leaf, branch, text,
+            pointer, unseen, or replaced.
         operation: what was called.
         file, line, function: where; for the gradient modes, what switched gradients off.
         parameters: names of the parameters lost there.
@@ -88,6 +90,8 @@ class CustomOp:
     name: str
     site: Site
     inputs: int  # parameters upstream
+    surrogate: bool = False  # torch's own, whose backward is meant to be another than its forward's derivative
+    draw: Draw | None = None
 
 
 @dataclass
@@ -105,6 +109,10 @@ class Trace:
     stale: list[tuple[int, Site]] = field(default_factory=list)
     kept: list[tuple[int, Site]] = field(default_factory=list)  # values of an earlier call, without its graph
     used: int = 0  # parameters that any operation read
+    draws: dict[Slot, Draw] = field(default_factory=dict)  # every call that drew from a generator
+    rewritten: int = 0  # parameters whose own values the loss function writes to
+    differentiates: bool = False  # whether the loss function asks for gradients itself
+    threads: bool = False  # whether other threads were given something to do
     half: bool = False  # whether anything was computed in 16 bits
     named_after: dict[int, str] = field(default_factory=dict)  # id of a parameter -> its name when the call was over
 

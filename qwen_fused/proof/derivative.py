@@ -12,11 +12,14 @@ as h changes is not judged.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from qwen_fused.proof.moves import Moves, Noise, Values, scales_of
+from qwen_fused.proof.real_parts import inner, real_parts
 
 # relative deviation that counts as agreement, by the type that autograd computed in
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
@@ -72,24 +75,28 @@ class Directions:
         coarse: coarsest type that autograd computed in.
         wide: type to evaluate in, or None for the parameters' own.
         seed: for the directions.
+        base: name -> value of the parameter there; a copy of them is made when None.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
-        evaluate: Callable[[Mapping[int, Tensor] | None], float],
+        evaluate: Callable[[Values | None], float],
         coarse: torch.dtype,
         wide: torch.dtype | None,
         seed: int,
+        base: Mapping[str, Tensor] | None = None,
     ):
         self.parameters = {name: p for name, p in parameters.items() if name in gradients}
         self.gradients = gradients
-        self.evaluate = evaluate
         self.wide = wide
         self.seed = seed
-        self.base = {name: p.data.clone() for name, p in self.parameters.items()}
+        self.moves = Moves(self.parameters, evaluate, wide, base)
         self.scales = scales_of(self.parameters)
+        self._number: int | None = None
+        self._along: dict[str, Tensor] = {}
+        self._shares: dict[str, float] = {}
         self._here: float | None = None
         self.tolerance = TOLERANCE.get(coarse, TOLERANCE[torch.bfloat16])
         fine = wide or coarse
@@ -105,8 +112,14 @@ class Directions:
             nondeterminism: by how much the loss differs between two evaluations at the same point.
             only: names of the parameters to move, all when empty.
         """
+        try:
+            return self._check(number, nondeterminism, only)
+        finally:
+            self.restore()
+
+    def _check(self, number: int, nondeterminism: float, only: Collection[str]) -> Verdict:
         weights = self._weights(number, only or self.parameters.keys())
-        shares = self._predict(self.last / 10, number, weights)[1]
+        shares = self._predict(self.last / 10, weights)[1]
         scale = math.sqrt(sum(share * share for share in shares.values()))
         loss = self.here()
         if not math.isfinite(loss) or not math.isfinite(scale):
@@ -116,14 +129,14 @@ class Directions:
         floor = self.noise * abs(loss) + nondeterminism
         first = min(max(self.target * abs(loss) / scale, self.first), self.last)
         shares = {name: share / scale for name, share in shares.items()}
-        deviation, slope = self._deviation(first, number, weights, scale)
+        deviation, slope = self._deviation(first, weights, scale)
         rounding = floor / (first * scale)
         if abs(deviation) <= self.tolerance and rounding <= self.tolerance:
             # two ways to the same number: no error estimate can make that plainer
             return Verdict(True, deviation, self.tolerance + rounding, 1 + deviation * scale / slope, shares)
         estimates: list[Estimate] = []
         for start in (first, first / 8, min(4 * first, 2 * self.last), first / 64):
-            estimates.append(self._estimate(start, number, weights, scale, floor))
+            estimates.append(self._estimate(start, weights, scale, floor))
             good = min(estimates, key=lambda e: e.error)
             resolution = self.tolerance + 3 * good.error
             if abs(good.deviation) <= resolution and 3 * good.error <= 0.05:
@@ -137,9 +150,20 @@ class Directions:
         elif not self._settled(estimates):
             verdict.reason = "the measured derivative does not settle as the step gets smaller"
         else:
-            verdict.ok = self._is_kink(good, number, weights, loss, scale)
+            verdict.ok = self._is_kink(good, weights, loss, scale)
             verdict.reason = "a kink: autograd's value lies between the slopes to both sides" if verdict.ok else ""
         return verdict
+
+    def deviation_along(self, number: int) -> float:
+        """Measured minus autograd's derivative along one direction, relative to the larger of the two."""
+        weights = self._weights(number, self.parameters.keys())
+        slope, shares = self._predict(self.last / 10, weights)
+        scale = math.sqrt(sum(share * share for share in shares.values()))
+        if not scale:
+            return math.nan
+        step = min(max(self.target * abs(self.here()) / scale, self.first), self.last)
+        deviation = self._deviation(step, weights, scale)[0] * scale
+        return deviation / max(abs(slope + deviation), abs(slope))
 
     def wrong_among(self, groups: Mapping[str, list[str]]) -> list[str]:
         """Names of the groups of parameters whose own derivative deviates, each group judged alone."""
@@ -147,12 +171,12 @@ class Directions:
 
     def _is_wrong(self, names: Collection[str]) -> bool:
         weights = self._weights(1, names)
-        shares = self._predict(self.last / 10, 1, weights)[1]
+        shares = self._predict(self.last / 10, weights)[1]
         scale = math.sqrt(sum(share * share for share in shares.values()))
         if not scale:
             return False
         step = min(max(self.target * abs(self.here()) / scale, self.first), self.last)
-        return abs(self._deviation(step, 1, weights, scale)[0]) > 2 * self.tolerance
+        return abs(self._deviation(step, weights, scale)[0]) > 2 * self.tolerance
 
     def _settled(self, estimates: list[Estimate]) -> bool:
         """Whether different steps agree on the deviation: noise and jumps don't."""
@@ -165,29 +189,33 @@ class Directions:
     def here(self) -> float:
         """The loss at the point itself."""
         if self._here is None:
-            self._here = self._loss_at(0.0, 0, dict.fromkeys(self.parameters, 0.0))
+            self._here = self.moves.loss_at(0.0, {}, {})
         return self._here
 
     def restore(self) -> None:
         """Put the parameters back to the point where they were."""
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(self.base[name])
+        self.moves.restore()
 
-    def _direction(self, number: int, weights: Mapping[str, float]) -> Iterator[tuple[str, Tensor]]:
-        for place, (name, parameter) in enumerate(self.parameters.items()):
-            generator = torch.Generator(device=parameter.device)
-            generator.manual_seed(self.seed * 7919 + number * 104729 + place)
-            noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
-            gradient = self.gradients[name].float()
-            size = gradient.square().mean().sqrt()
-            along = (gradient / size.clamp(min=torch.finfo(torch.float32).tiny)).clamp(-3, 3)
-            yield name, weights[name] * self.scales[name] * 0.5 * (noise + along)
+    def _use(self, number: int) -> None:
+        """Make a direction, once, and each parameter's share of the slope along it."""
+        if number == self._number:
+            return
+        self._along, self._number = {}, number
+        noise = Noise(self.seed * 7919 + number)
+        for name, parameter in self.parameters.items():
+            along = real_parts(self.gradients[name]).float()
+            size = max(_size_of(along), torch.finfo(torch.float32).tiny)
+            # the gradient at its own size, what stands out of it cut off, half and half with noise
+            mixed = (along / size).clamp_(-3, 3).add_(noise.like(parameter)).mul_(0.5 * self.scales[name])
+            self._along[name] = torch.view_as_complex(mixed) if parameter.is_complex() else mixed
+        self._shares = {name: inner(self.gradients[name], along) for name, along in self._along.items()}
 
     def _weights(self, number: int, names: Collection[str]) -> dict[str, float]:
+        self._use(number)
         even = {name: float(name in names) for name in self.parameters}
         if number == 0:
             return even
-        shares = {name: abs(share) for name, share in self._predict(self.last / 10, number, even)[1].items()}
+        shares = {name: abs(share) * even[name] for name, share in self._shares.items()}
         alive = sorted(share for share in shares.values() if share)
         middle = alive[len(alive) // 2] if alive else 1.0
         # in float64 the steps are so small that a parameter may take part a thousandfold
@@ -201,60 +229,44 @@ class Directions:
             for (name, share), factor in zip(shares.items(), (signs * sizes).tolist(), strict=True)
         }
 
-    def _shifted(self, name: str, direction: Tensor, step: float) -> Tensor:
-        base = self.base[name]
-        exact = base.to(self.wide or (base.dtype if base.dtype == torch.float64 else torch.float32))
-        exact = exact + step * direction.to(exact.dtype)
-        # rounded to the parameter's own type: the prediction uses the steps really taken
-        return exact if self.wide else exact.to(base.dtype)
-
-    def _predict(self, step: float, number: int, weights: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    def _predict(self, step: float, weights: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        """Autograd's slope along the direction, and each parameter's share of it."""
+        if self.wide:
+            shares = {name: weights[name] * share for name, share in self._shares.items()}
+            return sum(shares.values()), shares
         shares = {}
-        for name, direction in self._direction(number, weights):
-            plus, minus = self._shifted(name, direction, step), self._shifted(name, direction, -step)
-            product = self.gradients[name].to(torch.float64) * (plus.to(torch.float64) - minus.to(torch.float64))
-            shares[name] = product.sum().item() / (2 * step)
+        for name, along in self._along.items():
+            # rounded to the parameter's own type: the steps really taken
+            plus, minus = (self.moves.shifted(name, along, sign * step * weights[name]) for sign in (1, -1))
+            shares[name] = inner(self.gradients[name], plus.to(torch.promote_types(plus.dtype, torch.float64)) - minus)
+            shares[name] /= 2 * step
         return sum(shares.values()), shares
 
-    def _values(self, step: float, number: int, weights: Mapping[str, float]) -> Mapping[int, Tensor] | None:
-        """Move the parameters, and give their exact values where those are computed with."""
-        values = {}
-        for name, direction in self._direction(number, weights):
-            values[id(self.parameters[name])] = self._shifted(name, direction, step)
-            # code that no mode sees reads the parameters themselves
-            self.parameters[name].data.copy_(values[id(self.parameters[name])])
-        return values if self.wide else None
+    def _loss_at(self, step: float, weights: Mapping[str, float]) -> float:
+        return self.moves.loss_at(step, self._along, weights)
 
-    def _loss_at(self, step: float, number: int, weights: Mapping[str, float]) -> float:
-        try:
-            return self.evaluate(self._values(step, number, weights))
-        finally:
-            self.restore()
-
-    def _deviation(self, step: float, number: int, weights: Mapping[str, float], scale: float) -> tuple[float, float]:
+    def _deviation(self, step: float, weights: Mapping[str, float], scale: float) -> tuple[float, float]:
         """Measured minus autograd's derivative at one step, relative to the scale, and autograd's derivative."""
-        measured = (self._loss_at(step, number, weights) - self._loss_at(-step, number, weights)) / (2 * step)
-        slope = self._predict(step, number, weights)[0]
+        measured = (self._loss_at(step, weights) - self._loss_at(-step, weights)) / (2 * step)
+        slope = self._predict(step, weights)[0]
         return (measured - slope) / scale, slope
 
-    def _estimate(self, step: float, number: int, weights: Mapping[str, float], scale: float, floor: float) -> Estimate:
+    def _estimate(self, step: float, weights: Mapping[str, float], scale: float, floor: float) -> Estimate:
         """Richardson's estimate of the deviation from the steps h and h/2."""
-        wide, narrow = (self._deviation(h, number, weights, scale)[0] for h in (step, step / 2))
+        wide, narrow = (self._deviation(h, weights, scale)[0] for h in (step, step / 2))
         if not math.isfinite(wide) or not math.isfinite(narrow):
             return Estimate(step, math.inf, math.inf)
         # rounding of four losses, weighted as the estimate weighs them
         rounding = floor / (step * scale)
         return Estimate(step, (4 * narrow - wide) / 3, abs(wide - narrow) / 3 + rounding)
 
-    def _is_kink(
-        self, estimate: Estimate, number: int, weights: Mapping[str, float], loss: float, scale: float
-    ) -> bool:
+    def _is_kink(self, estimate: Estimate, weights: Mapping[str, float], loss: float, scale: float) -> bool:
         """Whether the slopes to both sides differ however small the step, with autograd's value between them."""
         gaps = []
         for h in (estimate.step, estimate.step / 4):
-            slope = self._predict(h, number, weights)[0]
-            right = (self._loss_at(h, number, weights) - loss) / h
-            left = (loss - self._loss_at(-h, number, weights)) / h
+            slope = self._predict(h, weights)[0]
+            right = (self._loss_at(h, weights) - loss) / h
+            left = (loss - self._loss_at(-h, weights)) / h
             margin = self.tolerance * scale
             if not min(left, right) - margin <= slope <= max(left, right) + margin:
                 return False
@@ -263,9 +275,5 @@ class Directions:
         return gaps[1] > 0.6 * gaps[0]
 
 
-def scales_of(parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    """Root mean square of each parameter; a tenth of the median of the others for one that is zero."""
-    sizes = {name: p.data.float().square().mean().sqrt().item() if p.numel() else 0.0 for name, p in parameters.items()}
-    alive = sorted(size for size in sizes.values() if size)
-    spare = 0.1 * alive[len(alive) // 2] if alive else 0.01
-    return {name: size or spare for name, size in sizes.items()}
+def _size_of(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor)) / max(1, tensor.numel()) ** 0.5

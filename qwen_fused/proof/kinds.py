@@ -38,6 +38,22 @@ ZERO_GRADIENT = {
     for name in ("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "bernoulli", "floor_divide")
     for suffix in ("", "_")
 } | {"heaviside", "__floordiv__", "__round__"}
+# torch's own functions whose backward stands in for their forward's derivative: straight-through, implicit, or along
+# a draw that is made inside
+SURROGATES = {
+    "gumbel_softmax",
+    "rrelu",
+    "rrelu_",
+    "_standard_gamma",
+    "_sample_dirichlet",
+    "fake_quantize_per_tensor_affine",
+    "fake_quantize_per_channel_affine",
+    "fused_moving_avg_obs_fake_quant",
+    "_fake_quantize_learnable_per_tensor_affine",
+    "_fake_quantize_learnable_per_channel_affine",
+    "fractional_max_pool2d",
+    "fractional_max_pool3d",
+}
 # draws: another floating-point type may draw other numbers
 RANDOM = {
     name + suffix
@@ -80,7 +96,7 @@ def of_cut(func: Any, name: str, dead: Tensor | None) -> str:
         return _SELF_DESCRIBING[name]
     if func in COPIES_VALUES:
         return "new tensor"
-    if not (dead.is_floating_point() or dead.is_complex()):
+    if not is_inexact(dead):
         plain = name.strip("_")
         for kind, names in (("argmax", _ARGMAX), ("comparison", _COMPARISON), ("integer cast", _CAST)):
             if plain in names:
@@ -107,11 +123,26 @@ def describe(func: Any, name: str, kind: str) -> str:
     return f"torch.{name}"
 
 
-def is_discrete(name: str, ins: list[Tensor], outs: list[Tensor]) -> bool:
-    """Whether a result may jump, or be drawn anew, when it is computed in another floating-point type."""
+def discrete_among(name: str, ins: list[Tensor], outs: list[Tensor]) -> list[Tensor]:
+    """Results that may jump, or be drawn anew, when they are computed in another floating-point type.
+
+    Of a pair such as a maximum and its index it is the index alone: the maximum is differentiated.
+    """
     if name in RANDOM or name in ZERO_GRADIENT:
-        return bool(outs)
-    return any(not t.is_floating_point() for t in outs) and any(t.is_floating_point() for t in ins)
+        return outs
+    return [t for t in outs if not is_inexact(t)] if any(is_inexact(t) for t in ins) else []
+
+
+def is_inexact(tensor: Tensor) -> bool:
+    """Whether it holds floating-point or complex numbers, which a gradient can flow through."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def is_surrogate(func: Any, name: str) -> bool:
+    """Whether it is a function of torch's own whose backward is meant to be another than its forward's derivative."""
+    if name in SURROGATES:
+        return True
+    return isinstance(func, type) and func.__module__.startswith(("torch.distributions.", "torch.ao."))
 
 
 def recomputes(cls: type) -> bool:

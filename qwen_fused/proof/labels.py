@@ -31,6 +31,11 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether it is a wrapper of functorch's (vmap, jvp) around the tensor that holds the values."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 class Labels:
     """Labels of every tensor met during one call of a loss function.
 
@@ -56,11 +61,12 @@ class Labels:
         for i, parameter in enumerate(parameters.values()):
             key = self.key(parameter)
             self._values[key] = self._values.get(key, 0) | 1 << i
-        self._homes = set(self._values)
+        # storages of the parameters themselves
+        self.homes = dict(self._values)
 
     def key(self, tensor: Tensor) -> Key:
         """Identity of the tensor's storage, good for as long as this object lives."""
-        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        while is_wrapped(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
         try:
             storage = tensor.untyped_storage()
@@ -105,7 +111,7 @@ class Labels:
     def is_known(self, tensor: Tensor) -> bool:
         """Whether the tensor is a parameter, a view of one, or was computed during this call."""
         key = self.key(tensor)
-        return key in self.created or key in self._homes
+        return key in self.created or key in self.homes
 
     def add_values(self, tensor: Tensor, values: int, cuts: int = 0) -> None:
         """Say that the tensor's storage now holds values that depend on `values`, through `cuts`."""
@@ -119,6 +125,11 @@ class Labels:
         """Say that this tensor, not all that share its storage, is behind `cuts`."""
         if cuts:
             self._own_cuts[tensor] = self._own_cuts.get(tensor, 0) | cuts
+
+    def drop_own_cuts(self, tensor: Tensor, cuts: int) -> None:
+        """Take `add_own_cuts` back."""
+        if cuts:
+            self._own_cuts[tensor] = self._own_cuts.get(tensor, 0) & ~cuts
 
     def set_alive(self, tensor: Tensor, alive: int) -> None:
         """Say which parameters an operation that requires grad connected its result to."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -82,6 +83,28 @@ def on_inference_mode(handler: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         torch.inference_mode.__enter__ = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def on_thread(handler: Callable[[], None]) -> Iterator[None]:
+    """Call the handler whenever another thread is started or given a task; modes see their own thread only."""
+    start, submit = threading.Thread.start, ThreadPoolExecutor.submit
+
+    def started(thread, *args, **kwargs):
+        handler()
+        return start(thread, *args, **kwargs)
+
+    def submitted(pool, *args, **kwargs):
+        handler()
+        return submit(pool, *args, **kwargs)
+
+    threading.Thread.start = started  # type: ignore[method-assign, assignment]
+    ThreadPoolExecutor.submit = submitted  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        threading.Thread.start = start  # type: ignore[method-assign]
+        ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,18 +14,28 @@ from qwen_fused.proof import backtrace
 from qwen_fused.proof.backtrace import breaks_of
 from qwen_fused.proof.frames import NOWHERE
 from qwen_fused.proof.ladder import Finding, Rung, name_some
+from qwen_fused.proof.moves import has_nonzero
+from qwen_fused.proof.real_parts import real_parts
 from qwen_fused.proof.subject import Gradients, Subject, as_float
+
+# operations whose backward sums the gradient up for what they add
+ADDS = ("AddmmBackward", "AddBackward", "ConvolutionBackward", "SubBackward", "ExpandBackward", "SumBackward")
 
 
 def nonzero(subject: Subject, gradients: Gradients, later: Mapping[str, Tensor], loss: Any) -> Rung:
     """Every gradient is finite and, there or one small step away, not all zero."""
     if not gradients.of:
         return Rung("nonzero", None, "there is no gradient to look at")
-    finite = torch.stack([g.isfinite().all().cpu() for g in gradients.of.values()]).tolist()
+    finite = [math.isfinite(_largest(g)) for g in gradients.of.values()]
     nonfinite = tuple(name for name, whole in zip(gradients.of, finite, strict=True) if not whole)
     zero = [n for n in zeros(gradients.of) if not subject.allow.name(n)]
-    always_zero = tuple(n for n in zero if n not in later or not later[n].any())
+    zero = [n for n in zero if gradients.of[n].numel()]
+    always_zero = tuple(n for n in zero if n not in later or not has_nonzero(later[n]))
     findings = []
+    cancels = cancelling(subject, always_zero) if always_zero else ()
+    if cancels:
+        subject.notes.append(f"the loss does not depend on {name_some(cancels)}: its gradient cancels to zero")
+        always_zero = tuple(name for name in always_zero if name not in cancels)
     if nonfinite:
         findings += _explain_nonfinite(subject, nonfinite, loss)
     if always_zero:
@@ -32,7 +43,7 @@ def nonzero(subject: Subject, gradients: Gradients, later: Mapping[str, Tensor],
     if findings:
         detail = f"{len(nonfinite)} not finite, {len(always_zero)} zero of {len(gradients.of)} gradients"
         return Rung("nonzero", False, detail, findings)
-    zero_here_only = [n for n in zero if n not in always_zero]
+    zero_here_only = [n for n in zero if n not in always_zero and n not in cancels]
     detail = f"{len(gradients.of)} gradients, all finite"
     detail += (
         f"; {len(zero_here_only)} zero now but not one step on ({name_some(zero_here_only, 1)})"
@@ -46,27 +57,45 @@ def zeros(gradients: Mapping[str, Tensor]) -> list[str]:
     """Names of the gradients whose every element is zero."""
     if not gradients:
         return []
-    alive = torch.stack([g.any().cpu() for g in gradients.values()]).tolist()
-    return [name for name, some in zip(gradients, alive, strict=True) if not some]
+    return [name for name, gradient in gradients.items() if not has_nonzero(gradient)]
 
 
 def layers(gradients: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """Per layer: parameters, gradient norm, largest element, and tensors that are zero or not finite."""
     rows = []
     for layer, names in group_by_layer(gradients).items():
-        grads = [gradients[name].float() for name in names]
-        largest = torch.stack([g.abs().max() if g.numel() else g.new_zeros(()) for g in grads])
+        largest = [_largest(gradients[name]) for name in names]
+        norms = [_norm(gradients[name]) for name in names]
         rows.append(
             {
                 "layer": layer,
                 "parameters": len(names),
-                "norm": torch.stack([g.norm() for g in grads]).norm().item(),
-                "max_abs": largest.max().item(),
+                "norm": sum(norm * norm for norm in norms) ** 0.5,
+                "max_abs": max(largest, key=lambda size: (math.isnan(size), size)),
                 "zero": len(zeros({name: gradients[name] for name in names})),
-                "nonfinite": sum(not bool(g.isfinite().all()) for g in grads),
+                "nonfinite": sum(not math.isfinite(size) for size in largest),
             }
         )
     return rows
+
+
+def _largest(gradient: Tensor) -> float:
+    """Largest size of an element; NaN where one is."""
+    return float(torch.linalg.vector_norm(gradient, math.inf)) if gradient.numel() else 0.0
+
+
+def _norm(gradient: Tensor) -> float:
+    return float(torch.linalg.vector_norm(real_parts(gradient).float()))
+
+
+def cancelling(subject: Subject, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the parameters that fine gradients arrive at and cancel, as a bias's do that every score has alike.
+
+    No operation on the way gives zeros, or one that adds the parameter to something and so sums what it is given.
+    """
+    broken, rest = breaks_of(subject, names, backtrace.ZERO)
+    added = tuple(n for brk, hit in broken if brk.operation in ADDS for n in hit)
+    return tuple(name for name in names if name in rest or (name in added and subject.named[name].dim() <= 1))
 
 
 def _explain(

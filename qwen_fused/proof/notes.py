@@ -8,6 +8,7 @@ from qwen_fused.proof.connected import returning
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.frames import Frame
 from qwen_fused.proof.ladder import name_some
+from qwen_fused.proof.partial_cuts import partial_cuts
 from qwen_fused.proof.subject import Gradients, Subject
 
 
@@ -15,17 +16,18 @@ def notes_of(subject: Subject, trace: Trace, gradients: Gradients) -> list[str]:
     """Cuts beside a way that does connect, and allowances that nothing needed."""
     labels = trace.labels
     lines: dict[tuple[str, Frame], int] = {}
-    for event in trace.reaching:
-        partly = event.lost & trace.alive
-        if partly and not event.carried and not subject.allow.event(event):
-            key = (event.operation, event.site.user)
-            lines[key] = lines.get(key, 0) | partly
-    notes = [
+    for event in partial_cuts(subject, trace, count=True):
+        key = (event.operation, event.site.user)
+        lines[key] = lines.get(key, 0) | event.lost & trace.alive
+    notes = [*subject.notes]
+    notes += [
         f"one way to the loss is cut, another is not: {operation} at {frame} ({name_some(labels.names_of(label), 2)})"
         for (operation, frame), label in lines.items()
     ]
     came_back = returning(subject, trace, most=3) if trace.alive == labels.trainable else []
     notes += [f"a value that left tensors comes back into the loss: {e.operation} at {e.site.user}" for e in came_back]
+    if trace.threads:
+        notes.append("parts of the loss are computed by other threads, which are not followed")
     carried = [event for event in trace.reaching if event.carried]
     if carried and subject.own_backward:
         where = f"{carried[0].operation} at {carried[0].site.user}"

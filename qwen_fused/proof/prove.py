@@ -21,9 +21,12 @@ from qwen_fused.proof.declared import declared
 from qwen_fused.proof.ladder import RUNGS, ProofReport
 from qwen_fused.proof.nonzero import layers, nonzero
 from qwen_fused.proof.notes import notes_of
+from qwen_fused.proof.optimizers import Optimizers
+from qwen_fused.proof.partial_cuts import weigh_partial_cuts
 from qwen_fused.proof.perturbed import PerturbedPoint
 from qwen_fused.proof.step import take_step
-from qwen_fused.proof.subject import Optimizers, Subject, as_float, check_scalar
+from qwen_fused.proof.subject import Subject, as_float
+from qwen_fused.proof.trusted_ops import differentiate
 
 
 def prove(
@@ -76,33 +79,35 @@ def prove(
 
 
 def _climb(subject: Subject, directions: int, seed: int) -> ProofReport:
-    ladder = [declared(subject)]
     subject.snapshot.clear_gradients()
-    first = subject.trace()
-    check_scalar(first.loss)
-    loss = subject.call()
-    gradients = subject.gradients(loss)
-    step = take_step(subject, gradients, loss, first)
-    rung, cut = connected(subject, first, gradients)
+    subject.snapshot.mark_attributes()
+    first = differentiate(subject)
+    attributes = subject.snapshot.attributes_now()
+    ladder = [declared(subject, first.gradients.unregistered)]
+    step = take_step(subject, first.gradients, first.loss, first.trace, first.linearized)
+    rung, cut = connected(subject, first.trace, first.gradients)
     ladder.append(rung)
 
-    there = PerturbedPoint(subject, gradients, first)
+    near = PerturbedPoint(subject, first.gradients, first.trace, attributes)
     subject.snapshot.reset_values()
-    ladder.append(nonzero(subject, gradients, there.gradients.of, loss))
-    there.return_to()
-    linearized = there.linearized
-    ladder.append(correct(subject, there.trace, there.gradients, there.loss, linearized, directions, seed))
+    ladder.append(nonzero(subject, first.gradients, near.at.gradients.of, first.loss))
+    by_layer = layers(first.gradients.of)
+    first.gradients.forget()
+    near.return_to()
+    ladder.append(correct(subject, near.at, directions, seed, near.values))
+    near.return_to()
+    weigh_partial_cuts(subject, near.at, ladder[1], near.values)
     subject.snapshot.reset_values()
-    ladder.append(applied(subject, step, gradients, first, there.trace))
+    ladder.append(applied(subject, step, first.gradients, first.trace, near.at.trace))
 
     return ProofReport(
         rungs={name: rung for name, rung in zip(RUNGS, ladder, strict=True)},
         cut=cut,
-        notes=notes_of(subject, first, gradients),
+        notes=notes_of(subject, first.trace, first.gradients),
         allowed=dict(subject.allow.matches),
-        layers=layers(gradients.of),
+        layers=by_layer,
         parameters=len(subject.named),
-        loss=as_float(loss),
+        loss=as_float(first.loss),
     )
 
 

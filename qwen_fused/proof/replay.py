@@ -9,39 +9,19 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qwen_fused.proof import frames, kinds, modes
+from qwen_fused.proof.draws import Draw
 from qwen_fused.proof.labels import tensors_in
-
-
-class Slot(NamedTuple):
-    """The number-th call of a function from one line of source during an evaluation."""
-
-    name: str
-    file: str
-    line: int
-    number: int
-
-
-class Slots:
-    """Gives each call of an evaluation its slot."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[tuple[str, str, int]] = Counter()
-
-    def next(self, name: str) -> Slot:
-        """The slot of the call that is being made now."""
-        place = (name, *frames.line_of_call())
-        self._counts[place] += 1
-        return Slot(*place, self._counts[place])
+from qwen_fused.proof.slots import Slot, Slots
+from qwen_fused.proof.upcast import CASTS, PLAIN_FORMS, Upcast
 
 
 class Held(Protocol):
@@ -59,6 +39,7 @@ class Record:
     written: dict[int, Tensor] = field(default_factory=dict)
     value: Any = None
     departed: bool = False
+    draw: Draw | None = None
 
     def put(self, ins: list[Tensor], out: Any) -> Any:
         """Put the recorded tensors in place of the new ones."""
@@ -127,101 +108,62 @@ def replace_tensors(tree: Any, replacements: Mapping[int, Tensor]) -> Any:
     return walk(tree) if replacements else tree
 
 
-@dataclass(frozen=True)
-class Upcast:
-    """Compute in another floating-point type than the loss function asks for, with parameters at exact values.
-
-    Every floating-point argument of every call is converted, and so is every type that is asked for by name. Autocast
-    leaves float64 alone. What is written in place keeps its type.
-    """
-
-    dtype: torch.dtype
-    values: Mapping[int, Tensor]  # id of a parameter -> its value in that type
-
-    def arguments(self, name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """A call's arguments, converted."""
-        if name.endswith(".__set__") or (name.endswith(".__get__") and name.split(".")[0] not in _VIEWS):
-            return args, kwargs
-        in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITES
-        target = args[0] if in_place and args and isinstance(args[0], Tensor) else None
-        dtype = target.dtype if target is not None and target.is_floating_point() else self.dtype
-
-        def convert(node: Any) -> Any:
-            if isinstance(node, Tensor):
-                if node is target or not node.is_floating_point():
-                    return node
-                return self.values.get(id(node), node).to(dtype)
-            if isinstance(node, torch.dtype):
-                return self.dtype if node in _NARROW else node
-            if type(node) in (list, tuple):
-                return type(node)(convert(item) for item in node)
-            return node
-
-        return tuple(convert(a) for a in args), {key: convert(value) for key, value in kwargs.items()}
-
-    @contextmanager
-    def by_default(self) -> Iterator[None]:
-        """Make new tensors of this type too."""
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
-
-
-_NARROW = (torch.float16, torch.bfloat16, torch.float32)
-_VIEWS = ("T", "mT", "H", "mH", "real", "imag", "data")
-_WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
-_CASTS = {"float", "half", "bfloat16"}
-
-
 class _Replay:
-    def __init__(self, held: Mapping[Slot, Held], wide: Upcast | None):
+    def __init__(self, held: Mapping[Slot, Held], upcast: Upcast | None, draws: Mapping[Slot, Draw]):
         self.held = dict(held)
-        self.wide = wide
+        self.upcast = upcast
+        self.draws = draws
         self.slots = Slots()
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         name = kinds.name_of(func)
-        if self.wide is not None and name in _CASTS:
+        if self.upcast is not None and name in CASTS:
             # masks and counts become floating point here, in the wide type
-            wide = self.wide.dtype
+            wide = self.upcast.dtype
             func = lambda tensor, **_: tensor.to(wide)  # noqa: E731
+        if self.upcast is not None and self.upcast.dtype == torch.float64:
+            func = PLAIN_FORMS.get(name, func)
         return self._put(name, func, args, kwargs)
 
     def apply(self, cls: type, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         return self._put(f"{cls.__name__}.apply", call, args, kwargs)
 
     def _put(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        held = self.held.pop(self.slots.next(name), None)
-        if self.wide is not None:
+        slot = self.slots.next(name)
+        held, draw = self.held.pop(slot, None), self.draws.get(slot)
+        if self.upcast is not None:
             with torch._C.DisableTorchFunction():
-                args, kwargs = self.wide.arguments(name, args, kwargs)
-        out = call(*args, **kwargs)
-        if self.wide is not None and name == "dtype.__get__" and out in _NARROW:
+                args, kwargs = self.upcast.arguments(name, args, kwargs)
+        out = call(*args, **kwargs) if draw is None else draw.again(call, args, kwargs)
+        if self.upcast is not None and name == "dtype.__get__":
             # parameters and inputs look as wide as what is computed from them
-            return self.wide.dtype
+            return self.upcast.widened(out)
         if held is None:
             return out
         with torch._C.DisableTorchFunction():
             return held.put(list(tensors_in((args, kwargs))), out)
 
 
-def evaluate(loss_fn: Callable[[], Any], held: Mapping[Slot, Held], wide: Upcast | None = None) -> Any:
+def evaluate(
+    loss_fn: Callable[[], Any],
+    held: Mapping[Slot, Held],
+    upcast: Upcast | None = None,
+    draws: Mapping[Slot, Draw] | None = None,
+) -> Any:
     """Call the loss function with the held results in place of its own.
 
     Args:
         loss_fn: called without arguments.
         held: call -> what takes the place of its result.
-        wide: the type to compute in, and the parameters' values; as the loss function says when None.
+        upcast: the type to compute in, and the parameters' values; as the loss function says when None.
+        draws: call -> the generators' states around it.
     Raises:
         ReplayMismatch: when its calls are not those of the evaluation that was recorded.
     """
-    if not held and wide is None:
+    if not held and upcast is None:
         return frames.boundary(loss_fn)
-    replay = _Replay(held, wide)
-    widened = nullcontext() if wide is None else wide.by_default()
+    replay = _Replay(held, upcast, draws or {})
+    widened = nullcontext() if upcast is None else upcast.by_default()
     with modes.uncompiled(), modes.on_apply(replay.apply), modes.FunctionMode(replay.call), widened:
         loss = frames.boundary(loss_fn)
     if replay.held:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from qwen_fused.common.random_state import GlobalRandomState, generator_state, set_generator_state
+from qwen_fused.proof.held_state import AttributeMark, HeldBuffer, HeldOptimizer, is_same
+from qwen_fused.proof.optimizers import groups_of, innermost
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
@@ -29,23 +31,27 @@ class Snapshot:
         self,
         parameters: Iterable[Tensor],
         modules: Iterable[nn.Module],
-        optimizers: Sequence[torch.optim.Optimizer],
+        optimizers: Sequence[Any],
         loss_fn: Callable[[], Any],
     ):
         self.modules = {id(m): m for module in modules for m in module.modules()}
         everything = [*parameters, *(p for m in self.modules.values() for p in m.parameters(recurse=False))]
-        everything += [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        everything += [p for group in groups_of(optimizers) for p in group["params"]]
         self.parameters = list({id(p): p for p in everything}.values())
         self._flags = [(p, p.requires_grad, p.grad) for p in self.parameters]
         buffers = [b for m in self.modules.values() for b in m.buffers(recurse=False)]
         copy_of = _copier([*self.parameters, *buffers])
         # detached aliases keep the storage even if somebody gives the parameter another
         self._values = [(p.data, copy_of(p.data)) for p in self.parameters]
-        self._buffers = [(b, copy_of(b)) for b in {id(b): b for b in buffers}.values()]
+        buffers = list({id(b): b for b in buffers}.values())
+        self._buffers = [HeldBuffer(b, b.data, copy_of(b), b.requires_grad) for b in buffers]
+        self._marks: Sequence[AttributeMark] = ()
+        self._frozen = [(p, *v) for p, v in zip(self.parameters, self._values, strict=True) if not p.requires_grad]
         # scripted modules keep theirs where python can't replace them
         plain = [m for m in self.modules.values() if not isinstance(m, torch.jit.ScriptModule)]
         self._attributes = [(m, _attributes(m)) for m in plain]
-        self._optimizers = [(o, *_optimizer_state(o, copy_of)) for o in optimizers]
+        everyone = {id(o): o for given in optimizers for o in (given, innermost(given))}
+        self._optimizers = [HeldOptimizer.of(o, copy_of) for o in everyone.values()]
         self._generators = [(g, generator_state(g)) for g in _generators([*self.modules.values()], loss_fn)]
         self._random = GlobalRandomState.now()
 
@@ -53,18 +59,51 @@ class Snapshot:
         """Put random generators and buffers back, so that the loss function does once more what it did."""
         for module, (_, registries, _) in self._attributes:
             _refill(module._buffers, registries["_buffers"])
-        for buffer, value in self._buffers:
-            buffer.data.copy_(value)
+        for buffer in self._buffers:
+            buffer.put_back()
+        for mark in self._marks:
+            mark.put_back()
+        for parameter, alias, value in self._frozen:
+            # a momentum encoder that the loss function itself moves
+            alias.copy_(value)
+            if not is_same(parameter.data, alias):
+                parameter.data = alias
         for generator, state in self._generators:
             set_generator_state(generator, state)
         self._random.put_back()
+
+    def mark_attributes(self, marks: Sequence[AttributeMark] | None = None) -> None:
+        """From now on `reset` brings back the tensors in modules' plain attributes, a recurrent state say.
+
+        As they are now, or as they were when other marks were taken.
+        """
+        self._marks = self.attributes_now() if marks is None else marks
+
+    def attributes_now(self) -> list[AttributeMark]:
+        """Marks of what modules keep in plain attributes at this moment."""
+        return [AttributeMark(module) for module, _ in self._attributes]
 
     def reset_values(self) -> None:
         """Put the parameters' values back."""
         for (alias, value), parameter in zip(self._values, self.parameters, strict=True):
             alias.copy_(value)
-            if parameter.data_ptr() != alias.data_ptr():
+            if not is_same(parameter.data, alias):
                 parameter.data = alias
+
+    def seed_generators(self, seed: int) -> None:
+        """Set the generators that modules and the loss function hold to a seed; `reset` puts them back."""
+        for generator, _ in self._generators:
+            if isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = np.random.default_rng(seed).bit_generator.state
+            elif isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+            else:
+                generator.seed(seed)
+
+    def values_of(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values of named parameters at the start, not to be written to."""
+        values = {id(p): value for p, (_, value) in zip(self.parameters, self._values, strict=True)}
+        return {name: values[id(p)].to(p.device) for name, p in named.items()}
 
     def clear_gradients(self) -> None:
         """Set every gradient to None; those there were are kept for `restore`."""
@@ -73,21 +112,13 @@ class Snapshot:
 
     def reset_optimizers(self) -> None:
         """Put the optimizers' state and options back."""
-        for optimizer, tensors, state, groups, rest in self._optimizers:
-            for tensor, value in tensors:
-                tensor.copy_(value)
-            optimizer.state.clear()
-            for parameter, entries in state:
-                optimizer.state[parameter] = dict(entries)
-            optimizer.param_groups[:] = [group for group, _ in groups]
-            for group, options in groups:
-                group.clear()
-                group.update(options)
-            for name, value in rest.items():
-                optimizer.__dict__[name] = value
+        with torch.no_grad():
+            for held in self._optimizers:
+                held.put_back()
 
     def restore(self) -> None:
         """Put everything back."""
+        self._marks = ()
         for module, (own, registries, containers) in self._attributes:
             for name in [name for name in module.__dict__ if name not in own]:
                 del module.__dict__[name]
@@ -129,24 +160,6 @@ def _refill(container: Any, entries: Any) -> None:
         container.extend(entries)
     else:
         container.update(entries)
-
-
-def _optimizer_state(optimizer: torch.optim.Optimizer, copy_of: Callable[[Tensor], Tensor]) -> tuple:
-    tensors = [
-        (value, copy_of(value))
-        for entries in optimizer.state.values()
-        for value in entries.values()
-        if isinstance(value, Tensor)
-    ]
-    state = [(parameter, dict(entries)) for parameter, entries in optimizer.state.items()]
-    groups = []
-    for group in optimizer.param_groups:
-        options = dict(group)
-        options["params"] = list(group["params"])
-        tensors += [(value, copy_of(value)) for value in group.values() if isinstance(value, Tensor)]
-        groups.append((group, options))
-    rest = {k: v for k, v in optimizer.__dict__.items() if isinstance(v, (bool, int, float, str, type(None)))}
-    return tensors, state, groups, rest
 
 
 def _generators(modules: Sequence[nn.Module], loss_fn: Callable[[], Any]) -> Iterator[Any]:

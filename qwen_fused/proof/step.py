@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qwen_fused.proof import modes
 from qwen_fused.proof.cuts import Trace
-from qwen_fused.proof.derivative import scales_of
-from qwen_fused.proof.replay import ReplayMismatch
+from qwen_fused.proof.first_order import FirstOrder, measure
+from qwen_fused.proof.kinds import written_by
+from qwen_fused.proof.moves import has_nonzero, scales_of
+from qwen_fused.proof.optimizers import innermost, rate_of, rate_to_come, watching_steps
+from qwen_fused.proof.real_parts import inner, real_parts
 from qwen_fused.proof.subject import Gradients, Subject, as_float
+from qwen_fused.proof.trusted_ops import Linearized
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
-# parts of the step at which first order is looked for, and how closely it must hold
-FRACTIONS = (1.0, 1 / 16, 1 / 256)
-CLOSE = (0.5, 2.0)
+# a change of the gradients that is the loss's scale taken off, and one that is a clip
+SAME_FACTOR = 0.02
 
 
 @dataclass
@@ -29,56 +34,53 @@ class Step:
         missing: names whose gradient was gone, or all zero, when the optimizer came to use it.
         changed: names whose gradient pointed another way by then than backward had left it.
         norm_ratio: norm of the gradient that the optimizer uses over that of the loss's own gradient.
+        factors: what the gradients were multiplied by on the way to the optimizer, in order.
         unmoved: names that did not move, though their gradient is more than the rounding of the others.
         master_only: names that rounded back to what they were, while the float32 master in the optimizer's state moved.
         moved: share of the elements that moved, among the parameters that have a gradient.
-        predicted: <g, change of the parameters>, the loss's change to first order.
-        actual: the loss's change.
-        fraction: largest part of the step whose change of the loss is near first order; 0 when none is; None when that
-            can't be told (16-bit parameters, changes lost in rounding).
-        ratio: actual over predicted change at the smallest part looked at.
-        rates: name -> learning rate of its group.
-        scheduled_zero: names whose learning rate a scheduler keeps at 0 for now.
+        first_order: the loss's change beside what its gradient says.
+        rates: name -> learning rate of its group, None where the optimizer finds its own.
+        warming_up: names whose learning rate a scheduler keeps at 0 for now; the step was taken at the rate to come.
         had_state: whether the optimizer had stepped before.
-        nondeterminism: by how much the loss differs between two calls that should be the same.
+        in_backward: whether the optimizer stepped while backward was going on.
     """
 
     stepped: bool = False
     missing: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     norm_ratio: float = 0.0
+    factors: list[float] = field(default_factory=list)
     unmoved: tuple[str, ...] = ()
     master_only: tuple[str, ...] = ()
     moved: float = 0.0
-    predicted: float = 0.0
-    actual: float = 0.0
-    fraction: float | None = None
-    ratio: float = 1.0
-    rates: dict[str, float] = field(default_factory=dict)
-    scheduled_zero: tuple[str, ...] = ()
+    first_order: FirstOrder = field(default_factory=FirstOrder)
+    rates: dict[str, float | None] = field(default_factory=dict)
+    warming_up: tuple[str, ...] = ()
     had_state: bool = False
-    nondeterminism: float = 0.0
+    in_backward: bool = False
 
 
-def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace) -> Step | None:
+def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace, linearized: Linearized) -> Step | None:
     """Step as the caller does, with the gradients in place, look, and put parameters and optimizers back.
 
     Args:
         subject: what is proved.
         gradients: of the loss, still in the parameters' `.grad`.
         loss: at the parameters as they are.
-        trace: a call with the same parameters.
+        trace: the call that the gradients are of.
+        linearized: its operations that are taken at their word.
     """
     if not subject.optimizers or not gradients.of:
         return None
-    step = Step(had_state=any(optimizer.state for optimizer in subject.optimizers))
-    _read_rates(subject, step, gradients)
-    alive = [name for name, g in gradients.of.items() if g.any()]
-    before = {name: subject.named[name].data.clone() for name in gradients.of}
+    inside = [innermost(optimizer) for optimizer in subject.optimizers]
+    step = Step(stepped=gradients.stepped, in_backward=gradients.stepped)
+    step.had_state = any(getattr(optimizer, "state", None) for optimizer in inside) and not gradients.stepped
+    alive = [name for name, g in gradients.of.items() if has_nonzero(g)]
+    before = subject.snapshot.values_of(subject.named)
     masters = {name: master.clone() for name, master in _masters(subject).items()}
-    _step_watched(subject, step, gradients, alive)
-    changes = {name: subject.named[name].data - old for name, old in before.items()}
-    _measure_movement(subject, step, gradients, alive, before, changes, trace.half)
+    with _after_warm_up(subject, step, gradients):
+        _step_watched(subject, step, gradients, alive)
+    _measure_movement(subject, step, gradients, alive, before, trace.half)
     # an optimizer may make its masters in its first step
     step.master_only = tuple(
         name
@@ -86,47 +88,93 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace) -
         if not torch.equal(master, masters.get(name, before[name]).to(master.dtype))
     )
     step.unmoved = tuple(name for name in step.unmoved if name not in step.master_only)
-    step.predicted = sum(float((gradients.of[n].double() * changes[n].double()).sum()) for n in alive)
-    step.actual = subject.value() - as_float(loss)
-    step.nondeterminism = abs(as_float(trace.loss) - as_float(loss))
-    _first_order(subject, step, before, changes, as_float(loss), trace)
-    subject.snapshot.reset_values()
     subject.snapshot.reset_optimizers()
+    subject.snapshot.clear_gradients()
+    changes = {name: subject.named[name].data - before[name] for name in gradients.of}
+    # what else the optimizer steps is not what is judged
+    subject.snapshot.reset_values()
+    step.first_order = measure(subject, gradients, changes, before, as_float(loss), trace, linearized)
+    subject.snapshot.reset_values()
     return step
 
 
-def _read_rates(subject: Subject, step: Step, gradients: Gradients) -> None:
-    """Learning rates of the parameters' groups, and which of them a scheduler keeps at 0 for now."""
-    groups = [group for optimizer in subject.optimizers for group in optimizer.param_groups]
-    rates = {id(p): (float(g["lr"]), float(g.get("initial_lr", 0.0))) for g in groups for p in g["params"]}
-    known = {name: rates[id(subject.named[name])] for name in gradients.of if id(subject.named[name]) in rates}
-    step.rates = {name: rate for name, (rate, _) in known.items()}
-    step.scheduled_zero = tuple(name for name, (rate, initial) in known.items() if rate == 0 and initial > 0)
+@contextmanager
+def _after_warm_up(subject: Subject, step: Step, gradients: Gradients) -> Iterator[None]:
+    """Read the learning rates, and let those that a scheduler holds at 0 for now be what they will be."""
+    raised: list[tuple[dict[str, Any], Any]] = []
+    names = {id(subject.named[name]): name for name in gradients.of}
+    for optimizer in {id(o): o for o in map(innermost, subject.optimizers)}.values():
+        to_come = [(group, rate_to_come(optimizer, group)) for group in optimizer.param_groups if rate_of(group) == 0]
+        for group in optimizer.param_groups:
+            step.rates |= {names[id(p)]: rate_of(group) for p in group["params"] if id(p) in names}
+        for group, rate in to_come:
+            if rate > 0 and not step.in_backward:
+                step.warming_up += tuple(names[id(p)] for p in group["params"] if id(p) in names)
+                raised.append((group, group["lr"]))
+                # torch's own fused steps want a tensor where they had one
+                group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
+    try:
+        yield
+    finally:
+        for group, rate in raised:
+            group["lr"] = rate
 
 
 def _step_watched(subject: Subject, step: Step, gradients: Gradients, alive: Sequence[str]) -> None:
     """Step as the caller does, and look at the gradients when an optimizer comes to use them."""
 
-    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        step.stepped = True
-        now = {name: subject.named[name].grad for name in alive}
-        step.missing = tuple(name for name, grad in now.items() if grad is None or not grad.any())
-        left = {name: grad for name, grad in now.items() if grad is not None and name not in step.missing}
-        step.changed = tuple(name for name, grad in left.items() if _cosine(grad, gradients.of[name]) < 0.5)
+    def look(optimizer: Any) -> None:
+        first, step.stepped = not step.stepped, True
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        mine = [name for name in alive if id(subject.named[name]) in own]
+        now = {name: subject.named[name].grad for name in mine}
+        missing = [name for name, grad in now.items() if grad is None or not has_nonzero(grad)]
+        step.missing += tuple(name for name in missing if first or name not in step.missing)
+        left = {name: grad for name, grad in now.items() if grad is not None and name not in missing}
+        step.changed += tuple(name for name, grad in left.items() if _cosine(grad, gradients.of[name]) < 0.5)
         # a fused optimizer takes the loss's scale off by itself
         taken_off = float(getattr(optimizer, "grad_scale", None) or 1.0)
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        mine = [name for name in left if id(subject.named[name]) in own]
-        if mine:
-            ratio = _norm(left[name] for name in mine) / _norm(gradients.of[name] for name in mine) / taken_off
+        if left:
+            ratio = _norm(left.values()) / _norm(gradients.of[name] for name in left) / taken_off
             step.norm_ratio = max(step.norm_ratio, ratio)
 
-    hooks = [optimizer.register_step_pre_hook(look) for optimizer in subject.optimizers]
-    try:
+    if step.in_backward:
+        # the gradients are used up: what is left of the step is the caller's
         subject.step()
-    finally:
-        for hook in hooks:
-            hook.remove()
+        return
+    factors = _Factors(subject, step, gradients, alive)
+    scaled = gradients.scale != 1 and alive
+    with watching_steps(subject.optimizers, look):
+        if scaled:
+            with modes.DispatchMode(factors.aten):
+                subject.step()
+        else:
+            subject.step()
+
+
+class _Factors:
+    """Follows the largest gradient from backward to the optimizer and lists what it is multiplied by on the way."""
+
+    def __init__(self, subject: Subject, step: Step, gradients: Gradients, alive: Sequence[str]):
+        self._step = step
+        largest = max(alive, key=lambda name: _norm([gradients.of[name]]), default=None)
+        self._parameter = None if largest is None else subject.named[largest]
+        self._norm = self._now()
+
+    def _now(self) -> float:
+        gradient = None if self._parameter is None else self._parameter.grad
+        return 0.0 if gradient is None else _norm([gradient])
+
+    def aten(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        out = func(*args, **kwargs)
+        gradient = None if self._parameter is None else self._parameter.grad
+        if gradient is None or self._step.stepped or not self._norm:
+            return out
+        if any(t is gradient or t.data_ptr() == gradient.data_ptr() for t in written_by(func, args, kwargs)):
+            before, self._norm = self._norm, self._now()
+            if abs(self._norm / before - 1) > 1e-6:
+                self._step.factors.append(self._norm / before)
+        return out
 
 
 def _measure_movement(
@@ -135,33 +183,29 @@ def _measure_movement(
     gradients: Gradients,
     alive: Sequence[str],
     before: Mapping[str, Tensor],
-    changes: Mapping[str, Tensor],
     half: bool,
 ) -> None:
     """How many elements moved, and which parameters did not though their gradient is more than rounding."""
-    counts = {name: int(change.count_nonzero()) for name, change in changes.items()}
+    counts = {name: int((subject.named[name].data != before[name]).sum()) for name in alive}
     # a bias before a normalisation has a gradient of rounding noise, which need not move it
     weight = scales_of({name: before[name] for name in alive})
-    shares = {name: weight[name] * float(gradients.of[name].float().norm()) for name in alive}
+    shares = {name: weight[name] * _norm([gradients.of[name]]) for name in alive}
     floor = {True: 1e-3, False: 1e-6}[half] * max(shares.values(), default=0.0)
     step.unmoved = tuple(name for name in alive if not counts[name] and shares[name] > floor)
-    step.moved = sum(counts[name] for name in alive) / max(1, sum(changes[name].numel() for name in alive))
+    step.moved = sum(counts.values()) / max(1, sum(before[name].numel() for name in alive))
 
 
 def _masters(subject: Subject, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Wider copies of half-precision parameters in the optimizers' state, told by their rounding: the parameter."""
     found = {}
+    held = [getattr(innermost(optimizer), "state", {}) for optimizer in subject.optimizers]
     for name in subject.named if names is None else names:
         parameter = subject.named[name]
         if parameter.dtype not in HALF_PRECISION:
             continue
-        states = (optimizer.state[parameter] for optimizer in subject.optimizers if parameter in optimizer.state)
-        for value in (value for state in states for value in state.values()):
-            if (
-                parameter.dtype in HALF_PRECISION
-                and _is_wider(value, parameter)
-                and torch.equal(value.to(parameter), parameter)
-            ):
+        states = [state[parameter] for state in held if parameter in state]
+        for value in (value for state in states if isinstance(state, dict) for value in state.values()):
+            if _is_wider(value, parameter) and torch.equal(value.to(parameter), parameter):
                 found[name] = value
     return found
 
@@ -172,38 +216,15 @@ def _is_wider(value: Any, parameter: Tensor) -> bool:
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return float(torch.stack([t.detach().to_dense().double().norm().cpu() for t in tensors]).norm())
+    parts = [real_parts(t.detach().to_dense() if t.is_sparse else t.detach()) for t in tensors]
+    # squares of float16 overflow in float16 itself
+    wide = [None if t.dtype in (torch.float32, torch.float64) else torch.float32 for t in parts]
+    return sum(float(torch.linalg.vector_norm(t, dtype=w)) ** 2 for t, w in zip(parts, wide, strict=True)) ** 0.5
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:
-    one, other = one.detach().to_dense().double(), other.double()
-    return float((one * other).sum() / (one.norm() * other.norm()))
-
-
-def _first_order(
-    subject: Subject, step: Step, before: Mapping[str, Tensor], changes: Mapping[str, Tensor], loss: float, trace: Trace
-) -> None:
-    """Find the largest part of the step along which the loss changes as its gradient says."""
-    if any(subject.allow.custom(op.name, op.site.callers) for op in trace.custom):
-        # what an operation taken at its word does inside, a hard mask say, may jump along the step and can't be held
-        return
-    held = trace.held(carried=subject.own_backward)
-    rounded = any(change.dtype in HALF_PRECISION for change in changes.values()) or trace.half
-    for fraction in FRACTIONS:
-        predicted = fraction * step.predicted
-        told_apart = 100 * torch.finfo(torch.float32).eps * abs(loss) + 20 * step.nondeterminism
-        if rounded or not abs(predicted) > told_apart:
-            return
-        if fraction == 1.0 and not held:
-            actual = step.actual
-        else:
-            for name, change in changes.items():
-                subject.named[name].data.copy_(before[name] + fraction * change)
-            try:
-                actual = subject.value(held) - loss
-            except ReplayMismatch:
-                return
-        step.ratio = actual / predicted
-        step.fraction = fraction if CLOSE[0] <= step.ratio <= CLOSE[1] else 0.0
-        if step.fraction:
-            return
+    if one.dtype == other.dtype and not one.is_sparse and torch.equal(one, other):
+        return 1.0
+    one = one.detach().to_dense() if one.is_sparse else one.detach()
+    size = _norm([one]) * _norm([other])
+    return inner(one, other) / size if size else 1.0

@@ -2,78 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qwen_fused.common.autograd_graph import graph_leaves
 from qwen_fused.proof import frames
-from qwen_fused.proof.cuts import Event, Trace
-from qwen_fused.proof.replay import Held, Slot, Upcast, evaluate
+from qwen_fused.proof.allowance import Allowance
+from qwen_fused.proof.cuts import Trace
+from qwen_fused.proof.draws import Draw
+from qwen_fused.proof.gradients import Gradients, deliver
+from qwen_fused.proof.ladder import name_some
+from qwen_fused.proof.moves import Values
+from qwen_fused.proof.optimizers import Optimizers, as_list, needs_closure
+from qwen_fused.proof.replay import Held, evaluate
+from qwen_fused.proof.slots import Slot
 from qwen_fused.proof.snapshot import Snapshot
 from qwen_fused.proof.trace import OnCustom, trace
-
-Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None
-
-
-class Allowance:
-    """What the caller declares to be intended, and how often each entry was needed.
-
-    An entry is a pattern (`*` and `?`) for a parameter or module name; a function ("baseline"), a function of a file
-    ("policy.py:baseline") or a line ("policy.py:41") within which an operation loses the gradient on purpose; an
-    operation ("torch.no_grad", a custom Function's name) or a kind of cut ("argmax").
-    """
-
-    def __init__(self, entries: Iterable[str]):
-        entries = (entries,) if isinstance(entries, str) else tuple(entries)
-        for entry in entries:
-            if not isinstance(entry, str):
-                raise ValueError(f"allow must hold strings, got {type(entry).__name__}")
-        self.matches = dict.fromkeys(entries, 0)
-
-    def name(self, name: str) -> bool:
-        """Whether a parameter or module may be left without a gradient, frozen, or in evaluation mode."""
-        return self._match([name])
-
-    def event(self, event: Event) -> bool:
-        """Whether a cut is intended."""
-        frames_of = [frame for frame in (event.site.user, event.site.inside, event.at) if frame is not None]
-        lines = [f"{frame.file.rpartition('/')[2]}:{frame.line}" for frame in frames_of]
-        return self._match([event.kind, event.operation, *lines, *_functions(event.site.callers)])
-
-    def custom(self, name: str, callers: Iterable[str]) -> bool:
-        """Whether a custom operation's own backward is to be taken at its word."""
-        return self._match([name, name.rpartition("::")[2], *_functions(callers)])
-
-    def _match(self, candidates: list[str]) -> bool:
-        found = [entry for entry in self.matches if any(fnmatchcase(c, entry) for c in candidates)]
-        for entry in found:
-            self.matches[entry] += 1
-        return bool(found)
-
-
-@dataclass
-class Gradients:
-    """What one backward pass delivered.
-
-    Args:
-        of: name -> gradient of the loss itself, whatever it was scaled by on its way back.
-        scale: what the loss was scaled by, as a gradient scaler does.
-        erased: names of gradients gone again afterwards.
-        error: what the pass raised.
-    """
-
-    of: dict[str, Tensor] = field(default_factory=dict)
-    scale: float = 1.0
-    erased: tuple[str, ...] = ()
-    error: RuntimeError | None = None
+from qwen_fused.proof.upcast import Upcast
 
 
 class Subject:
@@ -99,13 +47,24 @@ class Subject:
         self.named = _named(params)
         if not self.named:
             raise ValueError("params must have at least one parameter, got none")
-        self.optimizers = _optimizers(optimizer)
+        _check_material(self.named)
+        self.optimizers = as_list(optimizer)
+        if step is None and any(needs_closure(one) for one in self.optimizers):
+            name = next(type(one).__name__ for one in self.optimizers if needs_closure(one))
+            raise ValueError(f"{name}.step needs a closure: give step=lambda: optimizer.step(closure)")
         self.allow = Allowance(allow)
         self.own_backward = backward is not None
         # how the caller's loop sends the loss back
         self.backward = backward or (lambda loss: loss.backward())
         self._step = step
         self.evaluations = 0
+        # no faults, but worth knowing: what the rungs come across
+        self.notes: list[str] = []
+        left_over = [name for name, p in self.named.items() if p.grad is not None and bool(p.grad.any())]
+        if left_over:
+            self.notes.append(
+                f"{name_some(left_over)} had a gradient before: a loop that never clears them adds them up"
+            )
         self.snapshot = Snapshot(self.named.values(), self.modules.values(), self.optimizers, loss_fn)
 
     @property
@@ -113,19 +72,40 @@ class Subject:
         """Parameters that ask for a gradient."""
         return {name: p for name, p in self.named.items() if p.requires_grad}
 
-    def call(self, held: Mapping[Slot, Held] | None = None, wide: Upcast | None = None) -> Any:
+    def call(
+        self,
+        held: Mapping[Slot, Held] | None = None,
+        upcast: Upcast | None = None,
+        draws: Mapping[Slot, Draw] | None = None,
+    ) -> Any:
         """The loss function's result, with random generators and buffers as at the start, and held results in place."""
         self.evaluations += 1
         self.snapshot.reset()
-        if not held and wide is None:
+        if not held and upcast is None:
             return frames.boundary(self.loss_fn)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return evaluate(self.loss_fn, held or {}, wide)
+            return evaluate(self.loss_fn, held or {}, upcast, draws)
 
-    def value(self, held: Mapping[Slot, Held] | None = None, wide: Upcast | None = None) -> float:
+    def value(
+        self,
+        held: Mapping[Slot, Held] | None = None,
+        upcast: Upcast | None = None,
+        draws: Mapping[Slot, Draw] | None = None,
+    ) -> float:
         """The loss as a float."""
-        return as_float(self.call(held, wide))
+        return as_float(self.call(held, upcast, draws))
+
+    def evaluation(
+        self, trace: Trace, held: Mapping[Slot, Held], wide: torch.dtype | None
+    ) -> Callable[[Values | None], float]:
+        """The loss as a function of the parameters' values, computed in a type, what is discrete as in the trace."""
+
+        def evaluate(values: Values | None) -> float:
+            upcast = None if wide is None else Upcast(wide, values or {}, trace.differentiates)
+            return self.value(held, upcast, trace.draws)
+
+        return evaluate
 
     def trace(self, on_custom: OnCustom | None = None, earlier: Trace | None = None) -> Trace:
         """Call the loss function and follow the parameters through it; know what an earlier call computed again."""
@@ -134,7 +114,8 @@ class Subject:
         with warnings.catch_warnings():
             # torch points them at the proof's own lines; the plain call shows them where they belong
             warnings.simplefilter("ignore")
-            found = trace(self.loss_fn, self.named, on_custom, earlier.labels if earlier is not None else None)
+            known = earlier.labels if earlier is not None else None
+            found = trace(self.loss_fn, self.named, on_custom, known, self.allow.function)
         # calling the modules may have given a name to another parameter
         found.named_after = {id(p): name for name, p in _named(self.source).items()}
         return found
@@ -158,46 +139,24 @@ class Subject:
     def gradients(self, loss: Any) -> Gradients:
         """Run the backward pass from cleared gradients and take down what each parameter was given."""
         self.snapshot.clear_gradients()
-        found = Gradients()
         if not isinstance(loss, Tensor) or not loss.requires_grad:
-            return found
-
-        def keep(name: str) -> Callable[[Tensor], None]:
-            def hook(parameter: Tensor) -> None:
-                if parameter.grad is not None:
-                    # what is done to it afterwards must not reach the copy
-                    found.of[name] = parameter.grad.detach().clone()
-
-            return hook
-
-        # what else the loss depends on must not be left with a gradient either
-        known = {id(p) for p in self.snapshot.parameters}
-        others = [(leaf, leaf.grad) for leaf in graph_leaves(loss) if id(leaf) not in known]
-        for leaf, _ in others:
-            leaf.grad = None
-        hooks = [p.register_post_accumulate_grad_hook(keep(name)) for name, p in self.trainable.items()]
-        seeds: list[Tensor] = []
-        with torch.enable_grad():
-            # a tensor of its own, so that hooks on the loss are not taken for a scale
-            sent = loss.view_as(loss)
-        sent.register_hook(lambda grad: seeds.append(grad.detach().double().sum()))
-        try:
-            self.backward(sent)
-        except RuntimeError as error:
-            found.error = error
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for leaf, grad in others:
-                leaf.grad = grad
-        found.erased = tuple(n for n in self.named if n in found.of and _is_gone(self.named[n].grad, found.of[n]))
-        found.of = {n: g.to_dense() if (g := found.of[n]).is_sparse else g for n in self.named if n in found.of}
-        scale = float(sum(seeds))
-        if scale != 1 and scale != 0 and math.isfinite(scale):
-            found.scale = scale
-            # float32, in which a small gradient survives the loss of its scale
-            found.of = {n: g.to(torch.promote_types(g.dtype, torch.float32)) / scale for n, g in found.of.items()}
+            return Gradients()
+        found = deliver(loss, self.trainable, self.named, self.backward, self.snapshot.parameters, self.optimizers)
+        if found.stepped:
+            # an optimizer that steps in the middle of backward: the step is looked at once, and undone
+            self.snapshot.reset_optimizers()
         return found
+
+
+def _check_material(named: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError for parameters that hold no values yet."""
+    for name, parameter in named.items():
+        if torch.nn.parameter.is_lazy(parameter):
+            raise ValueError(f"params: {name} has no shape yet: call the model once first")
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(f"params: {name} is a DTensor, which is not supported: prove it before it is sharded")
+        if parameter.is_meta:
+            raise ValueError(f"params: {name} is on the meta device and has no values: materialize the model first")
 
 
 def as_float(loss: Any) -> float:
@@ -217,20 +176,6 @@ def check_scalar(loss: Any) -> None:
             float(loss)
         except (TypeError, ValueError) as error:
             raise ValueError(f"loss_fn must return a scalar loss, got {type(loss).__name__}") from error
-
-
-def _is_gone(now: Tensor | None, delivered: Tensor) -> bool:
-    return now is None or (not now.any() and bool(delivered.any()))
-
-
-def _functions(callers: Iterable[str]) -> list[str]:
-    """Every way to name the functions around an operation: file and function, qualified name, name."""
-    names = []
-    for caller in callers:
-        file, _, function = caller.partition(":")
-        last = function.rpartition(".")[2]
-        names += [caller, function, last, f"{file}:{last}"]
-    return names
 
 
 def _modules(params: Any) -> dict[str, nn.Module]:
@@ -259,33 +204,3 @@ def _named(params: Any) -> dict[str, Tensor]:
         first.setdefault(id(parameter), name)
     # a tied parameter is judged once, under its first name
     return {name: p for name, p in named.items() if first[id(p)] == name}
-
-
-def _optimizers(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
-    if optimizer is None:
-        return []
-    found: Sequence[Any] = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    for one in found:
-        if not isinstance(one, torch.optim.Optimizer):
-            raise ValueError(f"optimizer must be a torch optimizer or several, got {type(one).__name__}")
-    return list(found)
-
-
-def frozen_by_peft(modules: Mapping[str, nn.Module]) -> set[int]:
-    """Ids of the parameters that peft freezes by design: all of a model with adapters but its active adapters."""
-    peft = sys.modules.get("peft")
-    if peft is None:
-        return set()
-    kind = peft.tuners.tuners_utils.BaseTunerLayer
-    found: set[int] = set()
-    for part in (part for module in modules.values() for part in module.modules()):
-        if not getattr(part, "peft_config", None):
-            continue
-        layers = [layer for layer in part.modules() if isinstance(layer, kind)]
-        places = {name for layer in layers for name in layer.adapter_layer_names} | {"modules_to_save"}
-        active = {name for layer in layers for name in layer.active_adapters}
-        for name, parameter in part.named_parameters():
-            pieces = set(name.split("."))
-            if not (pieces & places and pieces & active):
-                found.add(id(parameter))
-    return found

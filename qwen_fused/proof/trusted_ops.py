@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen_fused.proof.cuts import CustomOp
+from qwen_fused.proof.cuts import CustomOp, Trace
 from qwen_fused.proof.derivative import TOLERANCE
+from qwen_fused.proof.draws import Draw
+from qwen_fused.proof.kinds import is_inexact
 from qwen_fused.proof.labels import tensors_in
+from qwen_fused.proof.real_parts import inner
 from qwen_fused.proof.replay import replace_tensors
-from qwen_fused.proof.subject import Subject
+from qwen_fused.proof.slots import Slot
+from qwen_fused.proof.subject import Gradients, Subject, check_scalar
+
+Linearized = dict[Slot, "LinearizedOp"]
 
 
 class LinearizedOp:
@@ -23,8 +30,9 @@ class LinearizedOp:
     the finite difference tests everything around it and takes the operation itself at its word.
     """
 
-    def __init__(self, call: Callable[..., Any], args: tuple, kwargs: dict, out: Any):
-        self.call = call
+    def __init__(self, call: Callable[..., Any], args: tuple, kwargs: dict, out: Any, draw: Draw | None = None):
+        # an operation that draws has the slopes of what it drew
+        self.call = call if draw is None else lambda *a, **k: draw.again(call, a, k)
         self.given = [t.detach().clone() for t in tensors_in((args, kwargs))]
         self.arguments = args, kwargs
         # what it gives without a gradient, an accuracy or a mask, is as constant as autograd takes it to be
@@ -38,9 +46,7 @@ class LinearizedOp:
     def finish(self) -> None:
         """Once the backward pass has been: ask the operation's backward for its slopes."""
         inputs = {
-            place: tensor.clone().requires_grad_()
-            for place, tensor in enumerate(self.given)
-            if tensor.is_floating_point()
+            place: tensor.clone().requires_grad_() for place, tensor in enumerate(self.given) if is_inexact(tensor)
         }
         args, kwargs = replace_tensors(self.arguments, dict(enumerate(self.given)) | inputs)
         with torch.enable_grad():
@@ -55,14 +61,50 @@ class LinearizedOp:
 
     def put(self, ins: list[Tensor], out: Any) -> Any:
         """The recorded result plus the first-order change, along the direction that the loss is sensitive to."""
-        change = sum(_inner(g, ins[p].detach() - self.given[p]) for p, g in self.slopes.items())
-        size = sum(_inner(u, u) for u in self.upstream.values())
+        change = sum(inner(g, ins[p].detach() - self.given[p]) for p, g in self.slopes.items())
+        size = sum(inner(u, u) for u in self.upstream.values())
+        now = list(tensors_in(out))
         moved = {}
         for place, value in self.results.items():
             upstream = self.upstream.get(place)
-            share = 0.0 if upstream is None or not size else change / size
-            moved[place] = value if upstream is None else value + (share * upstream).to(value.dtype)
+            if upstream is None:
+                moved[place] = value
+            else:
+                # in the type that is computed in now: the change is smaller than the recorded one can hold
+                moved[place] = value.to(now[place].dtype) + (change / size if size else 0.0) * upstream
         return replace_tensors(out, moved)
+
+
+@dataclass
+class Point:
+    """The loss at the parameters' present values, what following it found, and its gradients."""
+
+    trace: Trace
+    loss: Any
+    gradients: Gradients
+    linearized: Linearized
+
+
+def differentiate(subject: Subject, earlier: Trace | None = None) -> Point:
+    """Follow one call of the loss function and send its loss back.
+
+    Raises:
+        ValueError: when it returns no scalar.
+    """
+    linearized: Linearized = {}
+
+    def keep(op: CustomOp, call: Callable[..., Any], args: tuple, kwargs: dict, out: Any) -> None:
+        trusted = op.surrogate or subject.allow.custom(op.name, op.site.callers)
+        if trusted or subject.allow.function(op.name):
+            linearized[op.slot] = LinearizedOp(call, args, kwargs, out, op.draw)
+
+    trace = subject.trace(keep, earlier)
+    check_scalar(trace.loss)
+    gradients = subject.gradients(trace.loss)
+    for op in linearized.values():
+        op.finish()
+    loss = trace.loss
+    return Point(trace, loss, gradients, linearized)
 
 
 def wrong_ops(subject: Subject) -> list[tuple[CustomOp, str]]:
@@ -70,7 +112,7 @@ def wrong_ops(subject: Subject) -> list[tuple[CustomOp, str]]:
     calls: dict[Any, tuple[CustomOp, Callable[..., Any], Any]] = {}
 
     def keep(op: CustomOp, call: Callable[..., Any], args: tuple, kwargs: dict, out: Any) -> None:
-        if not subject.allow.custom(op.name, op.site.callers):
+        if not op.surrogate and not subject.allow.custom(op.name, op.site.callers):
             calls.setdefault((op.name, op.site.user), (op, call, _detached((args, kwargs))))
 
     subject.trace(keep)
@@ -130,9 +172,5 @@ def _local_slopes(
 
     total, leaves = run(0.0, with_grad=True)
     grads = torch.autograd.grad(total, leaves, allow_unused=True)
-    slope = sum(_inner(g, d) for g, d in zip(grads, directions.values(), strict=True) if g is not None)
+    slope = sum(inner(g, d) for g, d in zip(grads, directions.values(), strict=True) if g is not None)
     return slope, [float((run(h)[0] - run(-h)[0]) / (2 * h)) for h in (step, step / 2)]
-
-
-def _inner(one: Tensor, other: Tensor) -> float:
-    return float((one.double() * other.double()).sum())

@@ -224,12 +224,14 @@ def test_loss_that_is_not_repeatable_is_not_judged():
     assert report.verdict == "not proved" and not report.ok
 
 
-def test_learning_rate_that_a_scheduler_holds_at_zero_is_not_judged():
+def test_learning_rate_that_a_scheduler_holds_at_zero_is_judged_at_the_rate_to_come():
     model = Net()
     optimizer = adamw(model)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
     report = prove(loss_of(model), model, optimizer)
-    assert report.rungs["applied"].ok is None and "scheduler" in report.rungs["applied"].detail
+    assert report.ok and "100% of their elements" in report.rungs["applied"].detail
+    assert any("warm-up holds the learning rate" in note for note in report.notes)
+    assert optimizer.param_groups[0]["lr"] == 0
 
 
 def test_step_too_long_for_first_order_still_holds_for_a_part():

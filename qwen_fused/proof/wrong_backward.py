@@ -1,0 +1,107 @@
+"""A gradient that disagrees with the loss: the operation, the hook or the parameters to blame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from qwen_fused.proof.derivative import Directions, Verdict
+from qwen_fused.proof.frames import Frame, of_function
+from qwen_fused.proof.ladder import Finding, name_some
+from qwen_fused.proof.real_parts import inner
+from qwen_fused.proof.subject import Subject
+from qwen_fused.proof.trusted_ops import Point, wrong_ops
+
+# parts of a model that are moved one by one to find the wrong ones
+SEARCHED = 24
+
+
+def find_wrong_backward(subject: Subject, point: Point, lines: Directions, verdicts: list[Verdict]) -> list[Finding]:
+    """Name what makes a gradient wrong: an erasure, a custom operation, a hook; else the layers concerned."""
+    trace, judged = point.trace, lines.gradients
+    if point.gradients.erased_at is not None:
+        site = point.gradients.erased_at
+        detail = "gradients that backward had delivered are set to zero again before it is done: what is left is a part"
+        return [Finding("erased", detail, tuple(judged), site.user, site.inside)]
+    findings = []
+    for op, said in wrong_ops(subject):
+        names = tuple(n for n in trace.labels.names_of(op.inputs) if n in judged)
+        findings.append(Finding("wrong", f"the backward of {op.name} is {said}", names, op.site.user, op.site.inside))
+    if findings:
+        return findings
+    lines.restore()
+    ratios = [verdict.ratio for verdict in verdicts if verdict.ok is False]
+    uniform = len(ratios) > 1 and all(abs(ratio / ratios[0] - 1) < 0.02 for ratio in ratios)
+    names = tuple(judged) if uniform else tuple(_narrowed(lines, list(judged)))
+    for name in names:
+        for hook in _hooks_of(subject.named[name]):
+            return [Finding("wrong", f"a hook on {name} changes its gradient", names, of_function(hook))]
+    detail = f"the loss's own derivative disagrees for {name_some(names)}"
+    if found := _module_hook(subject, point, judged):
+        return [Finding("wrong", f"{detail}; {found[0]} changes it", names, found[1])]
+    if trace.hooks:
+        site = trace.hooks[0]
+        return [Finding("wrong", f"{detail}; a hook registered here changes a gradient", names, site.user, site.inside)]
+    for event in trace.cuts:
+        if event.aliased and event.lost:
+            detail += "; a value that backward may need is written to through this, behind autograd's back"
+            return [Finding("wrong", detail, names, event.site.user, event.site.inside)]
+    if uniform:
+        detail = f"every gradient is {1 / ratios[0]:.3g} times the loss's derivative: is it scaled before backward?"
+    else:
+        detail += "; no custom operation or hook was found to blame"
+    return [Finding("wrong", detail, names)]
+
+
+def _narrowed(lines: Directions, names: list[str]) -> list[str]:
+    """The wrong ones among parameters, part by part of the model, as far down as some of a part's parts are right."""
+    parts: dict[str, list[str]] = {}
+    split = [name.split(".") for name in names]
+    depth = next((d for d in range(min(map(len, split))) if len({s[d] for s in split}) > 1), None)
+    for name, pieces in zip(names, split, strict=True):
+        parts.setdefault(name if depth is None else pieces[depth], []).append(name)
+    if not 1 < len(parts) <= SEARCHED:
+        return names
+    wrong = lines.wrong_among(parts)
+    if not wrong or len(wrong) == len(parts):
+        return names
+    return [name for part in wrong for name in _narrowed(lines, parts[part])]
+
+
+def _hooks_of(parameter: Tensor) -> list[Callable[..., Any]]:
+    """Hooks that may change a parameter's gradient."""
+    return [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
+
+
+def _module_hook(subject: Subject, point: Point, judged: Mapping[str, Tensor]) -> tuple[str, Frame | None] | None:
+    """A backward hook of a module without which the gradients are others: where it was defined."""
+    for root, module in subject.modules.items():
+        for name, part in module.named_modules(prefix=root):
+            for registry in (part._backward_hooks, part._backward_pre_hooks):
+                for key, hook in list(registry.items()):
+                    with _without(registry, key):
+                        gradients = subject.gradients(subject.call()).of
+                    if any(_differs(gradients.get(n), g) for n, g in point.gradients.of.items() if n in judged):
+                        return f"a backward hook on {name or type(part).__name__}", of_function(hook)
+    return None
+
+
+@contextmanager
+def _without(registry: dict[int, Any], key: int) -> Iterator[None]:
+    held = dict(registry)
+    del registry[key]
+    try:
+        yield
+    finally:
+        registry.clear()
+        registry.update(held)
+
+
+def _differs(one: Tensor | None, other: Tensor) -> bool:
+    if one is None:
+        return True
+    size = inner(other, other)
+    return inner(one - other, one - other) > 1e-6 * size if size else bool(one.any())

@@ -1,0 +1,107 @@
+"""Loops as other people write them: the healthy are proved, of the broken rung, kind and line are named."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import linecache
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from proof_field import CASES, X, Y, adamw
+
+from qwen_fused.proof.prove import prove
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(case):
+    torch.manual_seed(0)
+    arguments = case.build()
+    if case.answer == "refused":
+        with pytest.raises(ValueError, match=case.says):
+            prove(**arguments)
+        return
+    report = prove(**arguments)
+    if case.answer == "proved":
+        assert report.verdict == "proved", report
+        # only what was planned is worth a note
+        assert case.says in "\n".join(report.notes), report
+        return
+    assert report.verdict != "proved", report
+    assert case.says in [finding.kind for finding in report.rungs[case.answer].findings], report
+    if "# here" in inspect.getsource(case.build):
+        frame = report.rungs[case.answer].findings[0].frame
+        assert frame is not None and "# here" in linecache.getline(frame.file, frame.line), report
+
+
+def test_every_kind_of_answer_is_asked_for():
+    assert {case.answer for case in CASES} >= {"proved", "refused", "declared", "connected", "correct", "applied"}
+
+
+def test_nothing_wide_is_left_in_the_model():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.last = nn.Linear(8, 3), None
+            self.register_buffer("count", torch.zeros(3))
+
+        def forward(self, x):
+            h = self.f(x)
+            self.count.data = 0.9 * self.count.data + h.detach().mean(0)
+            self.last = h.detach()
+            return h + self.count
+
+    net = Net()
+    net.count.requires_grad_(False)
+    net(X)
+    before = copy.deepcopy(net.state_dict()), net.last.clone(), net.count.data_ptr()
+    assert prove(lambda: F.cross_entropy(net(X), Y), net, adamw(net)).ok
+    assert net.count.dtype == net.last.dtype == net(X).dtype == torch.float32
+    assert torch.equal(before[1], net.last) or net.last is not None
+    assert before[2] != 0 and list(before[0]) == list(net.state_dict())
+
+
+def test_state_comes_back_after_an_exception():
+    class Net(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 3)
+            self.calls, self.register = 0, None
+            self.register_buffer("seen", torch.zeros(2))
+
+        def forward(self, x):
+            self.calls += 1
+            self.seen.data = self.seen.data.double() + 1
+            if self.calls == 3:
+                raise RuntimeError("on purpose")
+            return super().forward(x)
+
+    net = Net()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        prove(lambda: F.cross_entropy(net(X), Y), net, adamw(net))
+    assert net.calls == 0 and net.seen.dtype == torch.float32 and not net.seen.any()
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_reason_is_told_where_float64_can_not_be_had():
+    class Single(nn.Linear):
+        def forward(self, x):
+            h = super().forward(x)
+            if h.dtype != torch.float32:
+                raise RuntimeError("this kernel has no float64")
+            return h
+
+    net = Single(8, 3)
+    # the function mode makes every type look wide, which is what such code trips over
+    report = prove(lambda: F.cross_entropy(net(X), Y), net, adamw(net))
+    assert report.ok and "this kernel has no float64" in report.rungs["correct"].detail
+
+
+def test_generator_that_is_named_stands_where_it_stood():
+    generator = torch.Generator().manual_seed(5)
+    net = nn.Linear(8, 3)
+    state = generator.get_state()
+    loss = lambda: F.cross_entropy(net(X + 0.1 * torch.randn(16, 8, generator=generator)), Y)  # noqa: E731
+    assert prove(loss, net, adamw(net)).ok
+    assert torch.equal(generator.get_state(), state)
