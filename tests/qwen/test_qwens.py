@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from demonstrations import DEMONSTRATIONS
 from peft import AutoPeftModelForFeatureExtraction
 from qwens import qwen_tokenizer, save_qwen
 from transformers import AutoModel, AutoTokenizer
@@ -92,10 +93,8 @@ def test_flags_reach_the_backbone(small_config, tmp_path):
 
 
 def test_attention_changes_the_way_and_not_the_prompt(tmp_path):
-    from test_window import TASKS
-
     save_qwen(tmp_path, "qwen3")
-    fused, plain = (QwenPrompt(str(tmp_path), attention=name).pooled(TASKS) for name in ("sdpa", "eager"))
+    fused, plain = (QwenPrompt(str(tmp_path), attention=name).pooled(DEMONSTRATIONS) for name in ("sdpa", "eager"))
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
 
 
