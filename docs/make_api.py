@@ -16,7 +16,7 @@ from typing import Any
 
 import qwen_fused
 from qwen_fused.cli import main as cli
-from qwen_fused.norms.group_grad_norm import PendingStats
+from qwen_fused.norms.stats import PendingStats
 from qwen_fused.proof.cuts import Cut
 from qwen_fused.proof.frames import Frame
 from qwen_fused.proof.ladder import Finding, Rung

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qwen_fused import backends
-from qwen_fused.norms.group_grad_norm import GradStats, GroupGradNorm, nonfinite_message
+from qwen_fused.norms.group_grad_norm import GroupGradNorm
+from qwen_fused.norms.stats import GradStats, nonfinite_message
 
 tensors = st.builds(
     lambda dtype, magnitude, size, layout: (dtype, magnitude, size, layout),
