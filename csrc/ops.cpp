@@ -32,8 +32,7 @@ TORCH_LIBRARY(qwen_fused, m) {
 
   // scales the gradients of row r by inv_scale * min(1, max_norm[r] / (norm + 1e-6)), as measured into values; rows may
   // not overlap here. bounds: [R] float64 beside values, in place of the numbers: max_norm is empty then
-  m.def(
-      "group_grad_clip_(Tensor(a!)[] grads, int[] rows, Tensor values, float[] max_norm, Tensor? bounds=None) -> ()");
+  m.def("group_grad_clip_(Tensor(a!)[] grads, int[] rows, Tensor values, float[] max_norm, Tensor? bounds=None) -> ()");
 }
 
 // the ops register themselves when the library is loaded; Python needs a module to import all the same

@@ -84,8 +84,7 @@ inline void check_bounds(
       " rows, or none beside bounds, got ", max_norm.size());
   if (!bounds) return;
   TORCH_CHECK_VALUE(bounds->dim() == 1 && bounds->size(0) == R, "bounds must be [", R, "], got ", bounds->sizes());
-  TORCH_CHECK_VALUE(
-      bounds->scalar_type() == at::kDouble, "bounds must be float64, got ", bounds->scalar_type());
+  TORCH_CHECK_VALUE(bounds->scalar_type() == at::kDouble, "bounds must be float64, got ", bounds->scalar_type());
   TORCH_CHECK_VALUE(
       bounds->device() == values.device(), "bounds must be on ", values.device(), " like values, got ",
       bounds->device());

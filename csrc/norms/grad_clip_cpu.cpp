@@ -31,26 +31,30 @@ QF_MULTIVERSION void scale_double(double* x, int64_t n, double factor) {
   for (int64_t i = 0; i < n; ++i) x[i] *= factor;
 }
 
-QF_INLINE u16x8 scaled(const BFloat16* x, float factor) {
-  const f32x8 v = load8(x) * factor;
+// a product as a bfloat16 in the upper half of its bits: to nearest, ties to even; the sum would carry a NaN over into
+// another number
+QF_INLINE u32x8 rounded(f32x8 v) {
   const u32x8 bits = bit_cast_to<u32x8>(v);
-  // to nearest, ties to even; the sum would carry a NaN over into another number
-  const u32x8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const u32x8 kept = abs_bits(v) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded;
-  return __builtin_convertvector(kept, u16x8);
+  return abs_bits(v) > 0x7f800000u ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+// sixteen at a time, those in even and those in odd places: no element has to change its lane
+QF_INLINE void scale_sixteen(BFloat16* x, float factor) {
+  const u32x8 pairs = load_as<u32x8>(x);
+  const u32x8 even = rounded(bit_cast_to<f32x8>(pairs << 16) * factor);
+  const u32x8 odd = rounded(bit_cast_to<f32x8>(pairs & 0xffff0000u) * factor);
+  const u32x8 out = (even >> 16) | (odd & 0xffff0000u);
+  std::memcpy(static_cast<void*>(x), &out, sizeof(out));
 }
 
 QF_MULTIVERSION void scale_bf16(BFloat16* x, int64_t n, float factor) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const u16x8 out = scaled(x + i, factor);
-    std::memcpy(static_cast<void*>(x + i), &out, sizeof(out));
-  }
+  for (; i + 16 <= n; i += 16) scale_sixteen(x + i, factor);
   if (i == n) return;
-  BFloat16 tail[8] = {};
+  BFloat16 tail[16] = {};
   std::memcpy(static_cast<void*>(tail), x + i, (n - i) * sizeof(BFloat16));
-  const u16x8 out = scaled(tail, factor);
-  std::memcpy(static_cast<void*>(x + i), &out, (n - i) * sizeof(BFloat16));
+  scale_sixteen(tail, factor);
+  std::memcpy(static_cast<void*>(x + i), tail, (n - i) * sizeof(BFloat16));
 }
 
 void scale_half_tail(Half* x, int64_t n, float factor) {

@@ -61,10 +61,9 @@ __device__ __forceinline__ double factor_of(
   return inv_scale * (ratio > 1.0 ? 1.0 : ratio);
 }
 
-__global__ void __launch_bounds__(THREADS, 6)
-    clip_kernel(
-        const __grid_constant__ Batch batch, const void* values, const double* bounds, bool values_double,
-        int64_t columns) {
+__global__ void __launch_bounds__(THREADS, 6) clip_kernel(
+    const __grid_constant__ Batch batch, const void* values, const double* bounds, bool values_double,
+    int64_t columns) {
   const Chunk chunk = find_chunk(batch, blockIdx.x);
   const uint32_t row = batch.tag[chunk.tensor] & TAG_MASK;
   const float bound = batch.bound[chunk.tensor];

@@ -5,8 +5,8 @@
 //   norm  = |inv_scale| * sqrt(sum over the row's slots)
 //
 // Where elements are alike their roundings are too, and add up: a thread sums a few 16-byte vectors in the gradient's
-// arithmetic, float32 or float64, and what comes of that goes into a float64. Where that is not finite, or so small that
-// squares may have been lost, the block reads its chunk again, from cache, in float64.
+// arithmetic, float32 or float64, and what comes of that goes into a float64. Where that is not finite, or so small
+// that squares may have been lost, the block reads its chunk again, from cache, in float64.
 #include <cuda_fp16.h>
 
 #include "multi_tensor.cuh"

@@ -109,7 +109,8 @@ void group_grad_clip_(
       cuda::grad_clip(
           gradients.data(), static_cast<int64_t>(gradients.size()), row_list.data(),
           static_cast<int64_t>(row_list.size()), max_norm.data(), bounds ? limits.const_data_ptr<double>() : nullptr,
-          dense.const_data_ptr(), dense.scalar_type() == at::kDouble, dense.size(1), c10::cuda::getCurrentCUDAStream()));
+          dense.const_data_ptr(), dense.scalar_type() == at::kDouble, dense.size(1),
+          c10::cuda::getCurrentCUDAStream()));
   for (size_t i = 0; i < copies.size(); ++i) copied[i].copy_(copies[i]);
   // whether a factor is one is known on the device alone: what may have been written counts as written
   for (const cuda::Row& row : row_list) {

@@ -43,9 +43,7 @@ def read_bounds(
     if not torch.compiler.is_compiling() and not any(isinstance(bound, Tensor) for bound in bounds):
         return [_number(bound, max_norm) for bound in bounds], None
     made = [
-        _fit(bound, values, 1).reshape(())
-        if isinstance(bound, Tensor)
-        else on_device(_number(bound, max_norm), values)
+        _fit(bound, values, 1).reshape(()) if isinstance(bound, Tensor) else on_device(_number(bound, max_norm), values)
         for bound in bounds
     ]
     return [], torch.stack(made)
@@ -57,7 +55,7 @@ def on_device(number: float, like: Tensor) -> Tensor:
 
 
 def _number(bound: object, max_norm: object) -> float:
-    if not isinstance(bound, Real) or not bound >= 0:
+    if not isinstance(bound, Real) or not float(bound) >= 0:
         raise ValueError(f"max_norm must be a number of at least 0, or such a number per group, got {max_norm!r}")
     return float(bound)
 

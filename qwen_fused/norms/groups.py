@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import GeneratorType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -89,17 +90,19 @@ def flatten(groups: Mapping[str, Tensors | Mapping[str, Tensors]], tied: str) ->
     return flat
 
 
-def _unread(name: str, members: Tensors) -> list[Tensor | tuple[str, Tensor]]:
+def _unread(name: str, members: Tensors) -> list[Any]:
     """The members as a list; an iterator that somebody has read before would be an empty group without a word."""
     if isinstance(members, nn.Module):
         return list(members.named_parameters())
     if isinstance(members, (Tensor, str)) or not isinstance(members, Iterable):
         raise ValueError(f"group {name} must be a list of parameters, got a {type(members).__name__}")
-    generator = isinstance(members, GeneratorType)
-    # a generator that is fresh and gives nothing is a module without parameters
-    used_up = generator and inspect.getgeneratorstate(members) == inspect.GEN_CLOSED
-    found = list(members)
-    if used_up or (isinstance(members, Iterator) and not generator and not found):
+    if isinstance(members, GeneratorType):
+        # one that is fresh and gives nothing is a module without parameters
+        used_up = inspect.getgeneratorstate(members) == inspect.GEN_CLOSED
+    else:
+        used_up = isinstance(members, Iterator)
+    found: list[Any] = list(members)
+    if used_up and not found:
         raise ValueError(
             f"group {name} must be a list of parameters, got a {type(members).__name__} that gives none: "
             f"it has been read before"

@@ -104,7 +104,9 @@ def test_inv_scale_as_a_tensor(gradient_path: str) -> None:
 
 def test_rejects_bad_input(gradient_path: str) -> None:
     p = parameter(torch.ones(3))
-    with pytest.raises(ValueError, match=r"in one group once, got b\[0\] of group b again after a\[0\] of group a; .* tied"):
+    with pytest.raises(
+        ValueError, match=r"in one group once, got b\[0\] of group b again after a\[0\] of group a; .* tied"
+    ):
         GroupGradNorm({"a": [p], "b": [p]})
     with pytest.raises(ValueError, match="group a must be a list of parameters, got a Parameter"):
         GroupGradNorm({"a": p})
