@@ -1,4 +1,4 @@
-"""Groups of parameters, and parts of groups, as one list of tensors with ranges over it; what is doubtful is refused."""
+"""Groups of parameters, and their parts, as one list of tensors with ranges over it; what is doubtful is refused."""
 
 from __future__ import annotations
 

@@ -128,11 +128,10 @@ class MasterAdamW(torch.optim.AdamW):
         # torch's fused step counts none of its writes; it divides the gradients by their scale too
         written = [*values, *(state[name] for state in states for name in moments)]
         torch.autograd.graph.increment_version(written + gradients if grad_scale is not None else written)
-        moved = [
-            (p, value if MASTER not in state else state[MASTER])
-            for p, state, value in zip(members, states, values, strict=True)
-            if value is not p
-        ]
+        for state, value in zip(states, values, strict=True):
+            if MASTER in state:
+                state[MASTER] = value
+        moved = [(p, value) for p, value in zip(members, values, strict=True) if value is not p]
         if moved:
             # a step that was skipped leaves the masters, and so their rounding, as they were
             torch._foreach_copy_([p for p, _ in moved], [value for _, value in moved])

@@ -65,9 +65,9 @@ class PromptWindow:
                 qwen_optimizer.step()
                 qwen_optimizer.zero_grad()
 
-    The sum is exact, by the chain rule: see the head of `qwen_fused.window.prompt_window`. "recompute" refuses an encode
-    that gives other prompts the second time; what passes for the same, 3.1e-5 of a prompt's norm in float32 on the CPU
-    and 2 % in bfloat16, stands at the head of `qwen_fused.window.drift`.
+    The sum is exact, by the chain rule: see the head of `qwen_fused.window.prompt_window`. "recompute" refuses an
+    encode that gives other prompts the second time; what passes for the same, 3.1e-5 of a prompt's norm in float32 on
+    the CPU and 2 % in bfloat16, stands at the head of `qwen_fused.window.drift`.
 
     Args:
         encode: takes n different keys as a list and returns [n, D], differentiably. Everything it trains must stand
