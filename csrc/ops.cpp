@@ -40,8 +40,8 @@ TORCH_LIBRARY(qwen_fused, m) {
       "int hard_mode, int ignore_index, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // scales the gradients of row r by inv_scale * min(1, max_norm[r] / (norm + 1e-6)), as measured into values; rows may
-  // not overlap here
-  m.def("group_grad_clip_(Tensor(a!)[] grads, int[] rows, Tensor values, float[] max_norm) -> ()");
+  // not overlap here. bounds: [R] float64 beside values, in place of the numbers: max_norm is empty then
+  m.def("group_grad_clip_(Tensor(a!)[] grads, int[] rows, Tensor values, float[] max_norm, Tensor? bounds=None) -> ()");
 
   // the recurrence of qwen_fused/planner/plan_core.py: states [T, N, P, H, W, F] after each step, and what backward
   // needs of them

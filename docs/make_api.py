@@ -23,7 +23,7 @@ from qwen_fused.cli import main as cli
 from qwen_fused.cli.prove_script import ProveScriptConfig
 from qwen_fused.cli.solve import SolveCommand
 from qwen_fused.config import TrainConfig
-from qwen_fused.norms.group_grad_norm import PendingStats
+from qwen_fused.norms.stats import PendingStats
 from qwen_fused.proof.cuts import Cut
 from qwen_fused.proof.frames import Frame
 from qwen_fused.proof.ladder import Finding, Rung

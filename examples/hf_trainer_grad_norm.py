@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 
-from qwen_fused.norms.group_grad_norm import GroupGradNorm, PendingStats, nonfinite_message
+from qwen_fused.norms.group_grad_norm import GroupGradNorm
+from qwen_fused.norms.stats import PendingStats, nonfinite_message
 
 
 def by_layer(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:

@@ -11,7 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from qwen_fused.loss.efe_loss import EFEOutput, EFEWeights, efe_loss, hard_cell_cross_entropy
-from qwen_fused.norms.group_grad_norm import GradStats, GroupGradNorm
+from qwen_fused.norms.group_grad_norm import GroupGradNorm
+from qwen_fused.norms.stats import GradStats
 from qwen_fused.proof.gradient_error import GradientError
 from qwen_fused.proof.prove import ProofReport, prove
 from qwen_fused.solver.settings import SolveSettings

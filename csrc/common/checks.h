@@ -62,12 +62,8 @@ inline void check_position(at::IntArrayRef position, size_t grads) {
 }
 
 // values: as measured, [3, columns], of which the first belong to the rows
-inline void check_values(
-    const at::Tensor& values, at::IntArrayRef rows, at::ArrayRef<double> max_norm, at::Device device) {
+inline void check_values(const at::Tensor& values, at::IntArrayRef rows, at::Device device) {
   const int64_t R = static_cast<int64_t>(rows.size() / 3);
-  TORCH_CHECK_VALUE(
-      static_cast<int64_t>(max_norm.size()) == R, "max_norm must have one bound for each of the ", R, " rows, got ",
-      max_norm.size());
   TORCH_CHECK_VALUE(
       values.dim() == 2 && values.size(0) == 3 && values.size(1) >= R, "values must be [3, R] with R at least ", R,
       ", got ", values.sizes());
@@ -76,6 +72,22 @@ inline void check_values(
       "values must be float32 or float64, got ", values.scalar_type());
   TORCH_CHECK_VALUE(
       values.device() == device, "values must be on ", device, " like the gradients, got ", values.device());
+}
+
+// a bound for each row: numbers, or in their place a tensor beside values
+inline void check_bounds(
+    at::ArrayRef<double> max_norm, const std::optional<at::Tensor>& bounds, const at::Tensor& values,
+    at::IntArrayRef rows) {
+  const int64_t R = static_cast<int64_t>(rows.size() / 3);
+  TORCH_CHECK_VALUE(
+      static_cast<int64_t>(max_norm.size()) == (bounds ? 0 : R), "max_norm must have one bound for each of the ", R,
+      " rows, or none beside bounds, got ", max_norm.size());
+  if (!bounds) return;
+  TORCH_CHECK_VALUE(bounds->dim() == 1 && bounds->size(0) == R, "bounds must be [", R, "], got ", bounds->sizes());
+  TORCH_CHECK_VALUE(bounds->scalar_type() == at::kDouble, "bounds must be float64, got ", bounds->scalar_type());
+  TORCH_CHECK_VALUE(
+      bounds->device() == values.device(), "bounds must be on ", values.device(), " like values, got ",
+      bounds->device());
 }
 
 inline void check_inv_scale(const std::optional<at::Tensor>& inv_scale, at::Device device) {

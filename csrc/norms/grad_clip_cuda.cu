@@ -50,22 +50,25 @@ __device__ __forceinline__ void scale_chunk(T* x, int n, double factor) {
   }
 }
 
-// as torch.nn.utils.clip_grad_norm_; a NaN norm gives a NaN factor, so that nothing is hidden
+// as torch.nn.utils.clip_grad_norm_; a NaN norm, and a bound under 0, give a NaN factor, so that nothing is hidden
 template <class T>
-__device__ __forceinline__ double factor_of(const T* values, int64_t columns, uint32_t row, float bound) {
+__device__ __forceinline__ double factor_of(
+    const T* values, const double* bounds, int64_t columns, uint32_t row, double bound) {
   const double inv_scale = values[2 * columns + row];
-  if (isinf(bound)) return inv_scale;
-  const double ratio = static_cast<double>(bound) / (static_cast<double>(values[row]) + 1e-6);
+  if (bounds != nullptr) bound = bounds[row];
+  if (bound == INFINITY) return inv_scale;
+  const double ratio = (bound < 0 ? NAN : bound) / (static_cast<double>(values[row]) + 1e-6);
   return inv_scale * (ratio > 1.0 ? 1.0 : ratio);
 }
 
-__global__ void __launch_bounds__(THREADS, 6)
-    clip_kernel(const __grid_constant__ Batch batch, const void* values, bool values_double, int64_t columns) {
+__global__ void __launch_bounds__(THREADS, 6) clip_kernel(
+    const __grid_constant__ Batch batch, const void* values, const double* bounds, bool values_double,
+    int64_t columns) {
   const Chunk chunk = find_chunk(batch, blockIdx.x);
   const uint32_t row = batch.tag[chunk.tensor] & TAG_MASK;
   const float bound = batch.bound[chunk.tensor];
-  const double factor = values_double ? factor_of(static_cast<const double*>(values), columns, row, bound)
-                                      : factor_of(static_cast<const float*>(values), columns, row, bound);
+  const double factor = values_double ? factor_of(static_cast<const double*>(values), bounds, columns, row, bound)
+                                      : factor_of(static_cast<const float*>(values), bounds, columns, row, bound);
   if (factor == 1.0) return;
   char* const data = static_cast<char*>(batch.data[chunk.tensor]);
   switch (static_cast<Kind>(batch.tag[chunk.tensor] >> TAG_BITS)) {
@@ -80,7 +83,7 @@ __global__ void __launch_bounds__(THREADS, 6)
 
 cudaError_t grad_clip(
     const Gradient* grads, int64_t count, const Row* rows, int64_t row_count, const double* max_norm,
-    const void* values, bool values_double, int64_t columns, cudaStream_t stream) {
+    const double* bounds, const void* values, bool values_double, int64_t columns, cudaStream_t stream) {
   // rows do not overlap: the caller checked
   std::vector<uint32_t> row_of(count, TAG_MASK);
   for (int64_t r = 0; r < row_count; ++r) {
@@ -95,9 +98,9 @@ cudaError_t grad_clip(
   }
   return for_each_batch(
       clipped.data(), static_cast<int64_t>(clipped.size()), [&](int64_t i) { return rows_of_clipped[i]; },
-      [&](int64_t i) { return static_cast<float>(max_norm[rows_of_clipped[i]]); },
+      [&](int64_t i) { return bounds != nullptr ? 0.0f : static_cast<float>(max_norm[rows_of_clipped[i]]); },
       [&](const Batch& batch, unsigned blocks, int64_t) {
-        return launch(clip_kernel, blocks, THREADS, stream, batch, values, values_double, columns);
+        return launch(clip_kernel, blocks, THREADS, stream, batch, values, bounds, values_double, columns);
       });
 }
 

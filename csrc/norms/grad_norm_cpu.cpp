@@ -27,68 +27,106 @@ struct Slot {
   int exponent = 0;
 };
 
-// the one read: sum of squares, and the largest |g| as bits (NaN > Inf > every finite number)
+// The one read: sum of squares, and the largest |g| as bits (NaN > Inf > every finite number). Where elements are alike
+// their roundings are too, and add up: a lane takes BLOCK / 32 squares before the lanes are added pairwise, and what
+// comes of that goes into a float64. A sum of squares is so within eleven roundings of its type, however long it is.
+constexpr int64_t BLOCK = 256;
+
+typedef float f32x4 __attribute__((vector_size(16)));
+
+struct Halves {
+  f32x4 low, high;
+};
+
+QF_INLINE f64x4 widened_sum(f32x8 v) {
+  const Halves halves = bit_cast_to<Halves>(v);
+  return __builtin_convertvector(halves.low + halves.high, f64x4);
+}
+
+struct Sixteen {
+  f32x8 first, second;
+};
 
 template <class T>
-QF_INLINE void scan(const T* x, int64_t n, float* sumsq, uint32_t* max_bits) {
-  f32x8 s0{}, s1{}, s2{}, s3{};
+QF_INLINE Sixteen load16(const T* x) {
+  return {load8(x), load8(x + 8)};
+}
+
+// those in even and those in odd places: no element has to change its lane
+QF_INLINE Sixteen load16(const BFloat16* x) {
+  const u32x8 pairs = load_as<u32x8>(x);
+  return {bit_cast_to<f32x8>(pairs << 16), bit_cast_to<f32x8>(pairs & 0xffff0000u)};
+}
+
+template <class T>
+QF_INLINE void scan(const T* x, int64_t n, double* sumsq, uint32_t* max_bits) {
+  f64x4 total{};
   u32x8 m0{}, m1{}, m2{}, m3{};
   int64_t i = 0;
-  for (; i + 32 <= n; i += 32) {
-    // a page ahead, where the hardware's own prefetch stops
-    for (size_t line = 0; line < 32 * sizeof(T); line += 64) {
-      __builtin_prefetch(reinterpret_cast<const char*>(x + i) + 4096 + line);
+  while (i + 32 <= n) {
+    const int64_t end = std::min(i + BLOCK, n);
+    f32x8 s0{}, s1{}, s2{}, s3{};
+    for (; i + 32 <= end; i += 32) {
+      // a page ahead, where the hardware's own prefetch stops
+      for (size_t line = 0; line < 32 * sizeof(T); line += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(x + i) + 4096 + line);
+      }
+      const auto [a, b] = load16(x + i);
+      const auto [c, d] = load16(x + i + 16);
+      s0 += a * a, s1 += b * b, s2 += c * c, s3 += d * d;
+      m0 = max_of(abs_bits(a), m0), m1 = max_of(abs_bits(b), m1);
+      m2 = max_of(abs_bits(c), m2), m3 = max_of(abs_bits(d), m3);
     }
-    const f32x8 a = load8(x + i), b = load8(x + i + 8), c = load8(x + i + 16), d = load8(x + i + 24);
-    s0 += a * a, s1 += b * b, s2 += c * c, s3 += d * d;
-    m0 = max_of(abs_bits(a), m0), m1 = max_of(abs_bits(b), m1);
-    m2 = max_of(abs_bits(c), m2), m3 = max_of(abs_bits(d), m3);
+    total += widened_sum((s0 + s1) + (s2 + s3));
   }
   for (; i < n; i += 8) {
     T tail[8] = {};
     std::memcpy(static_cast<void*>(tail), x + i, std::min<int64_t>(n - i, 8) * sizeof(T));
     const f32x8 a = load8(tail);
-    s0 += a * a;
+    total += widened_sum(a * a);
     m0 = max_of(abs_bits(a), m0);
   }
-  const f32x8 s = (s0 + s1) + (s2 + s3);
   const u32x8 m = max_of(max_of(m0, m1), max_of(m2, m3));
-  *sumsq = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+  *sumsq = (total[0] + total[1]) + (total[2] + total[3]);
   *max_bits = 0;
   for (int lane = 0; lane < 8; ++lane) *max_bits = std::max(*max_bits, m[lane]);
 }
 
 QF_INLINE void scan(const double* x, int64_t n, double* sumsq, uint64_t* max_bits) {
-  f64x4 s0{}, s1{}, s2{}, s3{};
+  f64x4 total{};
   u64x4 m0{}, m1{};
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const f64x4 a = load_as<f64x4>(x + i), b = load_as<f64x4>(x + i + 4);
-    const f64x4 c = load_as<f64x4>(x + i + 8), d = load_as<f64x4>(x + i + 12);
-    s0 += a * a, s1 += b * b, s2 += c * c, s3 += d * d;
-    m0 = max_of(max_of(abs_bits(a), abs_bits(c)), m0);
-    m1 = max_of(max_of(abs_bits(b), abs_bits(d)), m1);
+  while (i + 16 <= n) {
+    const int64_t end = std::min(i + BLOCK, n);
+    f64x4 s0{}, s1{}, s2{}, s3{};
+    for (; i + 16 <= end; i += 16) {
+      const f64x4 a = load_as<f64x4>(x + i), b = load_as<f64x4>(x + i + 4);
+      const f64x4 c = load_as<f64x4>(x + i + 8), d = load_as<f64x4>(x + i + 12);
+      s0 += a * a, s1 += b * b, s2 += c * c, s3 += d * d;
+      m0 = max_of(max_of(abs_bits(a), abs_bits(c)), m0);
+      m1 = max_of(max_of(abs_bits(b), abs_bits(d)), m1);
+    }
+    total += (s0 + s1) + (s2 + s3);
   }
   for (; i < n; i += 4) {
     double tail[4] = {};
     std::memcpy(tail, x + i, std::min<int64_t>(n - i, 4) * sizeof(double));
     const f64x4 a = load_as<f64x4>(tail);
-    s0 += a * a;
+    total += a * a;
     m0 = max_of(abs_bits(a), m0);
   }
-  const f64x4 s = (s0 + s1) + (s2 + s3);
   const u64x4 m = max_of(m0, m1);
-  *sumsq = (s[0] + s[1]) + (s[2] + s[3]);
+  *sumsq = (total[0] + total[1]) + (total[2] + total[3]);
   *max_bits = std::max(std::max(m[0], m[1]), std::max(m[2], m[3]));
 }
 
-QF_MULTIVERSION void scan_float(const float* x, int64_t n, float* sumsq, uint32_t* max_bits) {
+QF_MULTIVERSION void scan_float(const float* x, int64_t n, double* sumsq, uint32_t* max_bits) {
   scan(x, n, sumsq, max_bits);
 }
-QF_MULTIVERSION void scan_bf16(const BFloat16* x, int64_t n, float* sumsq, uint32_t* max_bits) {
+QF_MULTIVERSION void scan_bf16(const BFloat16* x, int64_t n, double* sumsq, uint32_t* max_bits) {
   scan(x, n, sumsq, max_bits);
 }
-QF_MULTIVERSION void scan_half(const Half* x, int64_t n, float* sumsq, uint32_t* max_bits) {
+QF_MULTIVERSION void scan_half(const Half* x, int64_t n, double* sumsq, uint32_t* max_bits) {
   scan(x, n, sumsq, max_bits);
 }
 QF_MULTIVERSION void scan_double(const double* x, int64_t n, double* sumsq, uint64_t* max_bits) {
@@ -120,21 +158,21 @@ Slot measure_carefully(const T* x, int64_t n) {
 // a square under 2^-126 loses bits; 2^15 of them vanish beside 2^-70
 constexpr double TINY_FLOAT = 0x1p-70;
 constexpr double TINY_DOUBLE = 0x1p-900;
-// a sum of that many slots still fits float64
-constexpr double LARGE_DOUBLE = 0x1p900;
+// a sum of that many slots still fits float64; one of float32's squares always does, where no block overflowed
+constexpr double LARGE = 0x1p900;
 
-template <class T, class Acc, class Bits>
-Slot measure_chunk(const T* x, int64_t n, void (*scan_fn)(const T*, int64_t, Acc*, Bits*)) {
-  Acc sumsq;
+template <class T, class Bits>
+Slot measure_chunk(const T* x, int64_t n, void (*scan_fn)(const T*, int64_t, double*, Bits*)) {
+  constexpr bool narrow = sizeof(Bits) == sizeof(float);
+  double sumsq;
   Bits max_bits;
   scan_fn(x, n, &sumsq, &max_bits);
-  const double tiny = std::is_same_v<Acc, float> ? TINY_FLOAT : TINY_DOUBLE;
   // false for NaN and Inf
-  const bool in_range = sumsq <= (std::is_same_v<Acc, float> ? std::numeric_limits<float>::max() : LARGE_DOUBLE);
-  if (!in_range || (sumsq < tiny && max_bits != 0)) return measure_carefully(x, n);
+  const bool in_range = sumsq <= LARGE;
+  if (!in_range || (sumsq < (narrow ? TINY_FLOAT : TINY_DOUBLE) && max_bits != 0)) return measure_carefully(x, n);
   Slot slot;
   slot.sumsq = sumsq;
-  slot.max_abs = bit_cast_to<Acc>(max_bits);
+  slot.max_abs = bit_cast_to<std::conditional_t<narrow, float, double>>(max_bits);
   return slot;
 }
 

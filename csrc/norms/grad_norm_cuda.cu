@@ -4,11 +4,10 @@
 //   slot  = sum of g^2 over the chunk, max |g|, number of NaN and Inf
 //   norm  = |inv_scale| * sqrt(sum over the row's slots)
 //
-// The read accumulates in float32 (float64 for float64). Where that sum is not finite, or so small that squares may
-// have been lost, the block reads its chunk again, from cache, in float64.
+// Where elements are alike their roundings are too, and add up: a thread sums a few 16-byte vectors in the gradient's
+// arithmetic, float32 or float64, and what comes of that goes into a float64. Where that is not finite, or so small
+// that squares may have been lost, the block reads its chunk again, from cache, in float64.
 #include <cuda_fp16.h>
-
-#include <cfloat>
 
 #include "multi_tensor.cuh"
 #include "reduce.cuh"
@@ -51,22 +50,25 @@ struct BF16 {
 
 template <class Type>
 struct Accumulator {
-  typename Type::Acc sumsq = 0;
+  double sumsq = 0;
   // a NaN is lost here and shows in sumsq
   typename Type::Acc max_abs = 0;
 
-  __device__ __forceinline__ void add(typename Type::Storage x) {
+  // the element's square
+  __device__ __forceinline__ typename Type::Acc see(typename Type::Storage x) {
     const typename Type::Acc v = Type::get(x);
-    sumsq += v * v;
     max_abs = larger(max_abs, v < 0 ? -v : v);
+    return v * v;
   }
 
-  __device__ __forceinline__ void add(const uint4& packed) {
+  __device__ __forceinline__ typename Type::Acc see(const uint4& packed) {
     constexpr int N = 16 / sizeof(typename Type::Storage);
     typename Type::Storage items[N];
     memcpy(items, &packed, 16);
+    typename Type::Acc sum = 0;
 #pragma unroll
-    for (int i = 0; i < N; ++i) add(items[i]);
+    for (int i = 0; i < N; ++i) sum += see(items[i]);
+    return sum;
   }
 };
 
@@ -83,8 +85,8 @@ __device__ __forceinline__ Accumulator<Type> read_once(const typename Type::Stor
   const int head = min(n, (N - misaligned) % N);
   const int vectors = (n - head) / N;
   const int tail = head + vectors * N;
-  if (thread < head) acc.add(x[thread]);
-  if (tail + thread < n) acc.add(x[tail + thread]);
+  if (thread < head) acc.sumsq += acc.see(x[thread]);
+  if (tail + thread < n) acc.sumsq += acc.see(x[tail + thread]);
 
   const uint4* v = reinterpret_cast<const uint4*>(x + head);
   int i = thread;
@@ -92,28 +94,27 @@ __device__ __forceinline__ Accumulator<Type> read_once(const typename Type::Stor
     uint4 packed[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) packed[u] = __ldg(v + i + u * THREADS);
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) acc.add(packed[u]);
+    const typename Type::Acc first = acc.see(packed[0]) + acc.see(packed[1]);
+    acc.sumsq += first + (acc.see(packed[2]) + acc.see(packed[3]));
   }
-  for (; i < vectors; i += THREADS) acc.add(__ldg(v + i));
+  for (; i < vectors; i += THREADS) acc.sumsq += acc.see(__ldg(v + i));
   return acc;
 }
 
 template <class Type>
 __device__ __forceinline__ Slot measure_chunk(const typename Type::Storage* x, int n) {
   using Acc = typename Type::Acc;
-  __shared__ Acc sums[WARPS];
+  __shared__ double sums[WARPS];
   __shared__ Acc maxima[WARPS];
   const Accumulator<Type> acc = read_once<Type>(x, n);
-  const Acc sumsq = block_sum(acc.sumsq, sums);
+  const double sumsq = block_sum(acc.sumsq, sums);
   const Acc max_abs = block_max(acc.max_abs, maxima);
 
   // a square under 2^-126 loses bits (2^-1022 in float64); all those of a chunk vanish beside this
   constexpr double TINY = sizeof(Acc) == 8 ? 0x1p-900 : 0x1p-70;
   // and the sum of the slots must fit float64 too; false for Inf and NaN
-  constexpr double LARGE = sizeof(Acc) == 8 ? 0x1p900 : FLT_MAX;
-  if (sumsq <= static_cast<Acc>(LARGE) && (sumsq >= static_cast<Acc>(TINY) || max_abs == 0))
-    return {sumsq, max_abs, 0, 0, 0};
+  constexpr double LARGE = 0x1p900;
+  if (sumsq <= LARGE && (sumsq >= TINY || max_abs == 0)) return {sumsq, max_abs, 0, 0, 0};
 
   // the whole block comes here together: the condition is the same for every thread
   int exponent = 0;

@@ -39,9 +39,9 @@ cudaError_t grad_norm(
     void* values, bool values_double, int64_t* counts, cudaStream_t stream);
 
 // gradients of row r *= inv_scale * min(1, max_norm[r] / (norm + 1e-6)), read from values [3, columns]; columns >=
-// row_count
+// row_count. bounds: in place of max_norm where it is not null, [row_count] on the device
 cudaError_t grad_clip(
     const Gradient* grads, int64_t count, const Row* rows, int64_t row_count, const double* max_norm,
-    const void* values, bool values_double, int64_t columns, cudaStream_t stream);
+    const double* bounds, const void* values, bool values_double, int64_t columns, cudaStream_t stream);
 
 }  // namespace qwen_fused::cuda

@@ -79,12 +79,14 @@ std::tuple<at::Tensor, at::Tensor> group_grad_norm(
 }
 
 void group_grad_clip_(
-    at::TensorList grads, at::IntArrayRef rows, const at::Tensor& values, at::ArrayRef<double> max_norm) {
+    at::TensorList grads, at::IntArrayRef rows, const at::Tensor& values, at::ArrayRef<double> max_norm,
+    const std::optional<at::Tensor>& bounds) {
   check_gradients(grads);
   check_rows(rows, grads.size());
   check_rows_apart(rows, grads.size());
   const at::Device device = grads.empty() ? values.device() : grads[0].device();
-  check_values(values, rows, max_norm, device);
+  check_values(values, rows, device);
+  check_bounds(max_norm, bounds, values, rows);
   const c10::cuda::CUDAGuard guard(device);
 
   std::vector<cuda::Gradient> gradients;
@@ -102,12 +104,18 @@ void group_grad_clip_(
   }
   const std::vector<cuda::Row> row_list = rows_of(rows);
   const at::Tensor dense = values.contiguous();
+  const at::Tensor limits = bounds ? bounds->contiguous() : at::Tensor();
   C10_CUDA_CHECK(
       cuda::grad_clip(
           gradients.data(), static_cast<int64_t>(gradients.size()), row_list.data(),
-          static_cast<int64_t>(row_list.size()), max_norm.data(), dense.const_data_ptr(),
-          dense.scalar_type() == at::kDouble, dense.size(1), c10::cuda::getCurrentCUDAStream()));
+          static_cast<int64_t>(row_list.size()), max_norm.data(), bounds ? limits.const_data_ptr<double>() : nullptr,
+          dense.const_data_ptr(), dense.scalar_type() == at::kDouble, dense.size(1),
+          c10::cuda::getCurrentCUDAStream()));
   for (size_t i = 0; i < copies.size(); ++i) copied[i].copy_(copies[i]);
+  // whether a factor is one is known on the device alone: what may have been written counts as written
+  for (const cuda::Row& row : row_list) {
+    for (int64_t t = row.begin; t < row.end; ++t) grads[t].unsafeGetTensorImpl()->bump_version();
+  }
 }
 
 }  // namespace

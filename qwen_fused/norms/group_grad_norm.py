@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen_fused import backends
-from qwen_fused.common.device import to_host
 from qwen_fused.norms import reference, sharded
-
-Tensors = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+from qwen_fused.norms.bounds import Bound, on_device, read_bounds
+from qwen_fused.norms.groups import Tensors, flatten
+from qwen_fused.norms.stats import GradStats, refuse_nonfinite
 
 if backends.has_op("group_grad_norm"):
 
@@ -31,198 +28,62 @@ if backends.has_op("group_grad_norm"):
         return values, values.new_empty((2, len(rows) // 3), dtype=torch.int64)
 
     @torch.library.register_fake("qwen_fused::group_grad_clip_")
-    def _(grads: list[Tensor], rows: list[int], values: Tensor, max_norm: list[float]) -> None:
+    def _(
+        grads: list[Tensor], rows: list[int], values: Tensor, max_norm: list[float], bounds: Tensor | None = None
+    ) -> None:
         reference.check(grads)
         return None
 
 
-@dataclass(frozen=True)
-class GradStats:
-    """What one measurement found, still on the device.
-
-    Args:
-        columns: what was measured, R names: first the G groups, in order, then "group/part" for each part of a group
-            that was given as a mapping of parts.
-        count: G, the number of groups.
-        values: [3, R] float: norm and max_abs, in the gradients' own unit, and inv_scale.
-        counts: [2, R] int64: nonfinite, first_nonfinite.
-        tensors: name in `columns` -> names of its tensors.
-    """
-
-    columns: tuple[str, ...]
-    count: int
-    values: Tensor  # [3, R]
-    counts: Tensor  # [2, R]
-    tensors: Mapping[str, Sequence[str]]
-
-    @property
-    def norm(self) -> Tensor:
-        """[G] L2 norm of inv_scale * gradient; float64 where a gradient is, else float32."""
-        return self.values[0, : self.count]
-
-    @property
-    def max_abs(self) -> Tensor:
-        """[G] largest |inv_scale * gradient|."""
-        return self.values[1, : self.count]
-
-    @property
-    def nonfinite(self) -> Tensor:
-        """[G] int64 number of NaN and Inf among the gradients' own elements."""
-        return self.counts[0, : self.count]
-
-    @property
-    def first_nonfinite(self) -> Tensor:
-        """[G] int64 place in the group's parameter list of the first tensor with a NaN or Inf, or -1."""
-        return self.counts[1, : self.count]
-
-    def to_dict(self) -> dict[str, dict[str, float | int | str | None]]:
-        """Every group's and part's numbers on the host: the only call that waits for the device.
-
-        Returns:
-            Name -> norm, max_abs, nonfinite, first_nonfinite, and tensor: the first bad tensor's name or None.
-        """
-        return self._unpack(self._pack().cpu())
-
-    def read_later(self) -> PendingStats:
-        """Start the copy to the host without waiting for it; `result()` of what comes back waits, `ready()` asks."""
-        packed = self._pack()
-        if packed.device.type != "cuda":
-            return PendingStats(self, packed, None)
-        host, event = to_host(packed), torch.cuda.Event()
-        event.record()
-        return PendingStats(self, host, event)
-
-    def _pack(self) -> Tensor:
-        return torch.cat([self.values.reshape(-1).view(torch.uint8), self.counts.reshape(-1).view(torch.uint8)])
-
-    def _unpack(self, packed: Tensor) -> dict[str, dict[str, float | int | str | None]]:
-        split = self.values.numel() * self.values.element_size()
-        norm, max_abs, _ = packed[:split].view(self.values.dtype).reshape(3, -1).tolist()
-        nonfinite, first = packed[split:].clone().view(torch.int64).reshape(2, -1).tolist()
-        report = {}
-        for column, name in enumerate(self.columns):
-            report[name] = {
-                "norm": norm[column],
-                "max_abs": max_abs[column],
-                "nonfinite": nonfinite[column],
-                "first_nonfinite": first[column],
-                "tensor": self.tensors[name][first[column]] if first[column] >= 0 else None,
-            }
-        return report
+@torch.compiler.assume_constant_result
+def _has_kernel(name: str, device: str) -> bool:
+    """Whether the op is compiled for that kind of device; to torch.compile a constant."""
+    return backends.has_kernel(name, device)
 
 
-@dataclass(frozen=True)
-class PendingStats:
-    """A `GradStats` on its way to the host.
-
-    Args:
-        stats: what was measured.
-        packed: [bytes] uint8 on the host: its values, then its counts.
-        event: passed once `packed` is whole; None where nothing had to be copied.
-    """
-
-    stats: GradStats
-    packed: Tensor
-    event: torch.cuda.Event | None
-
-    def ready(self) -> bool:
-        """Whether `result()` would return at once."""
-        return self.event is None or self.event.query()
-
-    def result(self) -> dict[str, dict[str, float | int | str | None]]:
-        """As `GradStats.to_dict`; waits for this measurement alone, not for what was launched after it."""
-        if self.event is not None:
-            self.event.synchronize()
-        return self.stats._unpack(self.packed)
-
-
-def nonfinite_message(report: Mapping[str, Mapping[str, float | int | str | None]]) -> str | None:
-    """The sentence to stop a run with, or None when every gradient is finite.
-
-    Args:
-        report: as `GradStats.to_dict` returns it.
-    """
-    # a part says no more than its group does
-    wholes = {name: row for name, row in report.items() if name.partition("/")[0] not in report or "/" not in name}
-    bad = [(name, row) for name, row in wholes.items() if row["nonfinite"]]
-    if not bad:
-        return None
-    found = "; ".join(f"{row['nonfinite']} NaN or Inf in group {name}, first in {row['tensor']}" for name, row in bad)
-    return f"the gradient is not finite: {found}"
-
-
-def _call(name: str, reference: Callable, grads: Sequence[Tensor], *rest: Any) -> Any:
     """The compiled op where it was built for the gradients' device, else the reference."""
-    if backends.has_kernel(name, grads[0].device.type):
+    if _has_kernel(name, grads[0].device.type):
         try:
             return getattr(torch.ops.qwen_fused, name).default(grads, *rest)
         except NotImplementedError:
             # a gradient further on is on a device without a kernel: the reference refuses it in words
             pass
-    return reference(grads, *rest)
+    return plain(grads, *rest)
 
 
 class GroupGradNorm:
     """L2 norm, largest element and NaN/Inf count of each group's gradients, in one read of all of them.
 
     The norm is sqrt(Σ (inv_scale · g)²) over every element of the group's gradients, as
-    `torch.nn.utils.get_total_norm` has it, accumulated in float32 (float64 for float64) and repeatable bit for bit.
+    `torch.nn.utils.get_total_norm` has it, and repeatable bit for bit. Its relative error is at most 4e-7, and 1e-13
+    where all of a group's gradients are float64, whatever the elements are and however many: float32 sums are of a few
+    squares each, and are added in float64. The inf-norm comes with it, as `GradStats.max_abs`.
     Parameters of any shape; those without a gradient are skipped. DTensors are measured whole: a collective.
+    `measure` and `clip_` may stand inside `torch.compile(fullgraph=True)`.
 
     Args:
         groups: name -> a module, its parameters, or (name, parameter) pairs as `named_parameters()` gives; or a
             mapping of such, whose parts are then measured too, at no further cost.
+        tied: what to do with a parameter that comes again, in another group, in another part or in the same one:
+            "refuse" it, or count it where it comes "first" and leave it out of the rest. Weights that are tied, as a
+            language model's embedding and head are, have one gradient and belong to one group:
+            `GroupGradNorm({"embedding": model.embed, "head": model.head}, tied="first")`.
 
     Raises:
-        ValueError: a parameter appears twice, or a group is no list of parameters.
+        ValueError: a parameter comes again, by identity and not by name; a group is no list of parameters, or an
+            iterator that has been read before; or a group has the name of another's part.
     """
 
-    def __init__(self, groups: Mapping[str, Tensors | Mapping[str, Tensors]]):
-        if not isinstance(groups, Mapping):
-            raise ValueError(f"groups must map names to parameters, got a {type(groups).__name__}")
-        self.groups: tuple[str, ...] = tuple(groups)
-        self.parameters: list[Tensor] = []
-        self.tensors: dict[str, list[str]] = {}
-        ranges: dict[str, tuple[int, int]] = {}
-        parts: dict[str, tuple[int, int]] = {}
-        for group, members in groups.items():
-            begin = len(self.parameters)
-            self.tensors[group] = []
-            if isinstance(members, Mapping):
-                for part, part_members in members.items():
-                    part_begin = len(self.parameters)
-                    names = self._append(f"{group}/{part}", part_members)
-                    self.tensors[group] += names
-                    parts[f"{group}/{part}"] = (part_begin, len(self.parameters))
-            else:
-                self._append(group, members)
-            ranges[group] = (begin, len(self.parameters))
-        self._refuse_repeats()
-        self._ranges = [*ranges.values(), *parts.values()]
-        self._columns = (*ranges, *parts)
+    def __init__(self, groups: Mapping[str, Tensors | Mapping[str, Tensors]], *, tied: str = "refuse"):
+        flat = flatten(groups, tied)
+        self.groups: tuple[str, ...] = tuple(flat.groups)
+        self.parameters: list[Tensor] = flat.parameters
+        self.tensors: dict[str, list[str]] = flat.tensors
+        self._ranges = [*flat.groups.values(), *flat.parts.values()]
+        self._columns = (*flat.groups, *flat.parts)
         self._all_rows = [number for begin, end in self._ranges for number in (begin, end, begin)]
-
-    def _append(self, name: str, members: Tensors) -> list[str]:
-        if isinstance(members, nn.Module):
-            members = members.named_parameters()
-        if isinstance(members, (Tensor, str)) or not isinstance(members, Iterable):
-            raise ValueError(f"group {name} must be a list of parameters, got a {type(members).__name__}")
-        names = self.tensors[name] = []
-        for place, member in enumerate(members):
-            label, parameter = member if isinstance(member, tuple) else (f"{name}[{place}]", member)
-            if not isinstance(parameter, Tensor):
-                raise ValueError(f"group {name} must hold parameters, got {type(parameter).__name__} at {place}")
-            self.parameters.append(parameter)
-            names.append(label)
-        return names
-
-    def _refuse_repeats(self) -> None:
-        seen: dict[int, str] = {}
-        labels = [label for group in self.groups for label in self.tensors[group]]
-        for label, parameter in zip(labels, self.parameters, strict=True):
-            first = seen.setdefault(id(parameter), label)
-            if first is not label:
-                raise ValueError(f"each parameter must be in one group once, got {label} again after {first}")
+        # shared with the stats of each measurement since the last clip_
+        self._written: list[bool] = []
 
     @torch.no_grad()
     def measure(self, inv_scale: float | Tensor | None = None) -> GradStats:
@@ -241,8 +102,14 @@ class GroupGradNorm:
                 float64.
         """
         grads, rows, position = self._gather(self._ranges, self._all_rows)
-        factor, factor_tensor = (1.0, inv_scale) if isinstance(inv_scale, Tensor) else (inv_scale, None)
-        factor = 1.0 if factor is None else float(factor)
+        factor, factor_tensor = 1.0, None
+        if isinstance(inv_scale, Tensor):
+            factor_tensor = inv_scale
+        elif inv_scale is not None:
+            factor = float(inv_scale)
+            if torch.compiler.is_compiling() and grads:
+                # as an argument of the op a number would be compiled in: one compilation for each
+                factor, factor_tensor = 1.0, on_device(factor, grads[0])
         mesh = sharded.mesh_of(grads)
         if mesh is None:
             values, counts = self._measure(grads, rows, position, factor, factor_tensor)
@@ -253,37 +120,51 @@ class GroupGradNorm:
             values, counts = self._measure(*share, factor, factor_tensor)
             values = values.to(torch.float64 if wide else torch.float32)
             values, counts = sharded.combine(values, counts, mesh)
-        return GradStats(self._columns, len(self.groups), values, counts, self.tensors)
+        return GradStats(self._columns, len(self.groups), values, counts, self.tensors, self._written)
 
     @torch.no_grad()
-    def clip_(self, stats: GradStats, max_norm: float | Mapping[str, float]) -> None:
+    def clip_(
+        self, stats: GradStats, max_norm: Bound | Mapping[str, Bound], *, error_if_nonfinite: bool = False
+    ) -> None:
         """Scale each group's gradients in place by inv_scale * min(1, max_norm / (norm + 1e-6)), where that is not 1.
 
-        The rule is `torch.nn.utils.clip_grad_norm_`'s, per group, and the unscaling of `measure` is part of it.
+        The rule is `torch.nn.utils.clip_grad_norm_`'s, per group, and the unscaling of `measure` is part of it. To
+        autograd it is a write, as torch's is: of what is scaled on the CPU, and of every gradient on CUDA, where the
+        device alone knows.
 
         Args:
             stats: what `measure` found for the gradients as they are now.
             max_norm: one bound for every group, or name -> bound, in the unit of `GradStats.norm`; a group left out is
-                unscaled and not clipped.
+                unscaled and not clipped. A bound may be a tensor on the gradients' device, of one element, or of [G]
+                for all groups in order: it is read there, and nothing waits for it, which is how an adaptive bound
+                such as `1.5 * running_norm` is given. One that is NaN or below 0 makes the gradients NaN.
+            error_if_nonfinite: look at the stats first, which waits for the device, and write nothing where a gradient
+                has a NaN or Inf or a norm is Inf.
 
         Raises:
-            ValueError: a bound is negative or no number, or for a group that there is not.
+            ValueError: a bound is negative or no number, or for a group that there is not; stats of another
+                GroupGradNorm.
+            RuntimeError: the gradients were scaled since they were measured, by these stats or others; or
+                error_if_nonfinite.
         """
-        if isinstance(max_norm, Mapping):
-            unknown = set(max_norm) - set(self.groups)
-            if unknown:
-                raise ValueError(f"max_norm must name groups among {list(self.groups)}, got {sorted(unknown)}")
-            bounds = [max_norm.get(group, math.inf) for group in self.groups]
-        else:
-            bounds = [max_norm] * max(len(self.groups), 1)
-        if any(not isinstance(bound, Real) or not bound >= 0 for bound in bounds):
-            raise ValueError(f"max_norm must be a number of at least 0, or such a number per group, got {max_norm!r}")
-        bounds = [float(bound) for bound in bounds[: len(self.groups)]]
+        if stats.tensors is not self.tensors:
+            raise ValueError(
+                f"stats must be what this GroupGradNorm measured, of {list(self._columns)}, "
+                f"got another's, of {list(stats.columns)}"
+            )
+        if stats.written:
+            raise RuntimeError("stats must be measured anew: clip_ has scaled the gradients since these were measured")
+        numbers, bounds = read_bounds(max_norm, self.groups, stats.values)
+        if error_if_nonfinite:
+            refuse_nonfinite(stats.to_dict())
+        stats.written.append(True)
+        self._written = []
         count = len(self.groups)
         grads, rows, _ = self._gather(self._ranges[:count], self._all_rows[: 3 * count])
         if not grads:
             return
-        _call("group_grad_clip_", reference.clip_, sharded.local(grads), rows, stats.values, bounds)
+        _call("group_grad_clip_", reference.clip_, sharded.local(grads), rows, stats.values, numbers, bounds)
+        sharded.count_write(grads)
 
     def _gather(self, ranges: list[tuple[int, int]], rows: list[int]) -> tuple[list[Tensor], list[int], list[int]]:
         """The gradients there are, the rows over them, and their places in the full list (empty: all of them)."""

@@ -72,11 +72,19 @@ def measure(
     return values, torch.stack([rows_of[2], rows_of[3]])
 
 
-def clip_(grads: Sequence[Tensor], rows: Sequence[int], values: Tensor, max_norm: Sequence[float]) -> None:
+def clip_(
+    grads: Sequence[Tensor],
+    rows: Sequence[int],
+    values: Tensor,
+    max_norm: Sequence[float],
+    bounds: Tensor | None = None,
+) -> None:
     """As the op group_grad_clip_ in csrc/ops.cpp, except that it writes where the factor is one too."""
     check(grads)
-    bounds = torch.tensor(max_norm, dtype=values.dtype).to(values.device, non_blocking=True)
-    norm, inv_scale = values[0, : len(max_norm)], values[2, : len(max_norm)]
+    if bounds is None:
+        bounds = torch.tensor(max_norm, dtype=torch.float64).to(values.device, non_blocking=True)
+    bounds = torch.where(bounds < 0, torch.nan, bounds)
+    norm, _, inv_scale = values[:, : len(bounds)].double()
     ratio = torch.where(bounds.isinf(), torch.ones_like(norm), (bounds / (norm + 1e-6)).clamp(max=1.0))
     for factor, begin, end in zip((ratio * inv_scale).unbind(), rows[0::3], rows[1::3], strict=True):
         for grad in grads[begin:end]:

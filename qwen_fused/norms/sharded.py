@@ -32,6 +32,12 @@ def local(grads: Sequence[Tensor]) -> Sequence[Tensor]:
     return [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
 
 
+def count_write(grads: Sequence[Tensor]) -> None:
+    """Tell autograd that the DTensors were written to: it was their local parts that it saw change."""
+    if mesh_of(grads) is not None:
+        torch.autograd.graph.increment_version([grad for grad in grads if hasattr(grad, "to_local")])
+
+
 def _counts_here(grad: Tensor, coordinate: Sequence[int]) -> bool:
     """Whether this rank answers for its part: of copies along a mesh dimension, only the first does."""
     if not hasattr(grad, "placements"):

@@ -18,7 +18,7 @@ Half-precision weights so save activations and time, LoRA saves the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from torch.optim.adamw import adamw
 
 HALF = (torch.float16, torch.bfloat16)
 MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+LARGEST = "max_exp_avg_sq"
 
 # elements of half-precision gradients that are widened at a time: 256 MiB, unless one parameter alone has more
 CHUNK = 2**26
@@ -37,11 +39,17 @@ class MasterAdamW(torch.optim.AdamW):
 
     Float32 parameters step exactly as under `torch.optim.AdamW(fused=True)`. `found_inf` and `grad_scale` are honoured
     as there, on the device. A master is made at the first step, of the parameter as it then is; who loads other weights
-    later loads the optimizer's state too, or makes a new optimizer.
+    later loads the optimizer's state too, or makes a new optimizer. Gradients and loaded moments may lie in memory
+    otherwise than their parameter: they are laid out like it, where torch's fused step would pair the wrong elements.
+    To autograd a step is a write, of parameters and state.
 
     Args:
         params: parameters or groups, as for any optimizer.
-        **options: of AdamW: lr, betas, eps, weight_decay, maximize.
+        **options: of AdamW: lr, betas, eps, weight_decay, amsgrad, maximize. All of them may stand in a group.
+
+    Raises:
+        ValueError: an option, or a group's, that a fused AdamW does not have: foreach, differentiable, and
+            decoupled_weight_decay=False.
     """
 
     # set by whoever steps, as `torch.amp.GradScaler` does
@@ -50,12 +58,29 @@ class MasterAdamW(torch.optim.AdamW):
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, fused=True, **options)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As any optimizer's, for groups with options that are stepped by.
+
+        Args:
+            param_group: params, and options that differ from the optimizer's own.
+
+        Raises:
+            ValueError: as the class.
+        """
+        for option, only in (("foreach", None), ("differentiable", False), ("decoupled_weight_decay", True)):
+            if param_group.get(option, only) not in (only, bool(only)):
+                raise ValueError(f"{option} must be {only} for a fused AdamW, got {param_group[option]!r}")
+        super().add_param_group(param_group)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient.
 
         Args:
             closure: called first, with gradients on; its loss is returned.
+
+        Raises:
+            ValueError: a gradient is sparse.
         """
         loss = None
         if closure is not None:
@@ -67,20 +92,32 @@ class MasterAdamW(torch.optim.AdamW):
         return loss
 
     def _step(self, members: list[Tensor], group: Mapping[str, Any]) -> None:
-        states = [self._state(p) for p in members]
-        gradients = [p.grad for p in members if p.grad is not None]
         beta1, beta2 = group["betas"]
+        amsgrad, grad_scale = group["amsgrad"], getattr(self, "grad_scale", None)
+        moments = (*MOMENTS, LARGEST) if amsgrad else MOMENTS
+        states = [self._state(p, moments) for p in members]
+        # the tensors that are stepped: the parameter or its master, or a copy of it without holes
+        values = [without_holes(state.get(MASTER, p)) for p, state in zip(members, states, strict=True)]
+        gradients = []
+        for parameter, state, value in zip(members, states, values, strict=True):
+            gradient = parameter.grad
+            assert gradient is not None
+            if gradient.layout != torch.strided:
+                raise ValueError(f"gradients must be dense, got layout {gradient.layout} of {tuple(gradient.shape)}")
+            gradients.append(laid_out_like(value, gradient.float() if gradient.dtype in HALF else gradient))
+            for name in moments:
+                state[name] = laid_out_like(value, state[name])
         adamw(
-            [state.get(MASTER, p) for p, state in zip(members, states, strict=True)],
-            [gradient.float() if gradient.dtype in HALF else gradient for gradient in gradients],
+            values,
+            gradients,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            [],
+            [state[LARGEST] for state in states] if amsgrad else [],
             [state["step"] for state in states],
             fused=True,
-            grad_scale=getattr(self, "grad_scale", None),
+            grad_scale=grad_scale,
             found_inf=getattr(self, "found_inf", None),
-            amsgrad=False,
+            amsgrad=amsgrad,
             beta1=beta1,
             beta2=beta2,
             lr=group["lr"],
@@ -88,20 +125,28 @@ class MasterAdamW(torch.optim.AdamW):
             eps=group["eps"],
             maximize=group["maximize"],
         )
-        half = [(p, state[MASTER]) for p, state in zip(members, states, strict=True) if MASTER in state]
-        if half:
+        # torch's fused step counts none of its writes; it divides the gradients by their scale too
+        written = [*values, *(state[name] for state in states for name in moments)]
+        torch.autograd.graph.increment_version(written + gradients if grad_scale is not None else written)
+        for state, value in zip(states, values, strict=True):
+            if MASTER in state:
+                state[MASTER] = value
+        moved = [(p, value) for p, value in zip(members, values, strict=True) if value is not p]
+        if moved:
             # a step that was skipped leaves the masters, and so their rounding, as they were
-            torch._foreach_copy_([p for p, _ in half], [master for _, master in half])
+            torch._foreach_copy_([p for p, _ in moved], [value for _, value in moved])
 
-    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+    def _state(self, parameter: Tensor, moments: Sequence[str]) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
+            if parameter.dtype not in (*HALF, torch.float32, torch.float64):
+                raise ValueError(f"parameters must be real floating point, got {parameter.dtype}")
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            value = parameter
             if parameter.dtype in HALF:
-                value = state[MASTER] = parameter.detach().float()
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(value, memory_format=torch.preserve_format)
+                state[MASTER] = parameter.detach().float()
+        for name in moments:
+            if name not in state:
+                state[name] = torch.zeros_like(state.get(MASTER, parameter), memory_format=torch.preserve_format)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -128,6 +173,27 @@ class MasterAdamW(torch.optim.AdamW):
             for name, value in state_dict["state"].get(index, {}).items():
                 if parameter.dtype in HALF and name != "step":
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that lies in memory here; any other tensor as it is."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def without_holes(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its elements are not all there is between its first and its last."""
+    here = local(tensor)
+    if here.is_contiguous() or torch.empty_like(here).stride() == here.stride():
+        return tensor
+    return tensor.clone()
+
+
+def laid_out_like(model: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it with its elements in memory in the order of the model's."""
+    ours, theirs = local(tensor), local(model)
+    if (ours.is_contiguous() and theirs.is_contiguous()) or ours.stride() == theirs.stride():
+        return tensor
+    return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
 
 
 def chunks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:

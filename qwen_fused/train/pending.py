@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen_fused.norms.group_grad_norm import PendingStats
+from qwen_fused.norms.stats import PendingStats
 from qwen_fused.planner.model import StepOutput
 
 # what is logged of a step, in the order in which it travels

@@ -17,7 +17,8 @@ from qwen_fused.common.device import resolve_device, to_host
 from qwen_fused.common.layers import group_by_number
 from qwen_fused.common.random_state import rng_state, set_rng_state
 from qwen_fused.config import TrainConfig
-from qwen_fused.norms.group_grad_norm import GradStats, GroupGradNorm, nonfinite_message
+from qwen_fused.norms.group_grad_norm import GroupGradNorm
+from qwen_fused.norms.stats import GradStats, nonfinite_message
 from qwen_fused.parallel.processes import Part, Ranks
 from qwen_fused.planner.model import QwenPlanner, StepOutput
 from qwen_fused.train.checkpoint import save_checkpoint

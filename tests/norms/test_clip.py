@@ -61,6 +61,86 @@ def test_clip_is_one_rounded_product(gradient_path: str, dtype: torch.dtype, lay
     assert (p.grad != (wide * factor).to(dtype)).sum() < 0.02 * p.grad.numel() + p.grad.isnan().sum()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_is_rounded_to_nearest(dtype: torch.dtype) -> None:
+    """All 65536 of them, NaN and subnormals too, and products that overflow, vanish and lie between two."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for factor in (0.999, 0.5, 1.0 + 2**-9, 3e-5, 7e4, -1.0, 0.0, math.inf, math.nan):
+        # an odd length, so that the rest of a vector is met too
+        p = parameter(torch.cat([every, every[:13]]))
+        wide = p.grad.float() * torch.tensor(factor, dtype=torch.float32)
+        norms = GroupGradNorm({"p": [p]})
+        stats = norms.measure()
+        stats.values[2] = factor
+        norms.clip_(stats, math.inf)
+        assert torch.equal(p.grad.isnan(), wide.isnan())
+        torch.testing.assert_close(p.grad, wide.to(dtype), rtol=0, atol=0, equal_nan=True)
+        signs = ~wide.isnan()
+        assert torch.equal(p.grad.signbit()[signs], wide.signbit()[signs])
+
+
+def test_bounds_on_the_device(gradient_path: str) -> None:
+    def clipped(bound, dtype=torch.float32) -> list[float]:
+        a, b = parameter(torch.tensor([8.0], dtype=dtype)), parameter(torch.tensor([4.0]))
+        norms = GroupGradNorm({"a": [a], "b": [b]})
+        norms.clip_(norms.measure(0.5), bound)
+        return [a.grad.item(), b.grad.item()]
+
+    close = pytest.approx
+    one = torch.ones
+    for dtype in (torch.float32, torch.float64):
+        assert clipped(one((), dtype=dtype)) == close([1.0, 1.0], rel=1e-5)
+        assert clipped(one(1, dtype=dtype), torch.float64) == close([1.0, 1.0], rel=1e-5)
+        assert clipped(torch.tensor([0.5, 9.0], dtype=dtype)) == close([0.5, 2.0], rel=1e-5)
+        assert clipped({"b": torch.tensor([0.25], dtype=dtype)}) == close([4.0, 0.25], rel=1e-5)
+        assert clipped({"a": 2.0, "b": torch.tensor(1.0, dtype=dtype)}) == close([2.0, 1.0], rel=1e-5)
+        assert clipped(torch.tensor([math.inf, 0.0], dtype=dtype)) == [4.0, 0.0]
+    assert clipped(torch.tensor([2, 1])) == close([2.0, 1.0], rel=1e-5)
+    # what can't be looked at without a wait must show
+    assert [math.isnan(x) for x in clipped(torch.tensor([-1.0, math.nan]))] == [True, True]
+    # a bound that is computed from what was measured, and its graph, change nothing
+    assert clipped(one((), requires_grad=True) * 1.0) == close([1.0, 1.0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bound", "message"),
+    [
+        (torch.ones(3), r"max_norm must have one element, or one for each group, got \(3,\)"),
+        ({"a": torch.ones(2)}, "max_norm must have one element"),
+        (torch.ones((), device="meta"), "max_norm must be on cpu like the gradients, got meta"),
+        (torch.ones((), dtype=torch.complex64), "max_norm must hold real numbers, got torch.complex64"),
+        ({1: 1.0}, r"max_norm must name groups among \['a', 'b'\], got \['1'\]"),
+    ],
+)
+def test_rejects_bounds(gradient_path: str, bound, message: str) -> None:
+    norms = GroupGradNorm({"a": [parameter(torch.ones(1))], "b": [parameter(torch.ones(1))]})
+    with pytest.raises(ValueError, match=message):
+        norms.clip_(norms.measure(), bound)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (math.nan, r"the gradient is not finite: 1 NaN or Inf in group b, first in b\[1\]"),
+        (math.inf, "the gradient is not finite: 1 NaN or Inf in group b"),
+        (3e38, "the gradient's norm leaves its range: group b has norm inf"),
+    ],
+)
+def test_error_if_nonfinite(gradient_path: str, bad: float, message: str) -> None:
+    a, b, c = (parameter(torch.full((2,), 3e38)) for _ in range(3))
+    a.grad.fill_(8.0)
+    c.grad[0] = bad
+    norms = GroupGradNorm({"a": [a], "b": [b, c]})
+    stats = norms.measure()
+    with pytest.raises(RuntimeError, match=message):
+        norms.clip_(stats, 1.0, error_if_nonfinite=True)
+    assert a.grad.tolist() == [8.0, 8.0]
+    b.grad.fill_(1.0)
+    c.grad.fill_(1.0)
+    norms.clip_(norms.measure(), 1.0, error_if_nonfinite=True)
+    assert float(a.grad.norm()) == pytest.approx(1.0, rel=1e-5)
+
+
 def test_groups_are_clipped_apart(gradient_path: str) -> None:
     big, small, free = parameter(torch.full((4,), 10.0)), parameter(torch.full((4,), 0.1)), parameter(torch.ones(4))
     norms = GroupGradNorm({"big": [big], "small": [small], "free": [free]})
@@ -104,7 +184,9 @@ def test_inv_scale_as_a_tensor(gradient_path: str) -> None:
 
 def test_rejects_bad_input(gradient_path: str) -> None:
     p = parameter(torch.ones(3))
-    with pytest.raises(ValueError, match=r"each parameter must be in one group once, got b\[0\] again after a\[0\]"):
+    with pytest.raises(
+        ValueError, match=r"in one group once, got b\[0\] of group b again after a\[0\] of group a; .* tied"
+    ):
         GroupGradNorm({"a": [p], "b": [p]})
     with pytest.raises(ValueError, match="group a must be a list of parameters, got a Parameter"):
         GroupGradNorm({"a": p})
@@ -143,3 +225,4 @@ def test_opcheck() -> None:
         values, _ = measure(cast, rows, [], 1.0, None)
         clip = torch.ops.qwen_fused.group_grad_clip_.default
         torch.library.opcheck(clip, (cast, rows, values, [1.0, 2.0]))
+        torch.library.opcheck(clip, (cast, rows, values, [], torch.tensor([1.0, 2.0], dtype=torch.float64)))

@@ -47,8 +47,12 @@ def measure_layout(mesh, placements, gradients, calls: list[int]) -> dict:
     calls[0] = 0
     stats = norms.measure(inv_scale=0.5)
     collectives = calls[0]
+    versions = [p.grad._version for p in parameters]
     norms.clip_(stats, {"a": 0.25, "b": 1e6})
+    # the local part that was written, and the DTensor around it
+    written = all(p.grad._version > v for p, v in zip(parameters, versions, strict=True))
     return {
+        "written": written,
         "values": stats.values,
         "counts": stats.counts,
         "report": stats.to_dict(),
@@ -139,7 +143,7 @@ def test_two_processes_find_what_one_does(results, layout: str, collectives: int
     for found in results:
         torch.testing.assert_close(found[layout]["values"], stats.values, rtol=1e-6, atol=0)
         assert torch.equal(found[layout]["counts"], stats.counts)
-        assert found[layout]["collectives"] == collectives
+        assert found[layout]["collectives"] == collectives and found[layout]["written"]
         for ours, theirs in zip(found[layout]["clipped"], clipped, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     assert torch.equal(results[0][layout]["values"], results[1][layout]["values"])

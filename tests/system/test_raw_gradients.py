@@ -106,12 +106,18 @@ def test_gradient_clip(grads, data):
     bounds = [draw(numbers) for _ in range(len(rows) + draw(st.sampled_from([0, 0, 0, 1, -1])))]
     columns = len(rows) + draw(st.integers(0, 2))
     values = torch.tensor([draw(numbers) for _ in range(3 * columns)], dtype=draw(st.sampled_from(FLOATS[2:])))
-    sound = fit(rows, count) and apart and len(bounds) == len(rows)
+    sound = fit(rows, count) and apart
     values = laid_out(draw, values.view(3, columns))
+    limits, on_device = bounds, None
+    if draw(st.booleans()):
+        on_device, bounds = laid_out(draw, torch.tensor(bounds, dtype=torch.float64)), []
+        limits = on_device.tolist()
+    sound &= len(limits) == len(rows)
     factors = {}
     for r, (begin, end, _) in enumerate(rows if sound else []):
         norm, _, scale = values[:, r].tolist()
-        ratio = 1.0 if bounds[r] == math.inf else bounds[r] / (norm + 1e-6)
+        ratio = 1.0 if limits[r] == math.inf else limits[r] / (norm + 1e-6)
+        ratio = math.nan if limits[r] < 0 else ratio
         factors |= dict.fromkeys(range(begin, end), scale * (1.0 if ratio > 1.0 else ratio))
     if draw(st.integers(0, 3)) == 0:
         values, sound = spoiled(draw, values), False
@@ -123,7 +129,7 @@ def test_gradient_clip(grads, data):
     before = [x.clone() for x in grads]
     flat = [number for row in rows for number in row]
     try:
-        torch.ops.qwen_fused.group_grad_clip_(grads, flat, values, bounds)
+        torch.ops.qwen_fused.group_grad_clip_(grads, flat, values, bounds, on_device)
     except (ValueError, NotImplementedError, RuntimeError) as error:
         assert str(error) and (bad or not sound)
         assert isinstance(error, (ValueError, NotImplementedError)) or "ZeroTensors are immutable" in str(error)

@@ -229,6 +229,59 @@ class TestMisuse:
             window.flush()
         assert encode.weight.grad is None
 
+    @pytest.mark.parametrize("mode", ["recompute", "retain"])
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+    def test_a_flush_that_stops_half_way(self, mode, error):
+        encode, fail = Table().eval(), [True]
+
+        def stop(gradient):
+            if fail[0]:
+                raise error("no more memory")
+
+        def failing(keys):
+            out = encode(keys)
+            if 2 in keys and out.requires_grad:
+                out.register_hook(stop)
+            return out
+
+        window = PromptWindow(failing, 2, mode=mode)
+        window.prompts([0, 1]).sum().backward()
+        window.prompts([2]).sum().backward()
+        with pytest.raises(error):
+            window.flush()
+        assert encode.weight.grad is not None
+        fail[0] = False
+        for call in (window.flush, window.state_dict, lambda: window.prompts([0])):
+            with pytest.raises(
+                RuntimeError, match=r"stopped half way, .* set their gradients to None and call discard"
+            ):
+                call()
+        # the way on
+        encode.weight.grad = None
+        window.discard()
+        window.prompts([2]).sum().backward()
+        assert window.flush() == 1
+        want = torch.zeros_like(encode.weight)
+        want[2] = 2 * encode.weight.detach()[2]
+        torch.testing.assert_close(encode.weight.grad, want)
+
+    def test_a_flush_that_stops_before_it_sends_can_be_called_again(self):
+        encode, fail = Table().eval(), [False]
+
+        def failing(keys):
+            if fail[0]:
+                raise torch.OutOfMemoryError("no more memory")
+            return encode(keys)
+
+        window = PromptWindow(failing, 1)
+        window.prompts([0, 1]).sum().backward()
+        fail[0] = True
+        with pytest.raises(torch.OutOfMemoryError):
+            window.flush()
+        fail[0] = False
+        assert window.flush() == 2
+        torch.testing.assert_close(encode.weight.grad[:2], 2 * encode.weight.detach()[:2])
+
     def test_an_encode_that_cuts_the_gradient(self):
         encode = Table()
         for mode in ("recompute", "retain"):

@@ -1,6 +1,7 @@
 // Runs the kernels on a case from a file: measure, then clip where bounds are given; writes what came out.
 //
-// in:  int64 count, rows, clip rows, kind of scalar (0 none, 1 float, 2 double), values are double; double inv_scale, scalar
+// in:  int64 count, rows, clip rows, kind of scalar (0 none, 1 float, 2 double), values are double, bounds are on the device;
+//      double inv_scale, scalar
 //      per gradient: int64 kind, numel, offset in bytes, position; its bytes      per row: int64 begin, end, base
 //      per clip row: double bound
 // out: double values [3, rows]; int64 counts [2, rows]; the bytes of every gradient after the clip
@@ -22,7 +23,7 @@ T read(FILE* file) {
 int main(int, char** names) {
   FILE* in = fopen(names[1], "rb");
   const int64_t count = read<int64_t>(in), R = read<int64_t>(in), clip_rows = read<int64_t>(in);
-  const int64_t scalar_kind = read<int64_t>(in), values_double = read<int64_t>(in);
+  const int64_t scalar_kind = read<int64_t>(in), values_double = read<int64_t>(in), on_device = read<int64_t>(in);
   const double inv_scale = read<double>(in), scalar = read<double>(in);
   // on the heap, and no byte larger than needed: a step outside is seen
   const std::unique_ptr<float> scalar_float(new float(static_cast<float>(scalar)));
@@ -65,7 +66,8 @@ int main(int, char** names) {
       grads.data(), count, rows.data(), R, scale, workspace.get(), values.get(), values_double, counts.get(), nullptr);
   if (error == cudaSuccess && clip_rows > 0) {
     error = grad_clip(
-        grads.data(), count, rows.data(), clip_rows, bounds.data(), values.get(), values_double, R, nullptr);
+        grads.data(), count, rows.data(), clip_rows, on_device ? nullptr : bounds.data(),
+        on_device ? bounds.data() : nullptr, values.get(), values_double, R, nullptr);
   }
   if (error != cudaSuccess) return 3;
 
