@@ -41,6 +41,7 @@ def _has_kernel(name: str, device: str) -> bool:
     return backends.has_kernel(name, device)
 
 
+def _call(name: str, plain: Any, grads: Sequence[Tensor], *rest: Any) -> Any:
     """The compiled op where it was built for the gradients' device, else the reference."""
     if _has_kernel(name, grads[0].device.type):
         try:
