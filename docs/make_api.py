@@ -18,7 +18,7 @@ from typing import Any
 
 import qwen_fused
 from qwen_fused.cli import main as cli
-from qwen_fused.cli.solve import SolveCommand
+from qwen_fused.cli.solve_command import SolveCommand
 from qwen_fused.norms.group_grad_norm import PendingStats
 from qwen_fused.proof.cuts import Cut
 from qwen_fused.proof.frames import Frame

@@ -18,7 +18,7 @@ from qwen_fused.window.prompt_window import PromptWindow
 
 if TYPE_CHECKING:
     from qwen_fused.solver.solution import Solution
-    from qwen_fused.train.solve import solve
+    from qwen_fused.train.solve_run import solve
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The names that need transformers, imported where they are used."""
     if name == "solve":
-        from qwen_fused.train.solve import solve
+        from qwen_fused.train.solve_run import solve
 
         return solve
     if name == "Solution":
