@@ -21,7 +21,7 @@ import mdformat
 import qwen_fused
 from qwen_fused.cli import main as cli
 from qwen_fused.cli.prove_script import ProveScriptConfig
-from qwen_fused.cli.solve import SolveCommand
+from qwen_fused.cli.solve_command import SolveCommand
 from qwen_fused.config import TrainConfig
 from qwen_fused.norms.stats import PendingStats
 from qwen_fused.proof.cuts import Cut

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qwen_fused import testing as testing
     from qwen_fused.proof.trainer_callback import ProveCallback
     from qwen_fused.solver.solution import Solution
-    from qwen_fused.train.solve import solve
+    from qwen_fused.train.solve_run import solve
 
 __version__ = "0.1.0"
 
@@ -50,7 +50,7 @@ __all__ = [
 _LATER = {
     "ProveCallback": "qwen_fused.proof.trainer_callback",
     "Solution": "qwen_fused.solver.solution",
-    "solve": "qwen_fused.train.solve",
+    "solve": "qwen_fused.train.solve_run",
 }
 _MODULES = ("lightning", "testing")
 

@@ -18,7 +18,7 @@ import tyro
 
 from qwen_fused.cli.flags import Source, parse, parse_over_source, train_config
 from qwen_fused.cli.prove_script import run_prove_script
-from qwen_fused.cli.solve import run_solve
+from qwen_fused.cli.solve_command import run_solve
 from qwen_fused.config import TrainConfig, require
 
 EXIT_CODES = """\
@@ -131,7 +131,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     require(config.ttt_steps >= 0, "ttt_steps", "a number of at least 0", config.ttt_steps)
     from qwen_fused.arc.episodes import test_episodes
     from qwen_fused.arc.scoring import write_submission
-    from qwen_fused.cli.solve import adapted_evaluation, tasks_of_run
+    from qwen_fused.cli.solve_command import adapted_evaluation, tasks_of_run
     from qwen_fused.common.device import resolve_device
     from qwen_fused.solver.evaluate import evaluate
     from qwen_fused.train.saved import load_model

@@ -19,7 +19,7 @@ from qwen_fused.report.draw_grids import ARC_COLORS, ERROR_COLORS, error_grid, g
 
 # pixels of a loss curve, the range of its logarithmic axis in nats per cell, and points that are drawn
 CURVE = (220, 56)
-LOSSES = (1e-3, 3.0)
+LOSSES = (3e-3, 3.0)
 POINTS = 110
 # confidence, from and below
 BINS = ((0.9, 1.01), (0.7, 0.9), (0.5, 0.7), (0.3, 0.5), (0.0, 0.3))

@@ -6,7 +6,6 @@ Qwen stays with whoever asks: a worker holds the agent, a few megabytes, however
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,13 +14,13 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from qwen_fused.arc.symmetry import turn
 from qwen_fused.arc.tasks import Pair, Task
 from qwen_fused.common.typed_yaml import from_plain
 from qwen_fused.config import TrainConfig
 from qwen_fused.planner.agent import make_agent
 from qwen_fused.planner.evaluation_mode import evaluating
 from qwen_fused.solver.settings import SolveSettings
+from qwen_fused.solver.task_planner import encode_task
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +49,20 @@ def job_bytes(planner: Any, settings: SolveSettings) -> bytes:
 
 
 @dataclass(frozen=True, eq=False)
+class Encoded:
+    """Prompts [N, D] and features [N, 15] of N sets of demonstrations, as `QwenPrompt` gives them."""
+
+    prompt: torch.Tensor
+    features: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Question:
-    """A task without its answers, and what Qwen made of its demonstrations through each symmetry."""
+    """A task without its answers, and what Qwen made of its demonstrations."""
 
     task: Task
-    prompts: np.ndarray  # [V, D] float32
-    features: np.ndarray  # [V, 15] float32
+    encoded: tuple[Encoded, ...]
+    """Of each time that `encode_task` has Qwen read, in order."""
     seconds: float | None = None
     """Until the time for all tasks ends; None: it does not."""
 
@@ -66,8 +73,7 @@ class Question:
             "id": self.task.id,
             "train": train,
             "test": [pair.input.tolist() for pair in self.task.test],
-            "prompts": self.prompts.tolist(),
-            "features": self.features.tolist(),
+            "encoded": [[encoded.prompt.tolist(), encoded.features.tolist()] for encoded in self.encoded],
             "seconds": self.seconds,
         }
         return json.dumps(plain).encode()
@@ -78,46 +84,47 @@ class Question:
         plain = json.loads(content)
         train = tuple(Pair(*(np.array(grid, np.uint8) for grid in pair)) for pair in plain["train"])
         test = tuple(Pair(np.array(grid, np.uint8), None) for grid in plain["test"])
-        prompts, features = (np.array(plain[name], np.float32) for name in ("prompts", "features"))
-        return cls(Task(plain["id"], train, test), prompts, features, plain["seconds"])
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """Prompts [V, D] and features [V, 15], as `QwenPrompt` gives them."""
-
-    prompt: torch.Tensor
-    features: torch.Tensor
+        encoded = tuple(Encoded(*(torch.tensor(rows, dtype=torch.float32) for rows in one)) for one in plain["encoded"])
+        return cls(Task(plain["id"], train, test), encoded, plain["seconds"])
 
 
 class ReadPlanner:
-    """Stands for the planner whose Qwen has read the demonstrations already."""
+    """Stands for the planner whose Qwen has read the question already: `encode_task` gets what it got then."""
 
     def __init__(self, agent: nn.Module, question: Question):
         self.agent = agent
-        self.encoded = Encoded(torch.from_numpy(question.prompts), torch.from_numpy(question.features))
+        self.encoded = iter(question.encoded)
 
     def prompt(self, demonstrations: Any) -> Encoded:
-        """What Qwen made of the question's demonstrations."""
-        return self.encoded
+        """What Qwen made of them."""
+        return next(self.encoded)
+
+
+class ReadingPlanner:
+    """Stands for the planner while its Qwen reads, and keeps what comes of it."""
+
+    def __init__(self, planner: Any):
+        self.planner, self.encoded = planner, list[Encoded]()
+
+    def prompt(self, demonstrations: Any) -> Any:
+        """Have Qwen read, in evaluation mode."""
+        with evaluating(self.planner):
+            encoded = self.planner.prompt(demonstrations)
+        self.encoded.append(Encoded(encoded.prompt.float().cpu(), encoded.features.float().cpu()))
+        return encoded
 
 
 def make_question(planner: Any, task: Task, settings: SolveSettings) -> Question:
-    """Have Qwen read a task's demonstrations through each symmetry.
+    """Have Qwen read what a worker needs of a task.
 
     Args:
         planner: a `QwenPlanner`.
         task: its answers are left out of the question.
         settings: how many symmetries.
     """
-    with evaluating(planner):
-        encoded = planner.prompt([turned_pairs(task.train, symmetry) for symmetry in range(settings.symmetries)])
-    return Question(without_answers(task), encoded.prompt.float().cpu().numpy(), encoded.features.float().cpu().numpy())
-
-
-def turned_pairs(pairs: Sequence[Pair], symmetry: int) -> tuple[Pair, ...]:
-    """Demonstrations through a symmetry."""
-    return tuple(Pair(turn(p.input, symmetry), turn(p.output, symmetry)) for p in pairs)  # type: ignore[arg-type]
+    question, reading = without_answers(task), ReadingPlanner(planner)
+    encode_task(reading, question, settings.symmetries)  # type: ignore[arg-type]
+    return Question(question, tuple(reading.encoded))
 
 
 def without_answers(task: Task) -> Task:

@@ -19,6 +19,7 @@ from torch import nn
 from qwen_fused.arc.tasks import Pair, Task
 from qwen_fused.config import TrainConfig
 from qwen_fused.planner.agent import make_agent
+from qwen_fused.qwen.tiny import seeded
 from qwen_fused.solver import worker, workers
 from qwen_fused.solver.question import Encoded, Job
 from qwen_fused.solver.settings import SolveSettings
@@ -77,7 +78,8 @@ class StandIn(nn.Module):
     def __init__(self):
         super().__init__()
         self.config = TrainConfig(agent_channels=8, prompt_dim=4, plan_steps=2)
-        self.agent, self.prompt = make_agent(self.config), self.Prompt()
+        with seeded(0):
+            self.agent, self.prompt = make_agent(self.config), self.Prompt()
 
 
 def make_task(task_id: str, *, tests: int = 1, side: int = 3, answers: bool = True, pairs: int = 2) -> Task:

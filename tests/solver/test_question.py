@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from forked_workers import StandIn, make_task
 
-from qwen_fused.solver.question import Job, Question, ReadPlanner, job_bytes, make_question, without_answers
+from qwen_fused.solver.question import Encoded, Job, Question, ReadPlanner, job_bytes, make_question, without_answers
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.task_planner import encode_task
 
 
 def test_a_question_comes_back_bit_for_bit():
     task = make_task("task1", tests=2)
-    drawn = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
-    question = Question(without_answers(task), drawn, drawn[:, :3] / 3, seconds=1.5)
-    again = Question.from_bytes(question.to_bytes())
-    assert np.array_equal(again.prompts, drawn) and np.array_equal(again.features, drawn[:, :3] / 3)
-    assert again.prompts.dtype == np.float32 and (again.task.id, again.seconds) == ("task1", 1.5)
+    encoded = tuple(Encoded(torch.randn(count, 6), torch.randn(count, 3) / 3) for count in (8, 1))
+    again = Question.from_bytes(Question(without_answers(task), encoded, seconds=1.5).to_bytes())
+    for one, other in zip(again.encoded, encoded, strict=True):
+        assert torch.equal(one.prompt, other.prompt) and torch.equal(one.features, other.features)
+    assert (again.task.id, again.seconds) == ("task1", 1.5)
     for pairs, others in ((again.task.train, task.train), (again.task.test, task.test)):
         assert all(np.array_equal(a.input, b.input) for a, b in zip(pairs, others, strict=True))
     assert all(np.array_equal(a.output, b.output) for a, b in zip(again.task.train, task.train, strict=True))
@@ -51,7 +51,8 @@ def test_what_qwen_reads_is_what_it_reads_where_it_trains(small_config):
     planner = QwenPlanner(small_config())
     task = make_task("task1", pairs=3)
     expected = encode_task(planner, task, 8)
-    assert all(module.training for module in planner.agent.modules())
     question = Question.from_bytes(make_question(planner, task, SolveSettings()).to_bytes())
+    # a planner that is being trained goes on as it was
+    assert all(module.training for module in planner.modules())
     for tensor, other in zip(encode_task(ReadPlanner(planner.agent, question), task, 8), expected, strict=True):
         assert torch.equal(tensor, other)

@@ -12,7 +12,7 @@ import torch
 from forked_workers import StandIn, stand_in, use_forked_workers
 
 from qwen_fused.cli.main import main
-from qwen_fused.train import solve as module
+from qwen_fused.train import solve_run as module
 
 
 @pytest.fixture

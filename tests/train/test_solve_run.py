@@ -17,9 +17,9 @@ from forked_workers import SETTINGS, StandIn, make_task, stand_in, use_forked_wo
 import qwen_fused as qf
 from qwen_fused.arc.reader import load_tasks
 from qwen_fused.config import TrainConfig
-from qwen_fused.train import solve as module
+from qwen_fused.train import solve_run as module
 from qwen_fused.train.signals import Interrupted
-from qwen_fused.train.solve import SolveStopped, fingerprint, new_solve_folder, open_planner, read_tasks
+from qwen_fused.train.solve_run import SolveStopped, fingerprint, new_solve_folder, open_planner, read_tasks
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def run_solve(arguments: Sequence[str]) -> int:
     """`qwen-fused solve`."""
     command = parse(SolveCommand, "solve", arguments)
     from qwen_fused.solver.settings import SolveSettings
-    from qwen_fused.train.solve import SolveStopped, new_solve_folder, solve
+    from qwen_fused.train.solve_run import SolveStopped, new_solve_folder, solve
 
     steps = {} if command.ttt_steps is None else {"steps": command.ttt_steps}
     try:
