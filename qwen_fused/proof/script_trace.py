@@ -94,7 +94,7 @@ class ScriptTracer(_Tracer):
             self.labels.settle(args[0])
         self._leave_site(out)
         for kept in (self.trace.fixed, self.trace.draws, self.trace.custom):
-            kept.clear()  # type: ignore[attr-defined]
+            kept.clear()
         for event in (*self.trace.cuts[-2:], *self.trace.departures[-1:]):
             event.record = None
         return out
