@@ -35,7 +35,7 @@ class Module(lightning.LightningModule):
         loss = F.cross_entropy(self.head(self.hidden(x)), y)
         self.turns += 1
         self.losses["train"].append(loss.item())
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss, on_step=True, on_epoch=True)
         return {"loss": loss}
 
     def configure_optimizers(self):
