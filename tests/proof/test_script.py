@@ -248,6 +248,19 @@ def test_both_optimizers_of_a_gan(prove) -> None:
     assert "3 parameters moved" in run.report.rungs["applied"].detail
 
 
+def test_gradients_cleared_after_the_step_are_no_loss(prove) -> None:
+    run, _ = prove("""
+        net = Net()
+        optimizers = [torch.optim.SGD(net.encoder.parameters(), lr=0.1), torch.optim.AdamW(net.head.parameters())]
+        for part in range(2):
+            F.cross_entropy(net(x[part::2]), y[part::2]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    """)
+    assert run.report.ok and run.report.evaluations == 2 and run.report.notes == [], run.report
+
+
 def test_generator_that_is_cut_off(prove) -> None:
     run, line = prove(GAN.replace("(-D(fake).mean()).backward()", "(-D(fake.detach()).mean()).backward()  # here"))
     found = run.report.rungs["connected"].findings
