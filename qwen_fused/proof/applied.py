@@ -133,7 +133,7 @@ def _check_update(subject: Subject, step: Step, gradients: Gradients) -> list[Fi
         names = tuple(gradients.of)
         detail = "no optimizer's step was called (a gradient scaler skips it after an overflow)"
         return [Finding("no step", detail, names)]
-    return _check_used_gradients(subject, step, gradients) + _check_moved(subject, step)
+    return _check_used_gradients(subject, step, gradients) + check_moved(subject, step)
 
 
 def _check_used_gradients(subject: Subject, step: Step, gradients: Gradients) -> list[Finding]:
@@ -163,7 +163,7 @@ def _is_clipped_first(factors: list[float], scale: float) -> bool:
     return scale > 1 and unscaled is not None and any(factor < 1 - SAME_FACTOR for factor in factors[:unscaled])
 
 
-def _check_moved(subject: Subject, step: Step) -> list[Finding]:
+def check_moved(subject: Subject, step: Step) -> list[Finding]:
     """Every parameter that has a gradient and is in a group moved; if not, why."""
     unmoved = [n for n in step.unmoved if n not in step.missing and n in step.rates and not subject.allow.name(n)]
     zero_rate = tuple(name for name in unmoved if step.rates[name] == 0)

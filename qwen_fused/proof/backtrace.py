@@ -16,6 +16,8 @@ from qwen_fused.proof.labels import tensors_in
 from qwen_fused.proof.subject import Subject
 
 FINE, NONE, ZERO, NONFINITE = "fine", "none", "zero", "non-finite"
+# autograd node -> what came into its backward and what went out of it, in those words
+Passed = dict[Any, tuple[list[str], list[str]]]
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,38 @@ def follow_backward(
 
     Gradients are accumulated into the parameters as usual. What a checkpointed segment recomputes is not looked into.
     """
-    passed: dict[Any, tuple[list[str], list[str]]] = {}
+    passed: Passed = {}
     with modes.uncompiled(), torch.autograd.set_detect_anomaly(True, check_nan=False):
         loss = frames.boundary(loss_fn)
         nodes = list(graph_nodes(loss))
         for node in nodes:
-            node.register_hook(_keep(passed, node))
+            watch_node(passed, node)
         backward(loss)
+    return breaks_among(
+        passed, nodes, parameters, lambda node: frames.of_traceback(node.metadata.get("traceback_", ()))
+    )
+
+
+def watch_node(passed: Passed, node: Any) -> None:
+    """Keep what an autograd node's backward is given and what it passes on."""
+
+    def hook(grad_inputs: Any, grad_outputs: Any) -> None:
+        passed[node] = [_status(g) for g in grad_outputs], [_status(g) for g in grad_inputs]
+
+    node.register_hook(hook)
+
+
+def breaks_among(
+    passed: Passed, nodes: list[Any], parameters: Mapping[str, Tensor], site_of: Callable[[Any], Site]
+) -> list[Break]:
+    """The breaks of a backward pass that has been run, in the order of `passed`.
+
+    Args:
+        passed: what `watch_node` kept.
+        nodes: of the graph.
+        parameters: name -> parameter.
+        site_of: where a node's operation was called.
+    """
     reached = _reached(nodes, parameters)
     found = []
     for node, (came, went) in passed.items():
@@ -59,8 +86,7 @@ def follow_backward(
             if names and status != FINE and _was_fine(status, came):
                 is_custom = hasattr(node, "_forward_cls")
                 operation = node._forward_cls.__name__ if is_custom else node.name().removesuffix("0")
-                site = frames.of_traceback(node.metadata.get("traceback_", ()))
-                found.append(Break(status, operation, is_custom, site, names))
+                found.append(Break(status, operation, is_custom, site_of(node), names))
     return found
 
 
@@ -98,13 +124,6 @@ def first_nonfinite(loss_fn: Callable[[], Any]) -> tuple[str, Site] | None:
     with modes.uncompiled(), modes.FunctionMode(handler):
         frames.boundary(loss_fn)
     return found[0] if found else None
-
-
-def _keep(passed: dict[Any, tuple[list[str], list[str]]], node: Any) -> Callable[[Any, Any], None]:
-    def hook(grad_inputs: Any, grad_outputs: Any) -> None:
-        passed[node] = [_status(g) for g in grad_outputs], [_status(g) for g in grad_inputs]
-
-    return hook
 
 
 def _status(tensor: Tensor | None) -> str:

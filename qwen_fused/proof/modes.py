@@ -90,11 +90,11 @@ def on_thread(handler: Callable[[], None]) -> Iterator[None]:
     """Call the handler whenever another thread is started or given a task; modes see their own thread only."""
     start, submit = threading.Thread.start, ThreadPoolExecutor.submit
 
-    def started(thread, *args, **kwargs):
+    def started(thread: Any, *args: Any, **kwargs: Any) -> Any:
         handler()
         return start(thread, *args, **kwargs)
 
-    def submitted(pool, *args, **kwargs):
+    def submitted(pool: Any, *args: Any, **kwargs: Any) -> Any:
         handler()
         return submit(pool, *args, **kwargs)
 

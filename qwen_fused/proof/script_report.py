@@ -8,16 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_fused.proof import backtrace, rungs
-from qwen_fused.proof.backtrace import Break
+from qwen_fused.proof.allowance import Allowance
+from qwen_fused.proof.applied import check_moved
+from qwen_fused.proof.backtrace import Break, breaks_among, follow_backward
+from qwen_fused.proof.connected import connected
 from qwen_fused.proof.cuts import Trace
+from qwen_fused.proof.declared import declared
 from qwen_fused.proof.frames import NOWHERE, Frame, Site
+from qwen_fused.proof.gradients import Gradients
+from qwen_fused.proof.kept_state import kept_random
 from qwen_fused.proof.ladder import Finding, ProofReport, Rung, name_some
+from qwen_fused.proof.moves import has_nonzero
+from qwen_fused.proof.nonzero import layers, nonzero
+from qwen_fused.proof.notes import notes_of
 from qwen_fused.proof.script_names import name_parameters
 from qwen_fused.proof.script_trace import SITE, joint_loss
 from qwen_fused.proof.script_watch import FirstStep
-from qwen_fused.proof.step import HALF, _masters
-from qwen_fused.proof.subject import Allowance, Gradients, Subject
+from qwen_fused.proof.step import Step, masters_of, measure_movement
+from qwen_fused.proof.subject import Subject
 
 UNASKED = "not asked: a script is run once (qf.prove and the callbacks ask it)"
 
@@ -40,19 +48,35 @@ class _Once(Subject):
         self.own_backward = False
         self.snapshot: Any = _Untouched()
         self.backward = lambda loss: None
+        self.evaluations = 0
+        self.notes = []
         self._breaks = breaks
+
+    def loss_fn(self) -> None:
+        """Asked for another draw, a script has no other."""
+
+    def call(self, *held: Any, **more: Any) -> None:
+        """As `loss_fn`."""
 
     def value(self, *held: Any, **more: Any) -> float:
         # whoever asks for a second evaluation takes this for one that can't be had
         raise RuntimeError("a script is run once")
 
     def watched_call(self, function: Callable[..., Any], *args: Any) -> Any:
-        return self._breaks if function is backtrace.follow_backward else None
+        return self._breaks if function is follow_backward else None
 
 
 class _Untouched:
+    """Nothing was run, so nothing is left behind."""
+
     def clear_gradients(self) -> None:
-        """Nothing was run, so nothing is left behind."""
+        pass
+
+    def reset(self) -> None:
+        pass
+
+    def seed_generators(self, seed: int) -> None:
+        pass
 
 
 def report_of(seen: FirstStep, allow: Iterable[str]) -> ProofReport:
@@ -86,22 +110,23 @@ def report_of(seen: FirstStep, allow: Iterable[str]) -> ProofReport:
     erased = {n: p for n, p in named.items() if _is_erased(seen, id(p)) and id(p) in held}
     # a loss without a graph fails too, but that is for the cut to explain
     error = None if seen.stepped or seen.hopeless else seen.failed
-    connected, cut = rungs.connected(subject, trace, Gradients(of=delivered, error=error))
+    with kept_random():
+        second, cut = connected(subject, trace, Gradients(of=delivered, error=error))
     left = {name: grad for name, grad in gradients.items() if name not in erased}
     loss = torch.tensor(0.0 if seen.loss is None else seen.loss)
     ladder = [
-        rungs.declared(subject),
-        connected,
-        rungs.nonzero(subject, Gradients(of=left), later, loss),
+        declared(subject),
+        second,
+        nonzero(subject, Gradients(of=left), later, loss),
         Rung("correct", None, UNASKED, asked=False),
-        _applied(seen, subject, left, erased),
+        _applied(seen, subject, trace, left, erased),
     ]
     return ProofReport(
         rungs={rung.name: rung for rung in ladder},
         cut=cut,
         notes=_notes(seen, subject, trace, [names[key] for key in frozen]),
         allowed=dict(subject.allow.matches),
-        layers=rungs.layers(gradients),
+        layers=layers(gradients),
         parameters=len(named),
         loss=seen.loss,
         evaluations=seen.losses,
@@ -119,7 +144,7 @@ def _trace_of(seen: FirstStep, names: Mapping[int, str]) -> Trace:
 def _is_erased(seen: FirstStep, key: int) -> bool:
     """Whether backward gave it a gradient that was gone when the optimizer came to use it."""
     left = seen.gradients.get(key)
-    return seen.delivered.get(key, False) and (left is None or not left.any())
+    return seen.delivered.get(key, False) and (left is None or not has_nonzero(left))
 
 
 def _breaks_of(seen: FirstStep, named: Mapping[str, Tensor]) -> list[Break]:
@@ -131,19 +156,16 @@ def _breaks_of(seen: FirstStep, named: Mapping[str, Tensor]) -> list[Break]:
         for child, _ in node.next_functions:
             # what a function of torch is made of was called where the function was
             sites.setdefault(child, sites[node])
-    reached = backtrace._reached(nodes, named)
-    found = []
-    for node, (came, went) in seen.passed.items():
-        for (child, _), status in zip(node.next_functions, went, strict=False):
-            behind = reached.get(child, frozenset())
-            if behind and status != backtrace.FINE and backtrace._was_fine(status, came):
-                is_custom = hasattr(node, "_forward_cls")
-                operation = node._forward_cls.__name__ if is_custom else node.name().removesuffix("0")
-                found.append(Break(status, operation, is_custom, sites[node], behind))
-    return found
+    return breaks_among(seen.passed, nodes, named, sites.__getitem__)
 
 
-def _applied(seen: FirstStep, subject: Subject, gradients: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> Rung:
+def _applied(
+    seen: FirstStep,
+    subject: Subject,
+    trace: Trace,
+    gradients: Mapping[str, Tensor],
+    erased: Mapping[str, Tensor],
+) -> Rung:
     """Whether the step moved what it was given a gradient for."""
     findings = []
     by_line: dict[Frame | None, list[str]] = {}
@@ -154,46 +176,28 @@ def _applied(seen: FirstStep, subject: Subject, gradients: Mapping[str, Tensor],
     for line, there in by_line.items():
         detail = f"the gradient of {name_some(there)} is erased between backward and the optimizer's step"
         findings.append(Finding("erased", detail, tuple(there), line))
-    alive = [name for name, grad in gradients.items() if grad.any() and id(subject.named[name]) in seen.moved]
-    still = [name for name in alive if not seen.moved[id(subject.named[name])] and not subject.allow.name(name)]
-    # the rounding of the others: a bias that a normalisation takes out again has no more gradient than that
-    norms = {name: float(gradients[name].double().norm()) for name in alive}
-    still = [name for name in still if norms[name] > 1e-6 * max(norms.values())]
-    back = [name for name in still if id(subject.named[name]) in seen.held_back]
-    idle = [name for name in still if name not in back and seen.rates[id(subject.named[name])][0] == 0]
-    coarse = [n for n in still if n not in back and n not in idle and subject.named[n].dtype in HALF]
-    # its float32 master may have moved
-    coarse = [name for name in coarse if name not in _masters(subject, coarse)]
-    rest = [n for n in still if n not in back and n not in idle and subject.named[n].dtype not in HALF]
-    for kind, names, sentence in (
-        ("learning rate 0", idle, "has a gradient and a learning rate of 0"),
-        ("rounded away", coarse, "takes a step too small for its 16 bits: every element rounds back to what it was"),
-        ("not moved", rest, "has a gradient, and the step leaves it as it was"),
-    ):
-        if names:
-            findings.append(Finding(kind, f"{name_some(names)} {sentence}", tuple(names)))
+    alive = {name: subject.named[name] for name, grad in gradients.items() if has_nonzero(grad)}
+    alive = {name: p for name, p in alive.items() if id(p) in seen.moved and id(p) in seen.before}
+    step = Step(stepped=bool(seen.stepped), rates={name: seen.rates[id(p)][0] for name, p in alive.items()})
+    counts = {name: seen.moved[id(p)] for name, p in alive.items()}
+    measure_movement(step, counts, gradients, {name: seen.before[id(p)] for name, p in alive.items()}, trace.half)
+    step.warming_up = tuple(name for name in step.unmoved if id(alive[name]) in seen.held_back)
+    # a float32 master may have moved
+    step.master_only = tuple(masters_of(subject, step.unmoved))
+    step.unmoved = tuple(n for n in step.unmoved if n not in step.warming_up and n not in step.master_only)
+    findings += check_moved(subject, step)
     if findings:
         return Rung("applied", False, name_some([f.kind for f in findings]), findings)
     if not alive:
         return Rung("applied", None, "there is no gradient to step with" if seen.stepped else "no step was taken")
-    if back:
-        detail = f"a scheduler holds the learning rate of {name_some(back)} at 0 for more than {seen.looks} steps"
-        return Rung("applied", None, detail)
-    share = sum(seen.moved[id(subject.named[n])] for n in alive) / sum(gradients[n].numel() for n in alive)
-    return Rung("applied", True, f"{len(alive)} parameters moved ({share:.0%} of their elements)")
+    if step.warming_up:
+        detail = f"a warm-up holds the learning rate of {name_some(step.warming_up)} at 0 for more than "
+        return Rung("applied", None, f"{detail}{seen.looks} steps")
+    return Rung("applied", True, f"{len(alive)} parameters moved ({step.moved:.0%} of their elements)")
 
 
 def _notes(seen: FirstStep, subject: Subject, trace: Trace, frozen: list[str]) -> list[str]:
-    lines: dict[tuple[str, Frame], int] = {}
-    for event in trace.reaching:
-        partly = event.lost & seen.alive
-        if partly and not event.carried and not subject.allow.event(event):
-            key = (event.operation, event.site.user)
-            lines[key] = lines.get(key, 0) | partly
-    notes = []
-    for (operation, frame), lost in lines.items():
-        names = name_some(trace.labels.names_of(lost), 2)
-        notes.append(f"one way to the loss is cut, another is not: {operation} at {frame} ({names})")
+    notes = notes_of(subject, trace, Gradients())
     skipped = [name for name, p in subject.named.items() if id(p) in seen.later and id(p) not in seen.gradients]
     if skipped:
         notes.append(f"{name_some(skipped)} is skipped by the first step, and reached by a later one")
@@ -207,5 +211,4 @@ def _notes(seen: FirstStep, subject: Subject, trace: Trace, frozen: list[str]) -
     others = len(seen.optimizers) - len(seen.stepped)
     if seen.stepped and others > 0:
         notes.append(f"{others} of {len(seen.optimizers)} optimizers had not stepped: what they hold is not judged")
-    notes += [f"allow entry {entry!r} matched nothing" for entry, count in subject.allow.matches.items() if not count]
     return notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_fused.proof import frames, kinds, modes
+from qwen_fused.proof.cut_log import CutLog
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.labels import Labels, tensors_in
 from qwen_fused.proof.trace import _Tracer
@@ -34,24 +35,28 @@ class GrowingLabels(Labels):
         # held, so that its identity stays its own
         self.known.append(parameter)
         self.bits[id(parameter)] = bit
-        self.names = (*self.names, str(len(self.known)))
+        self._name([*self.names, str(len(self.known))])
         self.trainable |= bit if parameter.requires_grad else 0
         self.settle(parameter)
 
     def rename(self, names: Mapping[int, str]) -> None:
         """Give the parameters the names that go with their ids."""
-        self.names = tuple(names[id(parameter)] for parameter in self.known)
+        self._name([names[id(parameter)] for parameter in self.known])
+
+    def _name(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._places = {name: place for place, name in enumerate(names)}
 
     def settle(self, parameter: Tensor) -> None:
         """Say that a followed parameter's values lie where they do now: moved or cast, they are still its own."""
         key = self.key(parameter)
-        self._values[key] = self.bits[id(parameter)] | (self._values[key] if key in self._homes else 0)
+        self._values[key] = self.bits[id(parameter)] | self.homes.get(key, 0)
         self._cuts.pop(key, None)
-        self._homes.add(key)
+        self.homes[key] = self._values[key]
 
     def add_values(self, tensor: Tensor, values: int, cuts: int = 0) -> None:
         # what is written into a parameter, as its initial values are, becomes its own
-        if self.key(tensor) not in self._homes:
+        if self.key(tensor) not in self.homes:
             super().add_values(tensor, values, cuts)
 
 
@@ -59,9 +64,10 @@ class ScriptTracer(_Tracer):
     """The tracer of a proof, for a run that happens once: nothing is kept for doing it again."""
 
     def __init__(self) -> None:
-        super().__init__({}, None, None)
+        super().__init__({}, None, None, trusted=lambda name: False)
         self.labels: GrowingLabels = GrowingLabels()
         self.trace = Trace(self.labels)
+        self.log = CutLog(self.labels, self.trace)
         self.active = False
         self.erasures: dict[int, frames.Site] = {}  # id of a parameter -> where its gradient was last taken away
         self.closed: set[int] = set()  # ids of parameters whose step is over
@@ -87,7 +93,8 @@ class ScriptTracer(_Tracer):
         if kinds.name_of(func) == "data.__set__" and id(args[0]) in self.labels.bits:
             self.labels.settle(args[0])
         self._leave_site(out)
-        self.trace.fixed.clear()
+        for kept in (self.trace.fixed, self.trace.draws, self.trace.custom):
+            kept.clear()
         for event in (*self.trace.cuts[-2:], *self.trace.departures[-1:]):
             event.record = None
         return out
@@ -133,7 +140,7 @@ class ScriptTracer(_Tracer):
 
     def _on_inference_mode(self) -> None:
         if not self._idle():
-            self.note_switch("inference_mode", False)
+            self.log.switch.note("inference_mode", False)
 
 
 def joint_loss(labels: Labels, values: int, cuts: int, alive: int) -> Tensor:

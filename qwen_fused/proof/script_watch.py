@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from qwen_fused.common.autograd_graph import graph_leaves, graph_nodes
-from qwen_fused.proof.backtrace import _keep
+from qwen_fused.proof.backtrace import Passed, watch_node
 from qwen_fused.proof.kept_state import overridden
 from qwen_fused.proof.labels import tensors_in
+from qwen_fused.proof.moves import has_nonzero
+from qwen_fused.proof.optimizers import rate_of, rate_to_come
 from qwen_fused.proof.script_names import variables_of
 from qwen_fused.proof.script_trace import ScriptTracer
 
@@ -42,7 +44,8 @@ class FirstStep:
         gradients: id -> gradient when the optimizer used it.
         later: id -> gradient of a later step, of those that were zero, or that the first step's losses did not use.
         moved: id -> number of elements that the step changed.
-        rates: id -> learning rate, and the one that its scheduler began with.
+        before: id -> value before the first step.
+        rates: id -> learning rate, None where the optimizer finds its own; and where it is 0, the rate to come.
         reached: id -> parameter, of all that any loss was connected to.
         passed: autograd node -> what came into its backward and what went out of it, in words.
         failed: what the last backward pass raised, which leaves nothing to step with.
@@ -57,9 +60,10 @@ class FirstStep:
         self.gradients: dict[int, Tensor] = {}
         self.later: dict[int, Tensor] = {}
         self.moved: dict[int, int] = {}
-        self.rates: dict[int, tuple[float, float]] = {}
+        self.before: dict[int, Tensor] = {}
+        self.rates: dict[int, tuple[float | None, float]] = {}
         self.reached: dict[int, nn.Parameter] = {}
-        self.passed: dict[Any, tuple[list[str], list[str]]] = {}
+        self.passed: Passed = {}
         self.values = self.cuts = self.alive = 0  # labels of all the losses together
         self.losses = 0
         self.failed: RuntimeError | None = None
@@ -67,7 +71,6 @@ class FirstStep:
         self.loss: float | None = None
         self.variables: dict[str, Any] = {}
         self.looks = 0
-        self._before: dict[int, Tensor] = {}
         self._hooked: set[int] = set()
         self._inside: torch.optim.Optimizer | None = None
         self._sending = self._done = False
@@ -101,7 +104,7 @@ class FirstStep:
     @property
     def waiting(self) -> set[int]:
         """Parameters of which a later step may say more."""
-        dead = {key for key, grad in self.gradients.items() if not grad.any()}
+        dead = {key for key, grad in self.gradients.items() if not has_nonzero(grad)}
         # a layer that is dropped at random, an expert that nobody asked
         unused = {key for key in self.moved if key not in self.gradients and not self.values & self._bit(key)}
         return (dead | unused) - self.later.keys() | {key for key in self.held_back if not self.moved.get(key)}
@@ -114,8 +117,8 @@ class FirstStep:
 
     @property
     def held_back(self) -> set[int]:
-        """Parameters whose learning rate a scheduler held at 0 in the first step."""
-        return {key for key, (rate, initial) in self.rates.items() if rate == 0 and initial > 0}
+        """Parameters whose learning rate a warm-up held at 0 in the first step."""
+        return {key for key, (rate, to_come) in self.rates.items() if rate == 0 and to_come > 0}
 
     def _bit(self, key: int) -> int:
         return self.tracer.labels.bits.get(key, 0)
@@ -153,8 +156,8 @@ class FirstStep:
     def _note_losses(self, losses: list[Tensor]) -> None:
         labels = self.tracer.labels
         self.losses += 1
-        self.tracer.look_for_unseen(losses)
-        self.tracer.mark_continued(losses)
+        self.tracer.log.look_for_unseen(losses)
+        self.tracer.log.mark_continued(losses)
         for loss in losses:
             self.values |= labels.values(loss)
             self.cuts |= labels.cuts(loss)
@@ -165,7 +168,7 @@ class FirstStep:
             for node in graph_nodes(loss):
                 if node not in self.passed:
                     self.passed[node] = [], []
-                    node.register_hook(_keep(self.passed, node))
+                    watch_node(self.passed, node)
         for key, parameter in self.trainable(self.optimizers).items():
             if key not in self._hooked and parameter.is_leaf:
                 self._hooked.add(key)
@@ -173,8 +176,8 @@ class FirstStep:
 
     def _note_delivery(self, parameter: Tensor) -> None:
         if id(parameter) not in self.moved and parameter.grad is not None:
-            some = self.delivered.get(id(parameter), False) or bool(parameter.grad.detach().to_dense().any())
-            self.delivered[id(parameter)] = some
+            some = self.delivered.get(id(parameter), False)
+            self.delivered[id(parameter)] = some or has_nonzero(parameter.grad.detach().to_dense())
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if self._done:
@@ -189,11 +192,11 @@ class FirstStep:
         # what is looked at here is no use that the script makes of it
         self.tracer.active = False
         for group in optimizer.param_groups:
-            rate, initial = (float(group.get(name) or 0.0) for name in ("lr", "initial_lr"))
-            self.rates |= {id(p): (rate if "lr" in group else 1.0, initial) for p in group["params"]}
+            rate = rate_of(group), rate_to_come(optimizer, group)
+            self.rates |= {id(p): rate for p in group["params"]}
         for key, parameter in held.items():
             self.tracer.labels.add(parameter)
-            self._before[key] = parameter.detach().clone()
+            self.before[key] = parameter.detach().clone()
         if _closure(args, kwargs):
             self.tracer.active = not self._sending
         else:
@@ -227,12 +230,12 @@ class FirstStep:
                 self.gradients[key] = parameter.grad.detach().to_dense().clone()
 
     def _look_again(self, key: int, parameter: Tensor) -> None:
-        if parameter.grad is not None and parameter.grad.detach().to_dense().any():
+        if parameter.grad is not None and has_nonzero(parameter.grad.detach().to_dense()):
             self.later[key] = parameter.grad.detach().to_dense().clone()
         self.moved[key] = self._count_moved(key, parameter)
 
     def _count_moved(self, key: int, parameter: Tensor) -> int:
-        return int((parameter.detach() != self._before[key]).count_nonzero()) if key in self._before else 0
+        return int((parameter.detach() != self.before[key]).count_nonzero()) if key in self.before else 0
 
     def _conclude(self) -> None:
         """Leave the script, unless a later step may say more."""

@@ -77,14 +77,15 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace, l
     step.had_state = any(getattr(optimizer, "state", None) for optimizer in inside) and not gradients.stepped
     alive = [name for name, g in gradients.of.items() if has_nonzero(g)]
     before = subject.snapshot.values_of(subject.named)
-    masters = {name: master.clone() for name, master in _masters(subject).items()}
+    masters = {name: master.clone() for name, master in masters_of(subject).items()}
     with _after_warm_up(subject, step, gradients):
         _step_watched(subject, step, gradients, alive)
-    _measure_movement(subject, step, gradients, alive, before, trace.half)
+    counts = {name: int((subject.named[name].data != before[name]).sum()) for name in alive}
+    measure_movement(step, counts, gradients.of, before, trace.half)
     # an optimizer may make its masters in its first step
     step.master_only = tuple(
         name
-        for name, master in _masters(subject, step.unmoved).items()
+        for name, master in masters_of(subject, step.unmoved).items()
         if not torch.equal(master, masters.get(name, before[name]).to(master.dtype))
     )
     step.unmoved = tuple(name for name in step.unmoved if name not in step.master_only)
@@ -177,25 +178,27 @@ class _Factors:
         return out
 
 
-def _measure_movement(
-    subject: Subject,
-    step: Step,
-    gradients: Gradients,
-    alive: Sequence[str],
-    before: Mapping[str, Tensor],
-    half: bool,
+def measure_movement(
+    step: Step, counts: Mapping[str, int], gradients: Mapping[str, Tensor], before: Mapping[str, Tensor], half: bool
 ) -> None:
-    """How many elements moved, and which parameters did not though their gradient is more than rounding."""
-    counts = {name: int((subject.named[name].data != before[name]).sum()) for name in alive}
+    """How many elements moved, and which parameters did not though their gradient is more than rounding.
+
+    Args:
+        step: is told.
+        counts: name -> elements that moved, of every parameter with a gradient that is not zero.
+        gradients: name -> gradient.
+        before: name -> value before the step.
+        half: whether anything was computed in 16 bits.
+    """
     # a bias before a normalisation has a gradient of rounding noise, which need not move it
-    weight = scales_of({name: before[name] for name in alive})
-    shares = {name: weight[name] * _norm([gradients.of[name]]) for name in alive}
+    weight = scales_of({name: before[name] for name in counts})
+    shares = {name: weight[name] * _norm([gradients[name]]) for name in counts}
     floor = {True: 1e-3, False: 1e-6}[half] * max(shares.values(), default=0.0)
-    step.unmoved = tuple(name for name in alive if not counts[name] and shares[name] > floor)
-    step.moved = sum(counts.values()) / max(1, sum(before[name].numel() for name in alive))
+    step.unmoved = tuple(name for name, moved in counts.items() if not moved and shares[name] > floor)
+    step.moved = sum(counts.values()) / max(1, sum(before[name].numel() for name in counts))
 
 
-def _masters(subject: Subject, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+def masters_of(subject: Subject, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Wider copies of half-precision parameters in the optimizers' state, told by their rounding: the parameter."""
     found = {}
     held = [getattr(innermost(optimizer), "state", {}) for optimizer in subject.optimizers]

@@ -15,6 +15,21 @@ from qwen_fused.proof.moves import Values
 
 _VIEWS = ("T", "mT", "H", "mH", "real", "imag", "data")
 _WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
+# what is asked of the tensor and not of its values: where it lies, how it is laid out
+_OF_THE_TENSOR_ITSELF = {
+    "data_ptr",
+    "storage",
+    "untyped_storage",
+    "storage_offset",
+    "stride",
+    "size",
+    "numel",
+    "dim",
+    "is_contiguous",
+    "register_hook",
+    "requires_grad_",
+    "retain_grad",
+}
 # type -> the real one that it is as wide as
 _REAL = {
     torch.float16: torch.float16,
@@ -73,7 +88,11 @@ class Upcast:
 
     def arguments(self, name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """A call's arguments, converted."""
-        if name.endswith(".__set__") or (name.endswith(".__get__") and name.split(".")[0] not in _VIEWS):
+        if (
+            name in _OF_THE_TENSOR_ITSELF
+            or name.endswith(".__set__")
+            or (name.endswith(".__get__") and name.split(".")[0] not in _VIEWS)
+        ):
             return args, kwargs
         in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITES
         if name == "embedding" and self._may_look_up(args, kwargs):

@@ -1,6 +1,6 @@
 """Loops as other people write them, healthy and broken, each with the right answer: what `test_field.py` proves.
 
-A case returns the arguments of `prove`. `healthy` ones must be proved; of `broken` ones the rung and kind are given, and
+A case returns the arguments of `prove`. `healthy` ones must be proved; of `broken` ones rung and kind are given, and
 the line carries "# here" where there is one; `refused` ones raise a ValueError with the given words.
 """
 

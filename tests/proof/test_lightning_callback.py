@@ -17,6 +17,9 @@ import qwen_fused as qf
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is an extra of development")
 
 
+LOGGED: list[str] = []
+
+
 class Module(lightning.LightningModule):
     """A normalised, dropped-out network, which logs and counts."""
 
@@ -30,12 +33,16 @@ class Module(lightning.LightningModule):
     def hidden(self, x):
         return self.encoder(x)
 
+    def log(self, name, *args, **kwargs):
+        LOGGED.append(name)
+        super().log(name, *args, **kwargs)
+
     def training_step(self, batch, batch_idx):
         x, y = batch
         loss = F.cross_entropy(self.head(self.hidden(x)), y)
         self.turns += 1
         self.losses["train"].append(loss.item())
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss, on_step=True, on_epoch=True)
         return {"loss": loss}
 
     def configure_optimizers(self):
@@ -119,7 +126,9 @@ def test_healthy_run_is_proved_and_goes_on_as_without(mode) -> None:
     cls, changes = MODES[mode]
     changes = {**changes, **({"plugins": [half()]} if mode == "fp16" else {})}
     plain, proved, callback = cls(), cls(), qf.lightning.Prove()
+    LOGGED.clear()
     without = fit(plain, **changes)
+    logged = len(LOGGED)
     changes |= {"plugins": [half()]} if mode == "fp16" else {}
     trainer = fit(proved, callback, **changes)
     assert callback.report.verdict == "proved", callback.report
@@ -128,7 +137,10 @@ def test_healthy_run_is_proved_and_goes_on_as_without(mode) -> None:
     assert (proved.turns, proved.losses) == (plain.turns, plain.losses)
     assert trainer.global_step == without.global_step > 0
     assert trainer.callback_metrics == without.callback_metrics
-    assert "log" not in vars(proved)
+    assert len(LOGGED) == 2 * logged and "log" not in vars(proved)
+    if mode == "fp16":
+        scalers = [one.precision_plugin.scaler.state_dict() for one in (without, trainer)]
+        assert scalers[0] == scalers[1] and scalers[0]["scale"] == 64.0
 
 
 class Detached(Module):

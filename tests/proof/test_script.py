@@ -83,6 +83,29 @@ HEALTHY = {
             optimizer.step()
             scheduler.step()
         """,
+    "warm-up by hand": """
+        net = Net()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        for step in range(5):
+            assert step < 2
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * step / 10
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+        """,
+    "float32 masters that move alone": """
+        class Masters(torch.optim.Optimizer):
+            @torch.no_grad()
+            def step(self):
+                for p in self.param_groups[0]["params"]:
+                    master = self.state[p].setdefault("master", p.float())
+                    p.copy_(master.sub_(p.grad.float(), alpha=1e-6))
+        net = Net().bfloat16()
+        optimizer = Masters(net.parameters(), {"lr": 1e-6})
+        F.cross_entropy(net(x.bfloat16()), y).backward()
+        optimizer.step()
+        """,
     "one side at zero": """
         class Adapter(nn.Module):
             def __init__(self):
@@ -225,10 +248,30 @@ def test_both_optimizers_of_a_gan(prove) -> None:
     assert "3 parameters moved" in run.report.rungs["applied"].detail
 
 
+def test_gradients_cleared_after_the_step_are_no_loss(prove) -> None:
+    run, _ = prove("""
+        net = Net()
+        optimizers = [torch.optim.SGD(net.encoder.parameters(), lr=0.1), torch.optim.AdamW(net.head.parameters())]
+        for part in range(2):
+            F.cross_entropy(net(x[part::2]), y[part::2]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    """)
+    assert run.report.ok and run.report.evaluations == 2 and run.report.notes == [], run.report
+
+
 def test_generator_that_is_cut_off(prove) -> None:
     run, line = prove(GAN.replace("(-D(fake).mean()).backward()", "(-D(fake.detach()).mean()).backward()  # here"))
     found = run.report.rungs["connected"].findings
     assert [f.parameters for f in found] == [("G.weight", "G.bias")] and found[0].kind == "detach", run.report
+
+
+def test_discriminator_that_asks_for_no_gradient_meanwhile(prove) -> None:
+    frozen = "D.requires_grad_(False); (-D(fake).mean()).backward(); D.requires_grad_(True)"
+    run, _ = prove(GAN.replace("(-D(fake).mean()).backward()", frozen))
+    assert not run.error, run.error
+    assert run.report.ok and run.report.parameters == 3, run.report
 
 
 def test_optimizer_that_another_replaces(prove) -> None:
@@ -322,6 +365,25 @@ def test_zero_gradient_is_named_with_its_line(prove) -> None:
     run, line = prove("net = Net(lambda h: torch.round(h))  # here" + LOOP)
     (finding,) = run.report.rungs["nonzero"].findings
     assert (finding.kind, finding.line, finding.parameters) == ("zero", line, ENCODER), run.report
+
+
+def test_bias_whose_gradient_cancels_is_a_note(prove) -> None:
+    run, _ = prove("""
+        net, bias = Net(), nn.Parameter(torch.zeros(3))
+        optimizer = torch.optim.AdamW([*net.parameters(), bias], lr=1e-3)
+        for step in range(9):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x) + bias - bias, y).backward()
+            optimizer.step()
+    """)
+    assert run.report.ok, run.report
+    assert "the loss does not depend on bias: its gradient cancels to zero" in run.report.notes
+
+
+def test_random_numbers_are_left_where_the_script_left_them(prove) -> None:
+    run, _ = prove("net = Net(); net.spare = nn.Linear(2, 2); torch.manual_seed(7)" + LOOP)
+    assert run.report.rungs["connected"].findings[0].kind == "unused"
+    assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(7).get_state())
 
 
 def test_nan_of_a_backward_pass_is_named_with_its_line(prove) -> None:

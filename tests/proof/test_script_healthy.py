@@ -113,6 +113,11 @@ KINDS = {
                 out = out.index_put((rows.nonzero().squeeze(-1),), expert(x[rows]) * weight[rows])
             return F.cross_entropy(out, y)
         """,
+    "bias before a normalisation": """
+        net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
+        loss = lambda: F.cross_entropy(net(x), y)
+        """,
     "layers dropped at random": """
         layers, head = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)]), nn.Linear(6, 3)
         optimizer, turn = adam(layers, head), 0

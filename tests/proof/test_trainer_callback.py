@@ -176,6 +176,13 @@ def test_lora_is_proved_and_its_frozen_base_is_meant(tmp_path) -> None:
     assert torch.equal(weights(plain.model), weights(proved.model))
 
 
+def test_clipping_is_part_of_the_step(tmp_path) -> None:
+    with pytest.raises(qf.GradientError) as stopped:
+        trainer_of(tmp_path, callbacks=[qf.ProveCallback()], max_grad_norm=1e-12, optim="sgd").train()
+    (finding,) = stopped.value.report.rungs["applied"].findings
+    assert finding.kind == "not moved" and "lm_head.weight" in finding.parameters
+
+
 class Stateful(Trainer):
     """Draws when it prepares a batch, and weighs every other turn's loss otherwise."""
 

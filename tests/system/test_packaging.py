@@ -81,6 +81,19 @@ def test_transformers_imports_from_the_root() -> None:
     assert run_python(code, ROOT).endswith("hub_kernels")
 
 
+def test_package_imports_no_trainer_until_it_is_asked_for() -> None:
+    code = """
+import sys
+import qwen_fused as qf
+assert {"ProveCallback", "testing", "lightning"} <= set(dir(qf))
+qf.testing.assert_gradient, qf.GradientError
+print(sorted({"transformers", "trl", "lightning", "accelerate"} & sys.modules.keys()))
+qf.ProveCallback
+print("transformers" in sys.modules, hasattr(qf, "nothing"))
+"""
+    assert run_python(code, ROOT).splitlines() == ["[]", "True False"]
+
+
 def test_wheel_holds_every_module_and_no_stray_one(sources: Path, tmp_path: Path) -> None:
     run_setup("-q", "bdist_wheel", "--dist-dir", str(tmp_path), cwd=sources, CXX="no-such-compiler")
     (wheel,) = tmp_path.glob("*.whl")
