@@ -104,7 +104,8 @@ class ReadingPlanner:
     """Stands for the planner while its Qwen reads, and keeps what comes of it."""
 
     def __init__(self, planner: Any):
-        self.planner, self.encoded = planner, list[Encoded]()
+        self.planner = planner
+        self.encoded: list[Encoded] = []
 
     def prompt(self, demonstrations: Any) -> Any:
         """Have Qwen read, in evaluation mode."""
