@@ -174,8 +174,7 @@ class Trainer:
     def read(self, pending: PendingBatch) -> dict[str, Any]:
         """The metrics of a batch, in the order in which the batches ran.
 
-        `hints` are then what they made show, and `layer_norms` the gradient norm of each of Qwen's layers at the
-        last flush.
+        `hints` are then what they made show, and `layer_norms` those of Qwen's layers at the last flush.
 
         Raises:
             TrainingStopped: its gradient was NaN or Inf and the configuration says stop.

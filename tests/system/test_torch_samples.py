@@ -112,9 +112,9 @@ def test_kl_divergence(ops, dtype):
             scale = {"sum": 1, "mean": log_p.numel(), "batchmean": sample.input.shape[0], "none": None}
             if scale[options["reduction"]]:
                 with warnings.catch_warnings():
-                # that torch itself may change what "mean" divides by
-                warnings.simplefilter("ignore")
-                whole = F.kl_div(sample.input, target, **options)
+                    # that torch itself may change what "mean" divides by
+                    warnings.simplefilter("ignore")
+                    whole = F.kl_div(sample.input, target, **options)
                 torch.testing.assert_close(risk.sum() / scale[options["reduction"]], whole, **TOLERANCE[dtype])
 
 
