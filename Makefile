@@ -31,9 +31,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*/*
 
-# docs/api.md from the docstrings
+# docs/api.md from the docstrings, the table of docs/proof.md from its tests
 docs: $(STAMP)
 	$(BIN)/python docs/make_api.py
+	$(BIN)/python docs/make_proof_table.py
 
 bench: $(STAMP)
 	$(BIN)/qwen-fused bench $(ARGS)
