@@ -82,6 +82,7 @@ def compile_all(
         torch.zeros(B, C, dtype=dtype) if prompt else None,
         torch.zeros(T) if steps else None,
         None,
+        None,
     )
     on = [weight != 0 for weight in weights]
     options = (on, weights, 0.5, hard_mode, -100)

@@ -13,7 +13,8 @@ import torch
 from harness import Call, Comparison, WrongResult, benchmark_one, default_device, refuse
 from torch import Tensor
 
-from qwen_fused.loss.efe_loss import COMPILED, EFEWeights, efe_loss
+from qwen_fused.loss.dispatch import COMPILED
+from qwen_fused.loss.efe_loss import EFEWeights, efe_loss
 
 # B, T, C, H, W; "large" is 1.1 GB of float32 logits on CUDA, past every cache on the CPU
 SHAPES = {"arc": (32, 5, 10, 30, 30), "large": (256, 5, 10, 30, 30)}

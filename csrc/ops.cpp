@@ -18,26 +18,32 @@ TORCH_LIBRARY(qwen_fused, m) {
       "group_grad_norm(Tensor[] grads, int[] rows, int[] position, float inv_scale, Tensor? inv_scale_tensor) "
       "-> (Tensor values, Tensor counts)");
 
-  // the loss of kernels/reference.py: [B] = episodes, names and shapes as there. on: which of the terms (ce, risk,
-  // ambiguity, agreement, anchor, prompt) count; what only the others read is looked at no further, but ce is always
-  // told. hard_mode: 0 episode, 1 cell, 2 none. terms [B, 8]: the six terms, hard ratio, accuracy. For backward: coef
-  // [B + 1, 2], where row b is sigma_b over its cells and over its class weights and the last row begins with 1 /
-  // number of episodes that count, and gradients d_* of what is small, finished but for that share and the upstream
-  // factor; those of terms that are off are empty.
+  // the loss of kernels/reference.py: [B] = episodes, names and shapes as there; plan, and back, may also
+  // be [B, C, H, W], one step, or [N, C], one episode of N cells, whose target is [N]. on: which of the terms (ce,
+  // risk, ambiguity, agreement, anchor, prompt) count; what only the others read is looked at no further, but ce is
+  // always told. annealed [7], float64, has weights and hard_floor in place of the numbers where it is given.
+  // hard_mode: 0 episode, 1 cell, 2 none. terms [B, 8]: the six terms, hard ratio, accuracy. For backward: coef [B + 1,
+  // 2], where row b is sigma_b over its cells and over its class weights and the last row begins with 1 / number of
+  // episodes that count, and gradients d_* of what is small, finished but for that share and the upstream factor; those
+  // of terms that are off are empty.
   m.def(
       "efe_loss(Tensor plan, Tensor target, Tensor? back, Tensor? preference, Tensor? anchor, Tensor? obs_entropy, "
-      "Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, bool[6] on, float[] weights, float "
-      "hard_floor, "
-      "int hard_mode, int ignore_index) -> (Tensor loss, Tensor terms, Tensor solved, Tensor predicted, Tensor coef, "
-      "Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors)");
+      "Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, Tensor? annealed, bool[6] on, "
+      "float[] weights, float hard_floor, int hard_mode, int ignore_index) -> (Tensor loss, Tensor terms, "
+      "Tensor solved, Tensor predicted, Tensor coef, Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors)");
+
+  // efe_loss of [N, C] or [B, C, H, W] with its cross-entropy alone; ce, hard and accuracy [B] are columns of its terms
+  m.def(
+      "hard_cell_cross_entropy(Tensor logits, Tensor target, Tensor? class_weight, float hard_floor, int hard_mode, "
+      "int ignore_index) -> (Tensor loss, Tensor ce, Tensor hard, Tensor accuracy, Tensor solved, Tensor predicted)");
 
   // gradients of plan, back, preference, obs_entropy and prompt_colors; empty where not needed. predicted: for mode 1
   m.def(
       "efe_loss_backward(Tensor grad, Tensor plan, Tensor target, Tensor? back, Tensor? preference, Tensor? anchor, "
-      "Tensor? obs_entropy, Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, Tensor? predicted, "
-      "Tensor coef, Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors, bool[6] on, float[] weights, float "
-      "hard_floor, "
-      "int hard_mode, int ignore_index, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? obs_entropy, Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, Tensor? annealed, "
+      "Tensor? predicted, Tensor coef, Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors, bool[6] on, "
+      "float[] weights, float hard_floor, int hard_mode, int ignore_index, bool[5] needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // scales the gradients of row r by inv_scale * min(1, max_norm[r] / (norm + 1e-6)), as measured into values; rows may
   // not overlap here. bounds: [R] float64 beside values, in place of the numbers: max_norm is empty then

@@ -14,7 +14,23 @@ Cross-entropy adds k (q - delta) and the prompt its pooled gradient.
 import triton
 import triton.language as tl
 
-from .efe_tile import LN_2, TINY, cells, load_classes, log2, preferred, softmax, tile_of_cells
+from .efe_tile import (
+    FLOOR,
+    LN_2,
+    TINY,
+    W_AGREEMENT,
+    W_AMBIGUITY,
+    W_ANCHOR,
+    W_CE,
+    W_RISK,
+    cells,
+    load_classes,
+    log2,
+    number,
+    preferred,
+    softmax,
+    tile_of_cells,
+)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "B", "T", "tiles"])
@@ -27,6 +43,7 @@ def efe_backward_kernel(
     obs_entropy,  # [C]
     step_weight,
     class_weight,
+    annealed,  # [7]
     predicted,  # [B, P]
     upstream,  # [1]
     coef,  # [B + 1, 2]: sigma / n and sigma / sum of class weights; then 1 / episodes
@@ -67,6 +84,7 @@ def efe_backward_kernel(
     STEP_WEIGHT: tl.constexpr,
     CLASS_WEIGHT: tl.constexpr,
     HARD_CELL: tl.constexpr,
+    ANNEALED: tl.constexpr,
     D_PLAN: tl.constexpr,
     D_BACK: tl.constexpr,
     D_PREFERENCE: tl.constexpr,
@@ -90,10 +108,12 @@ def efe_backward_kernel(
                 tl.store(d_obs_entropy + c, scale * tl.load(obs_entropy_share + c), mask=b == 0)
     # 0 in cells that do not count, and with it every gradient there
     per_cell = tl.where(valid, scale * tl.load(coef + 2 * b), 0.0)
-    cost = tl.where(valid, kappa * (scale * tl.load(coef + 2 * b + 1) * tl.full([], w_ce, ACC)), 0.0)
+    cost = tl.where(
+        valid, kappa * (scale * tl.load(coef + 2 * b + 1) * number(annealed, W_CE, w_ce, ANNEALED, ACC)), 0.0
+    )
     if HARD_CELL:
         right = tl.load(predicted + b * P + cell, mask=cell_in, other=0).to(tl.int64) == label
-        cost = tl.where(right, cost * tl.full([], hard_floor, ACC), cost)
+        cost = tl.where(right, cost * number(annealed, FLOOR, hard_floor, ANNEALED, ACC), cost)
 
     plan = cells(plan + b * plan_stride[0], plan_stride[3], plan_stride[4], cell, W, FLAT)
     if D_PLAN:
@@ -104,10 +124,10 @@ def efe_backward_kernel(
         d_back = cells(d_back + b * d_back_stride[0], d_back_stride[3], d_back_stride[4], cell, W, FLAT)
     if RISK or ANCHOR:
         p, log_p = preferred(preference, preference_stride, b, cell, W, valid, C, FLAT, ACC, FAST)
-    # logarithms are in base 2
-    risk = per_cell * tl.full([], w_risk, ACC)
+    # logarithms are in base 2, but that of the preference
+    risk = per_cell * number(annealed, W_RISK, w_risk, ANNEALED, ACC)
     risk_2 = LN_2 * risk
-    agreement_2 = 0.5 * LN_2 * per_cell * tl.full([], w_agreement, ACC)
+    agreement_2 = 0.5 * LN_2 * per_cell * number(annealed, W_AGREEMENT, w_agreement, ANNEALED, ACC)
     mass = ()
     for _c in tl.static_range(C):
         mass = mass + (tl.zeros([BLOCK_P], ACC),)
@@ -129,10 +149,10 @@ def efe_backward_kernel(
         for c in tl.static_range(C):
             potential = tl.zeros([BLOCK_P], ACC)
             if RISK:
-                potential += tl.where(q[c] == 0, 0.0, risk_2 * (z[c] - log_p[c]))
+                potential += tl.where(q[c] == 0, 0.0, risk_2 * z[c] - risk * log_p[c])
             if AMBIGUITY:
                 h = tl.load(obs_entropy + c).to(ACC)
-                potential += per_cell * tl.full([], w_ambiguity, ACC) * h
+                potential += per_cell * number(annealed, W_AMBIGUITY, w_ambiguity, ANNEALED, ACC) * h
             if AGREEMENT:
                 log_sum = log2(tl.maximum(q[c] + r[c], TINY), FAST)
                 potential += agreement_2 * (z[c] - log_sum)
@@ -171,7 +191,7 @@ def efe_backward_kernel(
             phi = ()
             mean = tl.zeros([BLOCK_P], ACC)
             for c in tl.static_range(C):
-                phi = phi + (tl.where(p[c] == 0, 0.0, LN_2 * log_p[c] - log_a[c]),)
+                phi = phi + (tl.where(p[c] == 0, 0.0, log_p[c] - log_a[c]),)
                 mean += p[c] * phi[c]
         d_preference = cells(
             d_preference + b * d_preference_stride[0], d_preference_stride[2], d_preference_stride[3], cell, W, FLAT
@@ -181,6 +201,6 @@ def efe_backward_kernel(
             if RISK:
                 d += risk * (p[c] * T - mass[c])
             if ANCHOR:
-                d += per_cell * tl.full([], w_anchor, ACC) * (p[c] * (phi[c] - mean))
+                d += per_cell * number(annealed, W_ANCHOR, w_anchor, ANNEALED, ACC) * (p[c] * (phi[c] - mean))
             tl.store(d_preference, d, mask=cell_in)
             d_preference += d_preference_stride[1]

@@ -4,7 +4,26 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .efe_tile import AGREEMENT_SUM, ANCHOR_SUM, BAD, CE, CELLS, HARD, HEAD, KAPPA, RISK_SUM
+from .efe_tile import (
+    AGREEMENT_SUM,
+    ANCHOR_SUM,
+    BAD,
+    CE,
+    CELLS,
+    FLOOR,
+    HARD,
+    HEAD,
+    KAPPA,
+    POOL,
+    RISK_SUM,
+    W_AGREEMENT,
+    W_AMBIGUITY,
+    W_ANCHOR,
+    W_CE,
+    W_PROMPT,
+    W_RISK,
+    number,
+)
 
 # a norm under this counts as this, as in F.cosine_similarity
 EPS = tl.constexpr(1.0e-8)
@@ -45,6 +64,23 @@ def _sum_classes(rows, live, tiles, C, ACC: tl.constexpr, BLOCK: tl.constexpr, B
     return tl.sum(total, axis=1)
 
 
+@triton.jit
+def _not_negative(divergence):
+    """0 where rounding made it negative."""
+    return tl.where(divergence < 0, 0.0, divergence)
+
+
+@triton.jit
+def _scaled(x, ACC: tl.constexpr):
+    """x over its largest element, so that no square overflows; that; the norm of the quotient, and held at EPS."""
+    largest = tl.max(tl.abs(x))
+    largest = tl.where(largest > 0, largest, 1.0)
+    x = x / largest
+    norm = tl.sqrt(tl.sum(x * x))
+    # in the accumulating type: tl.maximum would take the constant through float32
+    return x, largest, norm, tl.maximum(norm, tl.full([], EPS, ACC) / largest)
+
+
 @triton.jit(do_not_specialize=["B", "T", "tiles"])
 def efe_finish_kernel(
     slots,  # [B, K, tiles]
@@ -52,6 +88,7 @@ def efe_finish_kernel(
     totals,  # [B, 2 + C] loss of the episode, 1 where it counts, gradient of obs_entropy
     obs_entropy,
     prompt_colors,
+    annealed,  # [7]
     prompt_stride,  # b, c
     obs_stride,
     loss,
@@ -79,11 +116,13 @@ def efe_finish_kernel(
     PROMPT: tl.constexpr,
     USE_CE: tl.constexpr,
     HARD_EPISODE: tl.constexpr,
+    ANNEALED: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
+    EPSILON: tl.constexpr = 2.0**-52 if ACC.is_fp64() else 2.0**-23
     b = tl.program_id(0).to(tl.int64)
     row = slots + b * (HEAD + T * C * (PROMPT + AMBIGUITY)) * tiles
     live = row + CELLS * tiles
@@ -97,7 +136,7 @@ def efe_finish_kernel(
     ratio = wrong / n
     sigma = tl.full([], 1.0, ACC)
     if HARD_EPISODE:
-        floor = tl.full([], hard_floor, ACC)
+        floor = number(annealed, FLOOR, hard_floor, ANNEALED, ACC)
         sigma = floor + (1.0 - floor) * ratio
     # a class that does not exist must show: nothing here can raise
     sigma = tl.where(bad > 0, float("nan"), sigma)
@@ -108,22 +147,24 @@ def efe_finish_kernel(
     ce = _sum_tiles(row + CE * tiles, live, tiles, ACC, BLOCK) * per_kappa
     total = tl.zeros([], ACC)
     if USE_CE:
-        total += tl.full([], w_ce, ACC) * ce
+        total += number(annealed, W_CE, w_ce, ANNEALED, ACC) * ce
     tl.store(out + CE_COLUMN, ce)
     risk = tl.zeros([], ACC)
     if RISK:
-        risk = _sum_tiles(row + RISK_SUM * tiles, live, tiles, ACC, BLOCK) / n
-        total += tl.full([], w_risk, ACC) * risk
+        risk = _not_negative(_sum_tiles(row + RISK_SUM * tiles, live, tiles, ACC, BLOCK) / n)
+        total += number(annealed, W_RISK, w_risk, ANNEALED, ACC) * risk
     tl.store(out + RISK_COLUMN, risk)
     agreement = tl.zeros([], ACC)
     if AGREEMENT:
-        agreement = _sum_tiles(row + AGREEMENT_SUM * tiles, live, tiles, ACC, BLOCK) / n
-        total += tl.full([], w_agreement, ACC) * agreement
+        agreement = _not_negative(_sum_tiles(row + AGREEMENT_SUM * tiles, live, tiles, ACC, BLOCK) / n)
+        total += number(annealed, W_AGREEMENT, w_agreement, ANNEALED, ACC) * agreement
     tl.store(out + AGREEMENT_COLUMN, agreement)
     anchor = tl.zeros([], ACC)
     if ANCHOR:
         anchor = _sum_tiles(row + ANCHOR_SUM * tiles, live, tiles, ACC, BLOCK) / n
-        total += tl.full([], w_anchor, ACC) * anchor
+        # by rounding alone: an anchor need not add up to 1
+        anchor = tl.where(anchor > -16 * EPSILON, _not_negative(anchor), anchor)
+        total += number(annealed, W_ANCHOR, w_anchor, ANNEALED, ACC) * anchor
     tl.store(out + ANCHOR_COLUMN, anchor)
 
     rows = row + HEAD * tiles
@@ -131,23 +172,21 @@ def efe_finish_kernel(
     if PROMPT:
         v = tl.load(prompt_colors + b * prompt_stride[0] + c * prompt_stride[1], mask=class_in, other=0.0)
         v = tl.where(cells > 0, v.to(ACC), 0.0)
-        v_norm = tl.sqrt(tl.sum(v * v))
-        v_held = tl.maximum(v_norm, EPS)
+        v, v_largest, v_norm, v_held = _scaled(v, ACC)
         dv = tl.zeros([BLOCK_C], ACC)
-        scale = tl.where(cells > 0, -sigma * tl.full([], w_prompt, ACC) / T, 0.0)
+        scale = tl.where(cells > 0, -sigma * number(annealed, W_PROMPT, w_prompt, ANNEALED, ACC) / T, 0.0)
         for t in range(0, T):
-            u = _sum_classes(rows, live, tiles, C, ACC, BLOCK, BLOCK_C) / n
-            u_norm = tl.sqrt(tl.sum(u * u))
-            u_held = tl.maximum(u_norm, EPS)
+            u = _sum_classes(rows, live, tiles, C, ACC, BLOCK, BLOCK_C) / n * (1.0 / POOL)
+            u, u_largest, u_norm, u_held = _scaled(u, ACC)
             cos = tl.sum((u / u_held) * (v / v_held))
             prompt -= cos / T
-            du = v / v_held - tl.where(u_norm < EPS, 0.0, cos) * (u / u_held)
-            dv += u / u_held - tl.where(v_norm < EPS, 0.0, cos) * (v / v_held)
-            tl.store(d_pooled + (b * T + t) * C + c, scale / n * (du / u_held), mask=class_in)
+            du = v / v_held - tl.where(u_norm < u_held, 0.0, cos) * (u / u_held)
+            dv += u / u_held - tl.where(v_norm < v_held, 0.0, cos) * (v / v_held)
+            tl.store(d_pooled + (b * T + t) * C + c, scale / n * (du / u_held / u_largest), mask=class_in)
             # step by step: all of them may lie further than an int32 says
             rows += C * tiles
-        tl.store(d_prompt_colors + b * C + c, scale * (dv / v_held), mask=class_in)
-        total += tl.full([], w_prompt, ACC) * prompt
+        tl.store(d_prompt_colors + b * C + c, scale * (dv / v_held / v_largest), mask=class_in)
+        total += number(annealed, W_PROMPT, w_prompt, ANNEALED, ACC) * prompt
     tl.store(out + PROMPT_COLUMN, prompt)
     ambiguity = tl.zeros([], ACC)
     if AMBIGUITY:
@@ -157,7 +196,7 @@ def efe_finish_kernel(
             rows += C * tiles
         h = tl.load(obs_entropy + c * obs_stride, mask=class_in, other=0.0).to(ACC)
         ambiguity = tl.sum(mass * h) / n
-        w = tl.full([], w_ambiguity, ACC)
+        w = number(annealed, W_AMBIGUITY, w_ambiguity, ANNEALED, ACC)
         total += w * ambiguity
         tl.store(totals + b * (2 + C) + 2 + c, sigma * w / n * mass, mask=class_in)
     tl.store(out + AMBIGUITY_COLUMN, ambiguity)

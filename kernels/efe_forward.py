@@ -9,16 +9,19 @@ from .efe_tile import (
     BAD,
     CE,
     CELLS,
+    FLOOR,
     HARD,
     HEAD,
     IGNORED_PREDICTION,
     KAPPA,
     LN_2,
+    POOL,
     RISK_SUM,
     TINY,
     cells,
     load_classes,
     log2,
+    number,
     preferred,
     softmax,
     tile_of_cells,
@@ -34,6 +37,7 @@ def efe_forward_kernel(
     anchor,
     step_weight,
     class_weight,
+    annealed,  # [7]
     predicted,  # [B, P]
     slots,  # [B, K, tiles]
     arrived,  # [1]
@@ -57,6 +61,7 @@ def efe_forward_kernel(
     STEP_WEIGHT: tl.constexpr,
     CLASS_WEIGHT: tl.constexpr,
     HARD_CELL: tl.constexpr,
+    ANNEALED: tl.constexpr,
     FLAT: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
@@ -81,7 +86,7 @@ def efe_forward_kernel(
         anchor = cells(anchor, anchor_stride[1], anchor_stride[2], cell, W, FLAT)
         log_a = load_classes(anchor, anchor_stride[0], valid, C, ACC)
         for c in tl.static_range(C):
-            anchor_sum += tl.where(p[c] == 0, 0.0, p[c] * (LN_2 * log_p[c] - log_a[c]))
+            anchor_sum += tl.where(p[c] == 0, 0.0, p[c] * (log_p[c] - log_a[c]))
 
     nll = tl.zeros([BLOCK_P], ACC)
     risk = tl.zeros([BLOCK_P], ACC)
@@ -112,14 +117,14 @@ def efe_forward_kernel(
             for c in tl.static_range(C):
                 neg_entropy += q[c] * z[c]
         if RISK:
-            risk += neg_entropy
+            risk += LN_2 * neg_entropy
             for c in tl.static_range(C):
                 risk -= q[c] * tl.where(q[c] == 0, 0.0, log_p[c])
         row = slots + (HEAD + t * C) * tiles
         if PROMPT:
             for c in tl.static_range(C):
                 # cells that do not count read 0
-                tl.store(row + c * tiles, tl.sum(tl.where(x[c] == -float("inf"), 0.0, x[c])))
+                tl.store(row + c * tiles, tl.sum(tl.where(x[c] == -float("inf"), 0.0, x[c] * POOL)))
             row += T * C * tiles
         if AMBIGUITY:
             for c in tl.static_range(C):
@@ -138,13 +143,13 @@ def efe_forward_kernel(
     hard = valid & (best != label)
     cost = kappa
     if HARD_CELL:
-        cost = tl.where(hard, kappa, kappa * tl.full([], hard_floor, ACC))
+        cost = tl.where(hard, kappa, kappa * number(annealed, FLOOR, hard_floor, ANNEALED, ACC))
     tl.store(slots + CELLS * tiles, count)
     tl.store(slots + HARD * tiles, tl.sum(hard.to(ACC)))
     tl.store(slots + BAD * tiles, tl.sum((valid & (label < 0)).to(ACC)))
     tl.store(slots + KAPPA * tiles, tl.sum(kappa))
     tl.store(slots + CE * tiles, tl.sum(tl.where(cost == 0, 0.0, cost * nll)))
-    tl.store(slots + RISK_SUM * tiles, tl.sum(tl.where(valid, LN_2 * risk, 0.0)))
+    tl.store(slots + RISK_SUM * tiles, tl.sum(tl.where(valid, risk, 0.0)))
     tl.store(slots + AGREEMENT_SUM * tiles, tl.sum(tl.where(valid, 0.5 * LN_2 * agreement, 0.0)))
     tl.store(slots + ANCHOR_SUM * tiles, tl.sum(tl.where(valid, anchor_sum, 0.0)))
     tl.store(predicted + b * P + cell, tl.where(valid, best, IGNORED_PREDICTION).to(tl.uint8), mask=cell_in)

@@ -26,15 +26,16 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 FORWARD_SCHEMA = (
     "(Tensor plan, Tensor target, Tensor? back, Tensor? preference, Tensor? anchor, Tensor? obs_entropy, "
-    "Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, bool[6] on, float[] weights, "
-    "float hard_floor, int hard_mode, int ignore_index) -> (Tensor loss, Tensor terms, Tensor solved, "
-    "Tensor predicted, Tensor coef, Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors)"
+    "Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, Tensor? annealed, bool[6] on, "
+    "float[] weights, float hard_floor, int hard_mode, int ignore_index) -> (Tensor loss, Tensor terms, "
+    "Tensor solved, Tensor predicted, Tensor coef, Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors)"
 )
 BACKWARD_SCHEMA = (
     "(Tensor grad, Tensor plan, Tensor target, Tensor? back, Tensor? preference, Tensor? anchor, "
-    "Tensor? obs_entropy, Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, Tensor? predicted, "
-    "Tensor coef, Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors, bool[6] on, float[] weights, "
-    "float hard_floor, int hard_mode, int ignore_index, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? obs_entropy, Tensor? prompt_colors, Tensor? step_weight, Tensor? class_weight, Tensor? annealed, "
+    "Tensor? predicted, Tensor coef, Tensor d_pooled, Tensor d_obs_entropy, Tensor d_prompt_colors, bool[6] on, "
+    "float[] weights, float hard_floor, int hard_mode, int ignore_index, bool[5] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 HARD_EPISODE, HARD_CELL = 0, 1
@@ -73,6 +74,7 @@ def _forward(
     prompt_colors: Tensor | None,
     step_weight: Tensor | None,
     class_weight: Tensor | None,
+    annealed: Tensor | None,
     on: Sequence[bool],
     weights: Sequence[float],
     hard_floor: float,
@@ -109,6 +111,7 @@ def _forward(
             anchor,
             None if step_weight is None else step_weight.contiguous(),
             None if class_weight is None else class_weight.contiguous(),
+            annealed,
             predicted,
             slots,
             arrived,
@@ -128,6 +131,7 @@ def _forward(
             STEP_WEIGHT=step_weight is not None,
             CLASS_WEIGHT=class_weight is not None,
             HARD_CELL=hard_mode == HARD_CELL,
+            ANNEALED=annealed is not None,
             FLAT=all(map(_is_flat, (plan, target, back, preference, anchor))),
             ACC=tl_acc,
             FAST=acc == torch.float32 and not INTERPRETED,
@@ -141,6 +145,7 @@ def _forward(
             totals,
             obs_entropy,
             prompt_colors,
+            annealed,
             None if prompt_colors is None else prompt_colors.stride(),
             None if obs_entropy is None else obs_entropy.stride(0),
             loss,
@@ -159,6 +164,7 @@ def _forward(
             **flags,
             USE_CE=on[0],
             HARD_EPISODE=hard_mode == HARD_EPISODE,
+            ANNEALED=annealed is not None,
             ACC=tl_acc,
             BLOCK=max(32, min(triton.next_power_of_2(tiles), 128)),
             BLOCK_C=triton.next_power_of_2(C),
@@ -181,6 +187,7 @@ def _backward(
     prompt_colors: Tensor | None,
     step_weight: Tensor | None,
     class_weight: Tensor | None,
+    annealed: Tensor | None,
     predicted: Tensor | None,
     coef: Tensor,
     d_pooled: Tensor,
@@ -208,8 +215,8 @@ def _backward(
     if empty or not any(wanted):
         return grads
 
-    # the small ones are written in order; empty_like may have kept a transposed one's strides
-    small = [x.new_empty(x.shape) for x in (d_obs_entropy, d_prompt_colors)]
+    # the small ones are written in order, where empty_like may have kept a transposed one's strides
+    small = [x if x.is_contiguous() else x.new_empty(x.shape) for x in (d_obs_entropy, d_prompt_colors)]
     launch = launch_row(C, capability_of(plan.device)).backward
     tiles = triton.cdiv(H * W, launch.cells)
     canvases = (plan, target, back, preference, anchor, d_plan, d_back, d_preference)
@@ -223,6 +230,7 @@ def _backward(
             None if obs_entropy is None else obs_entropy.contiguous(),
             None if step_weight is None else step_weight.contiguous(),
             None if class_weight is None else class_weight.contiguous(),
+            annealed,
             predicted,
             grad,
             coef,
@@ -249,6 +257,7 @@ def _backward(
             STEP_WEIGHT=step_weight is not None,
             CLASS_WEIGHT=class_weight is not None,
             HARD_CELL=hard_mode == HARD_CELL,
+            ANNEALED=annealed is not None,
             D_PLAN=wanted[0],
             D_BACK=wanted[1],
             D_PREFERENCE=wanted[2],
@@ -261,7 +270,10 @@ def _backward(
             num_warps=launch.warps,
             enable_fp_fusion=True,
         )
-    return d_plan, d_back, d_preference, *small
+    for gradient, written in zip((d_obs_entropy, d_prompt_colors), small, strict=True):
+        if gradient is not written:
+            gradient.copy_(written)
+    return grads
 
 
 torch.library.custom_op("qwen_fused::efe_loss_triton", _forward, mutates_args=(), schema=FORWARD_SCHEMA)

@@ -30,7 +30,20 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # under every sum of two probabilities that is not multiplied by 0, and a normal float32
 TINY = tl.constexpr(1.0e-37)
 
+# logits are pooled in this scale, so that the sum of the largest numbers there are is one
+POOL = tl.constexpr(2.0**-20)
+
 IGNORED_PREDICTION = tl.constexpr(reference.IGNORED_PREDICTION)
+
+
+# places of the numbers that may be annealed
+W_CE = tl.constexpr(reference.TERMS.index("ce"))
+W_RISK = tl.constexpr(reference.TERMS.index("risk"))
+W_AMBIGUITY = tl.constexpr(reference.TERMS.index("ambiguity"))
+W_AGREEMENT = tl.constexpr(reference.TERMS.index("agreement"))
+W_ANCHOR = tl.constexpr(reference.TERMS.index("anchor"))
+W_PROMPT = tl.constexpr(reference.TERMS.index("prompt"))
+FLOOR = tl.constexpr(len(reference.TERMS))
 
 
 @triton.jit
@@ -98,6 +111,14 @@ def labels(ptr, cell_in, ignore_index, class_weight, C: tl.constexpr, CLASS_WEIG
 
 
 @triton.jit
+def number(annealed, place: tl.constexpr, given, ANNEALED: tl.constexpr, ACC: tl.constexpr):
+    """A weight, or the floor behind them: from memory where it is annealed, so that no graph holds its value."""
+    if ANNEALED:
+        return tl.load(annealed + place).to(ACC)
+    return tl.full([], given, ACC)
+
+
+@triton.jit
 def tile_of_cells(
     target,
     target_stride,
@@ -127,11 +148,14 @@ def tile_of_cells(
 def preferred(
     preference, stride, b, cell, W, valid, C: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr
 ):
-    """Tuples p and log2 p of the preference: not held above anything, what it forbids costs infinitely much."""
+    """Tuples p and log p of the preference, -inf where it forbids: that costs infinitely much.
+
+    In nats: the largest numbers there are, times log2(e), would be infinite.
+    """
     preference = cells(preference + b * stride[0], stride[2], stride[3], cell, W, FLAT)
     y = load_classes(preference, stride[1], valid, C, ACC)
     y_max, y_z, p, y_log2 = softmax(y, C, ACC, FAST)
     log_p = ()
     for c in tl.static_range(C):
-        log_p = log_p + ((y[c] - y_max) * LOG2_E - y_log2,)
+        log_p = log_p + (y[c] - y_max - LN_2 * y_log2,)
     return p, log_p

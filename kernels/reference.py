@@ -13,6 +13,10 @@ n = max(|V|, 1), q = softmax_C(plan), r = softmax_C(back), p = softmax_C(prefere
 
     loss = mean over the episodes with |V| > 0 of  sigma_b sum_term weight * term
 
+Logits of one cell further apart than the accumulating type's largest number are infinitely far apart, as in
+torch's softmax; nearer than that, finite logits give finite values. risk and agreement are 0 where rounding would
+make them negative, and anchor where it is by 16 eps or less: an anchor need not add up to 1.
+
 A class forbidden by a logit of -inf has probability 0 and log-probability -inf: 0 log 0 is 0 with gradient 0,
 and the logit counts as 0 in the pooled mean x_t. A target outside [0, C) that is not ignored makes its
 episode NaN.
@@ -20,6 +24,7 @@ episode NaN.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -65,11 +70,19 @@ def _log_softmax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     return log_p, log_p.exp(), log_p.masked_fill(log_p == -torch.inf, 0.0)
 
 
-def _cosine(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
-    """Cosine over the last axis; each norm is held at eps or above, as F.cosine_similarity does."""
-    a = a / torch.linalg.vector_norm(a, dim=-1, keepdim=True).clamp_min(eps)
-    b = b / torch.linalg.vector_norm(b, dim=-1, keepdim=True).clamp_min(eps)
-    return (a * b).sum(-1)
+def _direction(x: Tensor, eps: float = 1e-8) -> Tensor:
+    """x over its norm along the last axis, which is held at eps or above, as in F.cosine_similarity."""
+    # by the largest element first: the squares of large numbers would be infinite
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    x = x / largest
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).maximum(eps / largest)
+
+
+def _not_negative(divergence: Tensor, rounding: float = math.inf) -> Tensor:
+    """0 where a divergence came out negative, by no more than `rounding`; its gradient stays."""
+    value = divergence.detach()
+    return torch.where((value < 0) & (value > -rounding), divergence - value, divergence)
 
 
 def efe_loss_reference(
@@ -102,10 +115,12 @@ def efe_loss_reference(
     )
     num_classes = plan.shape[2]
     dtype = accumulate_dtype(plan, back, preference, obs_entropy, prompt_colors)
+    # as int64, as in a narrower type torch would wrap an ignore_index that does not fit
+    target = target.long()
     valid = target != ignore_index
     in_range = (target >= 0) & (target < num_classes)
     malformed = (valid & ~in_range).flatten(1).any(1)
-    label = torch.where(in_range & valid, target, 0).long()
+    label = torch.where(in_range & valid, target, 0)
     cells = valid.sum((1, 2))
     count = cells.clamp_min(1).to(dtype)
     has_cells = cells > 0
@@ -132,10 +147,11 @@ def efe_loss_reference(
         if on["risk"]:
             # a forbidden q costs nothing whatever p is; a forbidden p under a live q costs infinitely much
             log_p_seen = torch.where(q > 0, log_p[:, None], 0.0)
-            terms["risk"] = per_cell(q * (log_q0 - log_p_seen) * valid[:, None, None])
+            terms["risk"] = _not_negative(per_cell(q * (log_q0 - log_p_seen) * valid[:, None, None]))
         if anchor is not None and on["anchor"]:
             log_a = torch.where(valid[:, None] & (p > 0), anchor.to(dtype), 0.0)
-            terms["anchor"] = per_cell(p * (log_p0 - log_a) * valid[:, None])
+            anchored = per_cell(p * (log_p0 - log_a) * valid[:, None])
+            terms["anchor"] = _not_negative(anchored, 16 * torch.finfo(dtype).eps)
     if obs_entropy is not None and on["ambiguity"]:
         mass = torch.where(valid[:, None, None], q, 0.0).sum((1, 3, 4)) / count[:, None]
         terms["ambiguity"] = mass @ obs_entropy.to(dtype)
@@ -145,11 +161,12 @@ def efe_loss_reference(
         m = 0.5 * (q + r)
         log_m = torch.where(m > 0, m, 1.0).log()
         divergence = 0.5 * (q * (log_q0 - log_m) + r * (log_r0 - log_m))
-        terms["agreement"] = per_cell(divergence * valid[:, None, None])
+        terms["agreement"] = _not_negative(per_cell(divergence * valid[:, None, None]))
     if prompt_colors is not None and on["prompt"]:
-        pooled = plan_x.masked_fill(plan_x == -torch.inf, 0.0).sum((3, 4)) / count[:, None, None]
+        # divided first: the sum of large numbers would be infinite
+        pooled = torch.where(plan_x == -torch.inf, 0.0, plan_x / count.view(-1, 1, 1, 1, 1)).sum((3, 4))
         prompt = torch.where(has_cells[:, None], prompt_colors.to(dtype), 0.0)
-        terms["prompt"] = -_cosine(pooled, prompt[:, None]).mean(1)
+        terms["prompt"] = -(_direction(pooled) * _direction(prompt)[:, None]).sum(-1).mean(1)
 
     sigma = torch.ones_like(hard_ratio)
     if hard_mode == "episode":

@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from qwen_fused.loss.efe_loss import EFEOutput, EFEWeights, efe_loss, hard_cell_cross_entropy
+from qwen_fused.loss.cross_entropy import hard_cell_cross_entropy
+from qwen_fused.loss.efe_loss import EFEOutput, EFEWeights, efe_loss
 from qwen_fused.norms.group_grad_norm import GroupGradNorm
 from qwen_fused.norms.stats import GradStats
 from qwen_fused.proof.gradient_error import GradientError

@@ -82,7 +82,7 @@ def gradient_path(request, monkeypatch) -> str:
 def fused(request) -> dict[str, str]:
     """Backend and device of a fused loss: Triton on the GPU where there is one, interpreted where there is none."""
     from qwen_fused import backends
-    from qwen_fused.loss.efe_loss import COMPILED
+    from qwen_fused.loss.dispatch import COMPILED
 
     if request.param == "cpp" and not COMPILED:
         pytest.skip(f"no extension: {backends.EXTENSION_ERROR}")

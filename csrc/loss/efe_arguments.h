@@ -21,7 +21,8 @@ using On = std::array<bool, TERMS>;
 
 struct Arguments {
   const at::Tensor &plan, &target;
-  const OptionalTensor &back, &preference, &anchor, &obs_entropy, &prompt_colors, &step_weight, &class_weight;
+  const OptionalTensor &back, &preference, &anchor, &obs_entropy, &prompt_colors, &step_weight, &class_weight,
+      &annealed;
   const On& on;
   at::ArrayRef<double> weights;
   double hard_floor;
@@ -49,14 +50,31 @@ inline void check_there(bool on, const char* name, const OptionalTensor& x, cons
   TORCH_CHECK_VALUE(!on || x, name, " must be there where the term ", term, " is on, got None");
 }
 
+// of a plan [B, T, C, H, W]; of [B, C, H, W], which is one step; of [N, C], which is one episode of N cells
+struct Axes {
+  int64_t B, T, C, H, W;
+  explicit Axes(const at::Tensor& plan) {
+    const auto sizes = plan.sizes();
+    if (sizes.size() == 2) {
+      B = 1, T = 1, C = sizes[1], H = sizes[0], W = 1;
+    } else {
+      B = sizes[0], T = sizes.size() == 5 ? sizes[1] : 1;
+      C = sizes[sizes.size() - 3], H = sizes[sizes.size() - 2], W = sizes.back();
+    }
+  }
+};
+
 inline void check(const Arguments& a) {
   check_dense("plan", a.plan);
   check_dense("target", a.target);
-  TORCH_CHECK_VALUE(a.plan.dim() == 5, "plan must be [B, T, C, H, W], got ", a.plan.sizes());
-  const int64_t B = a.plan.size(0), T = a.plan.size(1), C = a.plan.size(2), H = a.plan.size(3), W = a.plan.size(4);
+  const int64_t d = a.plan.dim();
+  TORCH_CHECK_VALUE(
+      d == 5 || d == 4 || d == 2, "plan must be [B, T, C, H, W], [B, C, H, W] or [N, C], got ", a.plan.sizes());
+  const auto [B, T, C, H, W] = Axes(a.plan);
   TORCH_CHECK_VALUE(T >= 1, "plan must have at least one step, got ", a.plan.sizes());
   TORCH_CHECK_VALUE(C >= 1 && C <= MAX_CLASSES, "plan must have 1 to ", MAX_CLASSES, " classes, got ", C);
-  TORCH_CHECK_VALUE(a.target.sizes() == at::IntArrayRef({B, H, W}), "target must be [B, H, W], got ", a.target.sizes());
+  const bool fits = d == 2 ? a.target.sizes() == at::IntArrayRef({H}) : a.target.sizes() == at::IntArrayRef({B, H, W});
+  TORCH_CHECK_VALUE(fits, "target must be ", d == 2 ? "[N]" : "[B, H, W]", ", got ", a.target.sizes());
   const auto type = a.target.scalar_type();
   TORCH_CHECK_VALUE(
       type == at::kByte || type == at::kChar || type == at::kShort || type == at::kInt || type == at::kLong,
@@ -72,6 +90,10 @@ inline void check(const Arguments& a) {
   check("prompt_colors", a.prompt_colors, {B, C});
   check("step_weight", a.step_weight, {T});
   check("class_weight", a.class_weight, {C});
+  check("annealed", a.annealed, {TERMS + 1});
+  TORCH_CHECK_VALUE(
+      !a.annealed || a.annealed->scalar_type() == at::kDouble, "annealed must be float64, got ",
+      a.annealed->scalar_type());
   check_there(a.on[RISK] || a.on[ANCHOR], "preference", a.preference, "risk or anchor");
   check_there(a.on[AMBIGUITY], "obs_entropy", a.obs_entropy, "ambiguity");
   check_there(a.on[AGREEMENT], "back", a.back, "agreement");
@@ -114,6 +136,23 @@ inline Strided strided(const at::Tensor& x, bool has_b, bool has_t, bool has_c) 
   return s;
 }
 
+// the same of a plan, its twin or its gradient in any of their shapes
+inline Strided strided_plan(const at::Tensor& x) {
+  if (x.dim() > 2) return strided(x, true, x.dim() == 5, true);
+  Strided s;
+  s.data = x.data_ptr(), s.type = type_of(x), s.classes = x.size(1);
+  s.stride_c = x.stride(1), s.stride_h = s.stride_w = x.stride(0);
+  return s;
+}
+
+inline Strided strided_target(const at::Tensor& x) {
+  if (x.dim() == 3) return strided(x, true, false, false);
+  Strided s;
+  s.data = x.data_ptr(), s.type = type_of(x), s.classes = 1;
+  s.stride_h = s.stride_w = x.stride(0);
+  return s;
+}
+
 // small arguments, in the accumulating type and contiguous; they live as long as the call
 template <class T>
 struct Small {
@@ -137,19 +176,22 @@ struct Smalls {
 template <class T>
 Job<T> make_job(const Arguments& a, const Smalls<T>& small) {
   Job<T> job{};
-  job.B = a.plan.size(0), job.steps = a.plan.size(1), job.classes = a.plan.size(2);
-  job.cells = a.plan.size(3) * a.plan.size(4);
+  const Axes axes(a.plan);
+  job.B = axes.B, job.steps = axes.T, job.classes = axes.C, job.cells = axes.H * axes.W;
   job.tiles = (job.cells + TILE - 1) / TILE;
   job.on = a.on;
-  for (int k = 0; k < TERMS; ++k) job.weight[k] = a.weights[k];
-  job.target = strided(a.target, true, false, false);
-  job.plan = strided(a.plan, true, true, true);
-  if (job.on[AGREEMENT]) job.back = strided(*a.back, true, true, true);
+  const at::Tensor annealed = a.annealed ? a.annealed->contiguous() : at::Tensor();
+  const double* const weights = a.annealed ? annealed.const_data_ptr<double>() : a.weights.data();
+  for (int k = 0; k < TERMS; ++k) job.weight[k] = weights[k];
+  job.target = strided_target(a.target);
+  job.plan = strided_plan(a.plan);
+  if (job.on[AGREEMENT]) job.back = strided_plan(*a.back);
   if (job.on[RISK] || job.on[ANCHOR]) job.preference = strided(*a.preference, true, false, true);
   if (job.on[ANCHOR]) job.anchor = strided(*a.anchor, false, false, true);
   job.obs_entropy = small.obs_entropy.data();
   job.step_weight = small.step_weight.data(), job.class_weight = small.class_weight.data();
-  job.hard_floor = a.hard_floor, job.hard_mode = static_cast<int>(a.hard_mode), job.ignore_index = a.ignore_index;
+  job.hard_floor = a.annealed ? weights[TERMS] : a.hard_floor, job.hard_mode = static_cast<int>(a.hard_mode),
+  job.ignore_index = a.ignore_index;
   return job;
 }
 

@@ -1,10 +1,13 @@
 // The derivative of the loss as a node of torch's graph. In C++, as a node in Python takes longer than the loss of a
 // few small grids.
+#include <ATen/FuncTorchTLS.h>
+#include <c10/core/AutogradState.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <array>
 #include <tuple>
+#include <vector>
 
 #include "efe_arguments.h"
 
@@ -18,17 +21,17 @@ using MaybeIn = const OptionalTensor&;
 using Weights = at::ArrayRef<double>;
 using Needs = std::array<bool, 5>;
 using Forward = Eight(
-    In, In, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, const On&, Weights, double, int64_t,
+    In, In, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, const On&, Weights, double, int64_t,
     int64_t);
 using Backward = Five(
-    In, In, In, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, In, In, In, In, const On&,
-    Weights, double, int64_t, int64_t, const Needs&);
+    In, In, In, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, In, In, In, In,
+    const On&, Weights, double, int64_t, int64_t, const Needs&);
 
 // saved behind the tensors that forward was given
-enum Saved { PREDICTED = 9, COEF, D_POOLED, D_OBS_ENTROPY, D_PROMPT_COLORS };
+enum Saved { PREDICTED = 10, COEF, D_POOLED, D_OBS_ENTROPY, D_PROMPT_COLORS };
 
 // tensors among the arguments of forward, and the places of those that have a gradient
-inline constexpr size_t TENSORS = 9, ARGUMENTS = 14;
+inline constexpr size_t TENSORS = 10, ARGUMENTS = 15;
 inline constexpr Needs::size_type DIFFERENTIABLE[] = {0, 2, 3, 5, 6};
 
 const auto& forward_op() {
@@ -60,22 +63,23 @@ struct EfeLoss : torch::autograd::Function<EfeLoss> {
   // what the op returns besides the loss has no gradient, and passes the graph by in `all`
   static at::Tensor forward(
       AutogradContext* ctx, In plan, In target, MaybeIn back, MaybeIn preference, MaybeIn anchor, MaybeIn obs_entropy,
-      MaybeIn prompt_colors, MaybeIn step_weight, MaybeIn class_weight, const On& on, Weights weights,
+      MaybeIn prompt_colors, MaybeIn step_weight, MaybeIn class_weight, MaybeIn annealed, const On& on, Weights weights,
       double hard_floor, int64_t hard_mode, int64_t ignore_index, Eight* all) {
     *all = call_below(
-        forward_op(), plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight, on,
-        weights, hard_floor, hard_mode, ignore_index);
+        forward_op(), plan, target, back, preference, anchor, obs_entropy, prompt_colors, step_weight, class_weight,
+        annealed, on, weights, hard_floor, hard_mode, ignore_index);
     const auto& [loss, terms, solved, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors] = *all;
     const auto value = [](MaybeIn x) { return x.value_or(at::Tensor()); };
     // in other modes predicted is of no use, and not saved: whoever called may then write into it
     ctx->save_for_backward(
         {plan, target, value(back), value(preference), value(anchor), value(obs_entropy), value(prompt_colors),
-         value(step_weight), value(class_weight), hard_mode == HARD_CELL ? predicted : at::Tensor(), coef, d_pooled,
-         d_obs_entropy, d_prompt_colors});
-    ctx->saved_data["on"] = c10::List<bool>(at::ArrayRef<bool>(on));
-    ctx->saved_data["weights"] = weights;
-    ctx->saved_data["hard_floor"] = hard_floor;
-    ctx->saved_data["hard_mode"] = hard_mode;
+         value(step_weight), value(class_weight), value(annealed), hard_mode == HARD_CELL ? predicted : at::Tensor(),
+         coef, d_pooled, d_obs_entropy, d_prompt_colors});
+    // one entry for all but what a double may not hold: each costs a string
+    std::vector<double> numbers(weights.begin(), weights.end());
+    numbers.insert(numbers.end(), on.begin(), on.end());
+    numbers.insert(numbers.end(), {hard_floor, static_cast<double>(hard_mode)});
+    ctx->saved_data["numbers"] = numbers;
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->set_materialize_grads(false);
     return loss;
@@ -93,15 +97,15 @@ struct EfeLoss : torch::autograd::Function<EfeLoss> {
     Needs needs;
     for (size_t k = 0; k < needs.size(); ++k) needs[k] = wanted[DIFFERENTIABLE[k]];
     const auto optional = [&](size_t place) { return s[place].defined() ? OptionalTensor(s[place]) : std::nullopt; };
+    const std::vector<double> numbers = ctx->saved_data["numbers"].toDoubleVector();
+    const at::ArrayRef<double> weights(numbers.data(), TERMS);
     On on;
-    const c10::List<bool> kept = ctx->saved_data["on"].toBoolList();
-    for (size_t k = 0; k < on.size(); ++k) on[k] = kept[k];
-    const auto weights = ctx->saved_data["weights"].toDoubleVector();
+    for (size_t k = 0; k < on.size(); ++k) on[k] = numbers[TERMS + k] != 0;
     const variable_list found = listed(
         backward_op().call(
             grads[0], s[0], s[1], optional(2), optional(3), optional(4), optional(5), optional(6), optional(7),
-            optional(8), optional(PREDICTED), s[COEF], s[D_POOLED], s[D_OBS_ENTROPY], s[D_PROMPT_COLORS], on, weights,
-            ctx->saved_data["hard_floor"].toDouble(), ctx->saved_data["hard_mode"].toInt(),
+            optional(8), optional(9), optional(PREDICTED), s[COEF], s[D_POOLED], s[D_OBS_ENTROPY], s[D_PROMPT_COLORS],
+            on, weights, numbers[2 * TERMS], static_cast<int64_t>(numbers[2 * TERMS + 1]),
             ctx->saved_data["ignore_index"].toInt(), needs));
     // what no term reads has no gradient, but an empty tensor
     const Needs read{true, on[AGREEMENT], on[RISK] || on[ANCHOR], on[AMBIGUITY], on[PROMPT]};
@@ -142,6 +146,33 @@ bool is_refused(const Other&) {
   return false;
 }
 
+bool has_tangent(In x) { return x.defined() && x._fw_grad(/*level=*/0).defined(); }
+bool has_tangent(MaybeIn x) { return x && has_tangent(*x); }
+template <class Other>
+bool has_tangent(const Other&) {
+  return false;
+}
+
+#define QF_USE_THE_PUBLIC "call qwen_fused.efe_loss, which has it, or use backend='reference'"
+
+// what a node would get wrong without a word: the public function finds these before
+template <class... Arguments>
+void refuse_tangents(const Arguments&... arguments) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !c10::AutogradState::get_tls_state().get_fw_grad_mode() || !(has_tangent(arguments) || ...),
+      "efe_loss has no forward-mode derivative as an op: " QF_USE_THE_PUBLIC);
+}
+
+void refuse_functorch() {
+  const auto& functorch = at::functorch::functorchTLSAccessor();
+  if (!functorch) return;
+  try {
+    functorch->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "efe_loss has no derivative for torch.func as an op: " QF_USE_THE_PUBLIC);
+  }
+}
+
 template <class... Arguments>
 bool wants_node(const Arguments&... arguments) {
   return at::GradMode::is_enabled() && (has_gradient(arguments) || ...) && !(is_refused(arguments) || ...);
@@ -153,7 +184,9 @@ struct Typed;
 template <class... Arguments>
 struct Typed<Eight(Arguments...)> {
   static Eight apply(Arguments... arguments) {
+    refuse_tangents(arguments...);
     if (!wants_node(arguments...)) return call_below(forward_op(), arguments...);
+    refuse_functorch();
     Eight all;
     std::get<0>(all) = EfeLoss::apply(arguments..., &all);
     return all;
@@ -162,17 +195,35 @@ struct Typed<Eight(Arguments...)> {
 template <class... Arguments>
 struct Typed<Five(Arguments...)> {
   static Five apply(Arguments... arguments) {
+    refuse_tangents(arguments...);
     if (!wants_node(arguments...)) return call_below(backward_op(), arguments...);
+    refuse_functorch();
     const variable_list five = EfeLossBackward::apply(arguments...);
     return {five[0], five[1], five[2], five[3], five[4]};
   }
 };
+
+// the cross-entropy alone: for the few cells of a small call, fifteen arguments from Python take longer than the loss
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hard_cell_cross_entropy(
+    In logits, In target, MaybeIn class_weight, double hard_floor, int64_t hard_mode, int64_t ignore_index) {
+  constexpr On on{true};
+  constexpr double weights[TERMS] = {1.0};
+  const OptionalTensor none;
+  const auto [loss, terms, solved, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors] = forward_op().call(
+      logits, target, none, none, none, none, none, none, class_weight, none, on, weights, hard_floor, hard_mode,
+      ignore_index);
+  return {loss, terms.select(1, CE), terms.select(1, TERMS), terms.select(1, TERMS + 1), solved, predicted};
+}
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(qwen_fused, Autograd, m) {
   m.impl("efe_loss", &Typed<Forward>::apply);
   m.impl("efe_loss_backward", &Typed<Backward>::apply);
+}
+
+TORCH_LIBRARY_IMPL(qwen_fused, CompositeImplicitAutograd, m) {
+  m.impl("hard_cell_cross_entropy", &hard_cell_cross_entropy);
 }
 
 }  // namespace qwen_fused

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "efe_job.h"
@@ -16,18 +17,35 @@ struct ForwardResult {
   at::Tensor loss, terms, solved, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors;
 };
 
-// cos(u, v) with each norm held at eps or above, and its gradients times `scale` added to du, dv
+inline double largest_of(const double* u, int64_t C) {
+  double found = 0;
+  for (int64_t c = 0; c < C; ++c) found = std::max(found, std::abs(u[c]));
+  return found > 0 ? found : 1.0;
+}
+
+// cos(u, v) with each norm held at eps or above, and its gradients times `scale` added to du, dv; u and v go by their
+// largest elements, so that no square overflows
 inline double cosine(const double* u, const double* v, int64_t C, double scale, double* du, double* dv) {
   constexpr double eps = 1e-8;
+  const double su = largest_of(u, C), sv = largest_of(v, C);
   double uu = 0, vv = 0, uv = 0;
-  for (int64_t c = 0; c < C; ++c) uu += u[c] * u[c], vv += v[c] * v[c], uv += u[c] * v[c];
-  const double nu = std::max(std::sqrt(uu), eps), nv = std::max(std::sqrt(vv), eps), cos = uv / (nu * nv);
-  const double tilt_u = std::sqrt(uu) < eps ? 0 : cos / (nu * nu), tilt_v = std::sqrt(vv) < eps ? 0 : cos / (nv * nv);
   for (int64_t c = 0; c < C; ++c) {
-    du[c] = scale * (v[c] / (nu * nv) - tilt_u * u[c]);
-    dv[c] += scale * (u[c] / (nu * nv) - tilt_v * v[c]);
+    const double x = u[c] / su, y = v[c] / sv;
+    uu += x * x, vv += y * y, uv += x * y;
+  }
+  const double nu = std::max(std::sqrt(uu), eps / su), nv = std::max(std::sqrt(vv), eps / sv), cos = uv / (nu * nv);
+  const double tilt_u = std::sqrt(uu) < nu ? 0 : cos / (nu * nu), tilt_v = std::sqrt(vv) < nv ? 0 : cos / (nv * nv);
+  for (int64_t c = 0; c < C; ++c) {
+    const double x = u[c] / su, y = v[c] / sv;
+    du[c] = scale * ((y / (nu * nv) - tilt_u * x) / su);
+    dv[c] += scale * ((x / (nu * nv) - tilt_v * y) / sv);
   }
   return cos;
+}
+
+// a divergence that is negative by rounding alone, as a sum of what cancels may be, is 0
+inline double not_negative(double divergence, double rounding = std::numeric_limits<double>::infinity()) {
+  return divergence < 0 && divergence > -rounding ? 0.0 : divergence;
 }
 
 // sums: of each episode, laid out as a slot; prompt_colors [B, C]
@@ -56,7 +74,9 @@ void finish(const Job<T>& job, const std::vector<double>& sums, const T* prompt_
     const double share = sum[S_CELLS] > 0 ? sigma : 0.0;
     double term[TERMS] = {};
     term[CE] = sum[S_KAPPA] != 0 ? sum[S_CE] / sum[S_KAPPA] : 0.0;
-    term[RISK] = sum[S_RISK] / n, term[AGREEMENT] = sum[S_AGREEMENT] / n, term[ANCHOR] = sum[S_ANCHOR] / n;
+    term[RISK] = not_negative(sum[S_RISK] / n), term[AGREEMENT] = not_negative(sum[S_AGREEMENT] / n);
+    // the anchor is what somebody gives, and need not add up to 1
+    term[ANCHOR] = not_negative(sum[S_ANCHOR] / n, 16 * std::numeric_limits<T>::epsilon());
     if (job.on[AMBIGUITY]) {
       for (int64_t c = 0; c < C; ++c) {
         term[AMBIGUITY] += mass[c] / n * job.obs_entropy[c];

@@ -12,6 +12,8 @@ inline constexpr int64_t TILE = 256;
 // largest number of cells in a vector: float32 in 64 bytes
 inline constexpr int MAX_LANES = 16;
 inline constexpr double LN_2 = 0.69314718055994530942;
+// logits are summed in this scale, so that the largest numbers there are can be
+inline constexpr double POOL = 0x1p-20;
 inline constexpr int IGNORED = -1;
 inline constexpr int OUT_OF_RANGE = -2;
 inline constexpr uint8_t IGNORED_PREDICTION = 255;

@@ -39,14 +39,15 @@ void each_tile(const Job<T>& job, const Work& work) {
 [[noreturn]] void refuse_target(const Arguments& a, int64_t bad) {
   const at::Tensor target = a.target.to(at::kLong).contiguous();
   const int64_t* const o = target.const_data_ptr<int64_t>();
+  const int64_t classes = Axes(a.plan).C;
   int64_t found = 0;
   for (int64_t i = target.numel() - 1; i >= 0; --i) {
-    if (o[i] != a.ignore_index && (o[i] < 0 || o[i] >= a.plan.size(2))) found = o[i];
+    if (o[i] != a.ignore_index && (o[i] < 0 || o[i] >= classes)) found = o[i];
   }
   C10_THROW_ERROR(
       ValueError, c10::str(
-                      "target must be in [0, ", a.plan.size(2), ") or ignore_index ", a.ignore_index, ", got ", found,
-                      " (", bad, " cells outside)"));
+                      "target must be in [0, ", classes, ") or ignore_index ", a.ignore_index, ", got ", found, " (",
+                      bad, " cells outside)"));
 }
 
 template <class T>
@@ -80,10 +81,10 @@ ForwardResult forward_as(const Arguments& a) {
 Eight efe_loss(
     const at::Tensor& plan, const at::Tensor& target, const OptionalTensor& back, const OptionalTensor& preference,
     const OptionalTensor& anchor, const OptionalTensor& obs_entropy, const OptionalTensor& prompt_colors,
-    const OptionalTensor& step_weight, const OptionalTensor& class_weight, const On& on, at::ArrayRef<double> weights,
-    double hard_floor, int64_t hard_mode, int64_t ignore_index) {
-  const Arguments a{plan,        target,       back, preference, anchor,     obs_entropy, prompt_colors,
-                    step_weight, class_weight, on,   weights,    hard_floor, hard_mode,   ignore_index};
+    const OptionalTensor& step_weight, const OptionalTensor& class_weight, const OptionalTensor& annealed, const On& on,
+    at::ArrayRef<double> weights, double hard_floor, int64_t hard_mode, int64_t ignore_index) {
+  const Arguments a{plan,         target,   back, preference, anchor,     obs_entropy, prompt_colors, step_weight,
+                    class_weight, annealed, on,   weights,    hard_floor, hard_mode,   ignore_index};
   check(a);
   ForwardResult r = any_double(a) ? forward_as<double>(a) : forward_as<float>(a);
   return {r.loss, r.terms, r.solved, r.predicted, r.coef, r.d_pooled, r.d_obs_entropy, r.d_prompt_colors};
@@ -143,8 +144,8 @@ Five backward_as(const Arguments& a, const Saved& saved, const std::array<bool, 
   const at::Tensor d_plan = needs[0] ? at::empty_like(a.plan) : nothing;
   const at::Tensor d_back = needs[1] && job.on[AGREEMENT] ? at::empty_like(*a.back) : nothing;
   const at::Tensor d_preference = needs[2] && preference ? at::empty_like(*a.preference) : nothing;
-  if (d_plan.numel() > 0) job.d_plan = strided(d_plan, true, true, true);
-  if (d_back.numel() > 0) job.d_back = strided(d_back, true, true, true);
+  if (d_plan.numel() > 0) job.d_plan = strided_plan(d_plan);
+  if (d_back.numel() > 0) job.d_back = strided_plan(d_back);
   if (d_preference.numel() > 0) job.d_preference = strided(d_preference, true, false, true);
   const at::Tensor coef = saved.coef.contiguous(), d_pooled = saved.d_pooled.contiguous();
   job.coef = coef.const_data_ptr<T>();
@@ -171,11 +172,11 @@ Five efe_loss_backward(
     const at::Tensor& grad, const at::Tensor& plan, const at::Tensor& target, const OptionalTensor& back,
     const OptionalTensor& preference, const OptionalTensor& anchor, const OptionalTensor& obs_entropy,
     const OptionalTensor& prompt_colors, const OptionalTensor& step_weight, const OptionalTensor& class_weight,
-    const OptionalTensor& predicted, const at::Tensor& coef, const at::Tensor& d_pooled,
+    const OptionalTensor& annealed, const OptionalTensor& predicted, const at::Tensor& coef, const at::Tensor& d_pooled,
     const at::Tensor& d_obs_entropy, const at::Tensor& d_prompt_colors, const On& on, at::ArrayRef<double> weights,
     double hard_floor, int64_t hard_mode, int64_t ignore_index, const std::array<bool, 5>& needs) {
-  const Arguments a{plan,        target,       back, preference, anchor,     obs_entropy, prompt_colors,
-                    step_weight, class_weight, on,   weights,    hard_floor, hard_mode,   ignore_index};
+  const Arguments a{plan,         target,   back, preference, anchor,     obs_entropy, prompt_colors, step_weight,
+                    class_weight, annealed, on,   weights,    hard_floor, hard_mode,   ignore_index};
   check(a);
   const Saved saved{grad, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors};
   return any_double(a) ? backward_as<double>(a, saved, needs) : backward_as<float>(a, saved, needs);

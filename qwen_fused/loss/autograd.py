@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,7 +17,11 @@ from torch import Tensor
 from qwen_fused.kernels.reference import COLUMNS, HARD_MODES, TERMS, accumulate_dtype
 
 HARD_MODE = {name: number for number, name in enumerate(HARD_MODES)}
-TENSOR_INPUTS = 9
+# tensors of the schema that callers give, in its order; behind them comes `annealed`
+ARGUMENTS = (
+    "plan", "target", "back", "preference", "anchor", "obs_entropy", "prompt_colors", "step_weight", "class_weight",
+)  # fmt: skip
+TENSOR_INPUTS = len(ARGUMENTS) + 1
 # places of plan, back, preference, obs_entropy and prompt_colors in the schema
 DIFFERENTIABLE = (0, 2, 3, 5, 6)
 
@@ -33,14 +37,16 @@ def register_autograd(name: str) -> None:
     forward, backward = f"qwen_fused::{name}", f"qwen_fused::{name}_backward"
     gradients = partial(_backward, getattr(torch.ops.qwen_fused, f"{name}_backward"))
     torch.library.register_autograd(forward, gradients, setup_context=_save)
-    torch.library.register_autograd(backward, _refuse_second_derivative)
+    torch.library.register_autograd(backward, refuse_second_derivative)
 
 
 def _fake_forward(
     plan: Tensor, target: Tensor, back: Any, preference: Any, anchor: Any, obs_entropy: Any, prompt_colors: Any,
-    step_weight: Any, class_weight: Any, on: Sequence[bool], weights: Any, *options: Any
+    step_weight: Any, class_weight: Any, annealed: Any, on: Sequence[bool], weights: Any, *options: Any
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    B, T, C, _, _ = plan.shape
+    # [N, C] and [B, C, H, W] are one step
+    B = 1 if plan.dim() == 2 else plan.shape[0]
+    T, C = (plan.shape[1], plan.shape[2]) if plan.dim() == 5 else (1, plan.shape[1])
     if len(weights) != len(TERMS):
         raise ValueError(f"weights must hold {len(TERMS)} numbers, got {len(weights)}")
     dtype = accumulate_dtype(plan, back, preference, obs_entropy, prompt_colors)
@@ -63,9 +69,9 @@ def _fake_forward(
 
 def _fake_backward(
     grad: Tensor, plan: Tensor, target: Tensor, back: Any, preference: Any, anchor: Any, obs_entropy: Any,
-    prompt_colors: Any, step_weight: Any, class_weight: Any, predicted: Any, coef: Tensor, d_pooled: Tensor,
-    d_obs_entropy: Tensor, d_prompt_colors: Tensor, on: Sequence[bool], weights: Any, hard_floor: float,
-    hard_mode: int, ignore_index: int, needs: list[bool],
+    prompt_colors: Any, step_weight: Any, class_weight: Any, annealed: Any, predicted: Any, coef: Tensor,
+    d_pooled: Tensor, d_obs_entropy: Tensor, d_prompt_colors: Tensor, on: Sequence[bool], weights: Any,
+    hard_floor: float, hard_mode: int, ignore_index: int, needs: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     inputs = (plan, back, preference, obs_entropy, prompt_colors)
     return tuple(
@@ -107,7 +113,8 @@ def _backward(op: Any, ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Ten
     return tuple(gradients)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
+def refuse_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
+    """Stand for the derivative of a gradient."""
     raise RuntimeError(
         "efe_loss has no second derivative in its fused backends: use backend='reference', or drop create_graph=True"
     )

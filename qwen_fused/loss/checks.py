@@ -33,6 +33,8 @@ def set_check_targets(enabled: bool) -> None:
 
 
 def check_dense(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.is_nested or x.layout != torch.strided:
         raise ValueError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
 
@@ -55,6 +57,26 @@ def check_plan(plan: Tensor, target: Tensor) -> None:
         raise ValueError(f"target must have an integer dtype, got {target.dtype}")
     if target.device != plan.device:
         raise ValueError(f"target must be on {plan.device} like plan_logits, got {target.device}")
+
+
+def check_flat(logits: Tensor, target: Tensor) -> None:
+    """Check what the cross-entropy alone is given."""
+    check_dense("logits", logits)
+    check_dense("target", target)
+    shape, flat = logits.shape, logits.dim() == 2
+    if not flat and logits.dim() != 4:
+        raise ValueError(f"logits must be [N, C] or [B, C, H, W], got {tuple(shape)}")
+    if logits.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+    if not 1 <= shape[1] <= MAX_CLASSES:
+        raise ValueError(f"logits must have 1 to {MAX_CLASSES} classes, got C = {shape[1]} in {tuple(shape)}")
+    if target.shape != (shape[:1] if flat else shape[:1] + shape[2:]):
+        expected = "[N]" if flat else "[B, H, W]"
+        raise ValueError(f"target must be {expected} for logits of shape {tuple(shape)}, got {tuple(target.shape)}")
+    if target.dtype not in INTEGER_DTYPES:
+        raise ValueError(f"target must have an integer dtype, got {target.dtype}")
+    if target.device != logits.device:
+        raise ValueError(f"target must be on {logits.device} like logits, got {target.device}")
 
 
 def check_float(
@@ -87,12 +109,16 @@ def check_options(hard_floor: float, hard_mode: str, ignore_index: int) -> None:
         raise ValueError(f"hard_floor must be in [0, 1], got {hard_floor}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise ValueError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be an int of 64 bits, got {ignore_index}")
 
 
 def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Refuse a class that does not exist; reads the target on the host, so not while tracing."""
-    if type(target) is not Tensor or torch.compiler.is_compiling():
+    """Refuse a class that does not exist; reads the target on the host, so not while tracing or under torch.func."""
+    if type(target) is not Tensor or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
+    # in a narrower type torch would wrap an ignore_index that does not fit
+    target = target.long()
     outside = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if bool(outside.any()):
         found = target[outside]

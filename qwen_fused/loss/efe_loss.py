@@ -1,4 +1,4 @@
-"""The fused losses: public functions, their arguments' checks, and the choice of backend.
+"""The fused loss: public function, its weights, and what it returns.
 
 efe_loss      -> qwen_fused::efe_loss (csrc/ops.cpp), or qwen_fused::efe_loss_triton: one schema, autograd.py
   forward  CPU   csrc/loss/efe_loss_cpu.cpp: levels/forward.inc.h tile by tile, then efe_finish.h
@@ -12,27 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from qwen_fused import backends
-from qwen_fused.kernels.reference import COLUMNS, TERMS, active_terms, efe_loss_reference
+from qwen_fused.kernels.reference import COLUMNS, TERMS, active_terms
 from qwen_fused.loss import checks
-from qwen_fused.loss.autograd import HARD_MODE, register_autograd, register_fakes
 from qwen_fused.loss.checks import check_float, check_options, check_plan, check_target_range, check_weight
-
-# asked once: torch.compile can't ask
-COMPILED = backends.has_kernel("efe_loss", "cpu")
-if COMPILED:
-    register_fakes("efe_loss")
-if backends.HAS_TRITON:
-    # registers the op and its backward
-    from qwen_fused.kernels import efe_loss as triton_loss
-
-    register_fakes("efe_loss_triton")
-    register_autograd("efe_loss_triton")
-
-BACKENDS = ("auto", "triton", "cpp", "reference")
+from qwen_fused.loss.dispatch import resolve_backend, run_op, run_reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +47,6 @@ class EFEWeights:
     def __post_init__(self) -> None:
         for field in fields(self):
             check_weight(field.name, getattr(self, field.name))
-
-
-CE_ONLY = EFEWeights(risk=0.0, ambiguity=0.0, agreement=0.0, anchor=0.0, prompt=0.0)
 
 
 class EFEOutput(NamedTuple):
@@ -108,8 +90,12 @@ def efe_loss(
 
     The formulas are those of `qwen_fused.kernels.reference`, which follow the active-inference split of
     expected free energy into risk and ambiguity. fp16, bf16 and fp32 accumulate in fp32, fp64 in fp64; each
-    gradient has its input's dtype. -inf logits are legal; what an ignored cell holds changes nothing, and its
-    gradient is exactly 0.
+    gradient has its input's dtype. A logit of -inf forbids its class, and nothing else does, however far down; what
+    an ignored cell holds changes nothing, and its gradient is exactly 0. Risk and agreement are at least 0.
+
+    First derivatives are exact in every mode, forward-mode AD and torch.func included (samples under vmap go one by
+    one); a second one is refused by the fused backends, and is there with backend="reference". Under torch.compile
+    weights and hard_floor may change from call to call at the price of one more compilation.
 
     Args:
         plan_logits: [B, T, C, H, W] float, any strides: the forward plan, whose last step is the answer.
@@ -122,13 +108,15 @@ def efe_loss(
         prompt_colors: [B, C] float, the prompt projected to the classes.
         step_weight: [T] float, weight of each step's cross-entropy; only the last step when left out.
             No gradient.
-        class_weight: [C] float, weight of each class in the cross-entropy; all 1 when left out. No gradient.
+        class_weight: [C] float, weight of each class in the cross-entropy; all 1 when left out. Where all that count
+            in an episode are 0, so is its cross-entropy. No gradient.
         weights: weight of each term, `EFEWeights()` when left out.
         hard_floor: in [0, 1], the weight of a cell (or episode) in which nothing is wrong.
         hard_mode: "episode" scales an episode's loss by floor + (1 - floor) * hard ratio, "cell" weights each
             cell's cross-entropy by 1 where wrong and floor where right, "none" does neither.
         ignore_index: target value of a cell that does not count.
-        backend: "reference" (plain torch), "cpp", "triton", or "auto", which picks by device.
+        backend: "reference" (plain torch), "cpp", "triton", or "auto", which picks by device: Triton up to 16 classes,
+            above which it compiles for minutes, and plain torch beyond.
 
     Returns:
         The loss, averaged over the episodes that have a valid cell, and what the same pass reports.
@@ -152,7 +140,7 @@ def efe_loss(
     check_options(hard_floor, hard_mode, ignore_index)
     if not isinstance(weights, EFEWeights):
         raise ValueError(f"weights must be an EFEWeights, got {type(weights).__name__}")
-    backend = _resolve_backend(backend, plan_logits)
+    backend = resolve_backend(backend, plan_logits, C)
     if checks.check_targets or (backend == "reference" and target.device.type == "cpu"):
         check_target_range(target, C, ignore_index)
 
@@ -177,85 +165,11 @@ def efe_loss(
         "step_weight": step_weight,
         "class_weight": class_weight,
     }
-    options: dict[str, Any] = {"hard_floor": hard_floor, "ignore_index": ignore_index}
+    options: dict[str, Any] = {"hard_floor": hard_floor, "hard_mode": hard_mode, "ignore_index": ignore_index}
     if backend == "reference":
-        return EFEOutput(*efe_loss_reference(**inputs, weights=named, hard_mode=hard_mode, **options))
-    op = torch.ops.qwen_fused.efe_loss if backend == "cpp" else torch.ops.qwen_fused.efe_loss_triton
-    loss, reported, solved, predicted, *_ = op(
-        **inputs, on=[*on.values()], weights=[*named.values()], hard_mode=HARD_MODE[hard_mode], **options
-    )
+        return EFEOutput(*run_reference(inputs, named, **options))
+    loss, reported, solved, predicted, *_ = run_op(backend, inputs, [*on.values()], [*named.values()], **options)
     columns = dict(zip(COLUMNS, reported.unbind(1), strict=True))
     hard_ratio, accuracy = columns["hard"], columns.pop("accuracy")
     terms = {name: column for name, column in columns.items() if name in ("ce", "hard") or on[name]}
     return EFEOutput(loss, terms, hard_ratio, accuracy, solved, predicted)
-
-
-def hard_cell_cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    class_weight: Tensor | None = None,
-    hard_floor: float = 0.5,
-    hard_mode: str = "episode",
-    ignore_index: int = -100,
-    backend: str = "auto",
-) -> EFEOutput:
-    """Weight a cross-entropy by how wrong its episode or cell is: `efe_loss` with that term alone.
-
-    [N, C] is one episode of N cells: with hard_mode="none" the loss is F.cross_entropy(logits, target,
-    weight=class_weight, ignore_index=ignore_index), or 0 when every cell is ignored. [B, C, H, W] is B
-    episodes: the mean over an episode's cells comes before the mean over the episodes.
-
-    Args:
-        logits: [N, C] or [B, C, H, W] float, any strides. C <= 64.
-        target: [N] or [B, H, W] integer classes, `ignore_index` where there is no cell.
-        class_weight, hard_floor, hard_mode, ignore_index, backend: as in `efe_loss`.
-
-    Returns:
-        As `efe_loss`, with `predicted` in the shape of `target`; per-episode results are [1] for [N, C].
-
-    Raises:
-        ValueError: as `efe_loss`.
-    """
-    if logits.dim() not in (2, 4):
-        raise ValueError(f"logits must be [N, C] or [B, C, H, W], got {tuple(logits.shape)}")
-    flat = logits.dim() == 2
-    if target.shape != logits.shape[:1] + logits.shape[2:]:
-        expected = "[N]" if flat else "[B, H, W]"
-        raise ValueError(
-            f"target must be {expected} for logits of shape {tuple(logits.shape)}, got {tuple(target.shape)}"
-        )
-    plan = logits.t()[None, None, :, :, None] if flat else logits[:, None]
-    out = efe_loss(
-        plan,
-        target[None, :, None] if flat else target,
-        class_weight=class_weight,
-        weights=CE_ONLY,
-        hard_floor=hard_floor,
-        hard_mode=hard_mode,
-        ignore_index=ignore_index,
-        backend=backend,
-    )
-    return out._replace(predicted=out.predicted[0, :, 0]) if flat else out
-
-
-def _resolve_backend(backend: str, plan: Tensor) -> str:
-    """Name of the implementation to run; "auto" picks the fastest that serves the device of `plan`."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    device = plan.device.type
-    if backend == "auto":
-        fast = {"cpu": "cpp" if COMPILED else None, "cuda": "triton" if backends.HAS_TRITON else None}
-        return fast.get(device) or "reference"
-    if backend == "cpp" and not (COMPILED and device == "cpu"):
-        reason = f"plan_logits on {plan.device}" if COMPILED else f"none: {backends.EXTENSION_ERROR}"
-        raise ValueError(f"backend='cpp' must have the compiled extension and CPU tensors, got {reason}")
-    if backend == "triton":
-        if not backends.HAS_TRITON:
-            raise ValueError(f"backend='triton' must have Triton, got none: {backends.TRITON_ERROR}")
-        if device != "cuda" and not (device == "cpu" and triton_loss.INTERPRETED):
-            raise ValueError(
-                "backend='triton' must have CUDA tensors, or CPU tensors and TRITON_INTERPRET=1 in the environment, "
-                f"got plan_logits on {plan.device}"
-            )
-    return backend

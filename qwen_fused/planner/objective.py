@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_fused.arc.episodes import COLORS, MAX_SIDE
-from qwen_fused.loss.efe_loss import EFEOutput, EFEWeights, efe_loss, hard_cell_cross_entropy
+from qwen_fused.loss.cross_entropy import hard_cell_cross_entropy
+from qwen_fused.loss.efe_loss import EFEOutput, EFEWeights, efe_loss
 from qwen_fused.planner.agent import Plan
 
 

@@ -143,7 +143,7 @@ def op_arguments(case: dict, hard_mode: str = "cell") -> tuple:
     names = ("plan_logits", "target", "back_logits", "preference_logits", "anchor_log_probs")
     names += ("obs_entropy", "prompt_colors", "step_weight", "class_weight")
     weights = [getattr(ALL_TERMS, name) for name in TERMS]
-    return (*(case[name] for name in names), [True] * 6, weights, 0.3, HARD_MODE[hard_mode], -100)
+    return (*(case[name] for name in names), None, [True] * 6, weights, 0.3, HARD_MODE[hard_mode], -100)
 
 
 def op_name(fused: dict) -> str:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from efe_cases import ALL_TERMS, CE, DIFFERENTIABLE, gradients, make_case, only, reference, with_grad
 from torch.testing import assert_close
 
-from qwen_fused.loss.efe_loss import EFEWeights, hard_cell_cross_entropy
+from qwen_fused.loss.cross_entropy import hard_cell_cross_entropy
+from qwen_fused.loss.efe_loss import EFEWeights
 
 
 def valid_cells(x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from efe_cases import ALL_TERMS, CE, DIFFERENTIABLE, gradients, make_case, only,
 from torch.testing import assert_close
 
 from qwen_fused.kernels.reference import efe_loss_reference
-from qwen_fused.loss.efe_loss import hard_cell_cross_entropy
+from qwen_fused.loss.cross_entropy import hard_cell_cross_entropy
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])

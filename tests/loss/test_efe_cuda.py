@@ -11,7 +11,8 @@ from devices import SECOND, TRITON, in_use, late_stream, record, repeats, synchr
 from efe_cases import ALL_TERMS, DIFFERENTIABLE, assert_agrees, gradients, in_float64, make_case, run, with_grad
 from torch import Tensor, nn
 
-from qwen_fused.loss.efe_loss import efe_loss, hard_cell_cross_entropy
+from qwen_fused.loss.cross_entropy import hard_cell_cross_entropy
+from qwen_fused.loss.efe_loss import efe_loss
 
 device = pytest.mark.parametrize("device", TRITON)
 # the interpreter takes its time

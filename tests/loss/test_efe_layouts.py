@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_fused import backends
-from qwen_fused.loss.efe_loss import COMPILED
+from qwen_fused.loss.dispatch import COMPILED
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -35,6 +35,26 @@ def test_strides(fused, layout):
     case["obs_entropy"] = case["obs_entropy"].repeat_interleave(2)[::2]
     grads = check(case, fused, weights=ALL_TERMS)
     assert grads["plan_logits"].stride() == torch.empty_like(case["plan_logits"]).stride()
+
+
+@pytest.mark.parametrize("name", ["obs_entropy", "prompt_colors"])
+def test_a_small_gradient_has_its_inputs_strides(fused, name):
+    """As its fake tensor says: a compiled step asserts them."""
+    case = make_case(B=3, T=2)
+    case[name] = case[name].t().contiguous().t() if case[name].dim() > 1 else case[name].repeat_interleave(2)[::2]
+    expected = torch.empty_like(case[name]).stride()
+    assert check(case, fused, weights=ALL_TERMS)[name].stride() == expected
+
+
+@pytest.mark.parametrize("classes", [20, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_class_last_with_more_classes_than_lanes(fused, classes, dtype):
+    if fused["device"] == "cuda":
+        pytest.skip("compiles for minutes")
+    case = make_case(B=1, T=2, C=classes, H=5, W=5, dtype=dtype)
+    for name in ("plan_logits", "back_logits", "preference_logits", "anchor_log_probs"):
+        case[name] = LAYOUTS["class last"](case[name])
+    check(case, fused, weights=ALL_TERMS)
 
 
 @pytest.mark.parametrize("canvas", [(1, 7), (7, 1)])

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from efe_cases import ALL_TERMS, DIFFERENTIABLE, TERM_SETS, assert_agrees, check, make_case, run, with_grad
 
 from qwen_fused import backends
-from qwen_fused.loss.efe_loss import COMPILED, EFEWeights, efe_loss, hard_cell_cross_entropy
+from qwen_fused.loss.cross_entropy import hard_cell_cross_entropy
+from qwen_fused.loss.dispatch import COMPILED, TRITON_CLASSES
+from qwen_fused.loss.efe_loss import EFEWeights, efe_loss
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -21,6 +23,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
     "shape", [(1, 1, 2, 1, 1), (2, 3, 5, 4, 3), (1, 12, 2, 3, 5), (2, 1, 10, 9, 11), (1, 2, 64, 2, 3)]
 )
 def test_matches_reference(fused, shape, dtype):
+    if fused["device"] == "cuda" and shape[2] > TRITON_CLASSES:
+        pytest.skip("Triton compiles that for minutes")
     check(make_case(*shape, dtype=dtype), fused, weights=ALL_TERMS, hard_floor=0.3)
 
 

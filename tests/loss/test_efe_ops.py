@@ -7,11 +7,14 @@ import torch
 from efe_cases import make_case, op_arguments, op_name, with_grad
 
 from qwen_fused.kernels.reference import TERMS
-from qwen_fused.loss import efe_loss as ops
+from qwen_fused.loss import dispatch as ops
+from qwen_fused.loss.autograd import ARGUMENTS
 from qwen_fused.loss.efe_loss import EFEWeights, efe_loss
 
 BAD_OP_INPUT = [
-    (0, lambda x: x[0], "plan must be .B, T, C, H, W."),
+    (0, lambda x: x[0, 0], "plan must be .B, T, C, H, W., .B, C, H, W. or .N, C., got"),
+    (0, lambda x: x[0], "target must be .B, H, W., got"),
+    (0, lambda x: x[0, 0, 0], "target must be .N., got"),
     (0, lambda x: None, "plan must be a dense tensor on the CPU, got None"),
     (1, lambda x: x[:, :1], "target must be .B, H, W."),
     (1, lambda x: x.float(), "target must be an integer tensor"),
@@ -20,8 +23,8 @@ BAD_OP_INPUT = [
     (7, lambda x: x[:1], "step_weight must be"),
     (2, lambda x: None, "back must be there where the term agreement is on, got None"),
     (3, lambda x: None, "preference must be there where the term risk or anchor is on, got None"),
-    (10, lambda x: x[:2], "weights must hold 6 numbers, got 2"),
-    (12, lambda x: 5, "hard_mode must be 0, 1 or 2, got 5"),
+    (11, lambda x: x[:2], "weights must hold 6 numbers, got 2"),
+    (13, lambda x: 5, "hard_mode must be 0, 1 or 2, got 5"),
 ]
 
 
@@ -54,11 +57,11 @@ def test_the_op_leaves_out_a_term_that_is_off(fused, off):
     """Whatever its weight and its inputs. Its column is 0, but the cross-entropy's; gradients hold."""
     case = make_case(T=2, dtype=torch.float32)
     arguments = list(op_arguments(with_grad(case, fused["device"])))
-    arguments[9] = [name != off for name in TERMS]
+    arguments[10] = [name != off for name in TERMS]
     out = getattr(torch.ops.qwen_fused, op_name(fused))(*arguments)
     assert out[1][:, TERMS.index(off)].any() == (off == "ce") and out[1].isfinite().all()
     out[0].backward()
-    terms = {name: weight if name != off else 0.0 for name, weight in zip(TERMS, arguments[10], strict=True)}
+    terms = {name: weight if name != off else 0.0 for name, weight in zip(TERMS, arguments[11], strict=True)}
     case = with_grad(case)
     expected = efe_loss(**case, weights=EFEWeights(**terms), backend="reference", hard_mode="cell", hard_floor=0.3)
     expected.loss.backward()
@@ -76,3 +79,5 @@ def test_the_triton_ops_have_the_schema_of_the_compiled_ones(direction):
         getattr(torch.ops.qwen_fused, f"{name}{direction}").default._schema for name in ("efe_loss", "efe_loss_triton")
     )
     assert str(compiled).partition("(")[2] == str(triton).partition("(")[2]
+    names = [argument.name for argument in compiled.arguments]
+    assert names[names.index("plan") :][: len(ARGUMENTS)] == [*ARGUMENTS]

@@ -55,7 +55,7 @@ def on(case: dict[str, Tensor | None]) -> list[bool]:
 
 def forward(case: dict[str, Tensor], hard_mode: int, ignore_index: int = -100, weights: tuple = VALUES):
     """All arguments up to the weights, in the order of the schema, and what the op makes of them."""
-    arguments = [case["plan"], case["target"], *(case.get(name) for name in NAMES[1:])]
+    arguments = [case["plan"], case["target"], *(case.get(name) for name in NAMES[1:]), None]
     return arguments, torch.ops.qwen_fused.efe_loss(*arguments, on(case), weights, 0.3, hard_mode, ignore_index)
 
 

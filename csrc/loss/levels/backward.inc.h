@@ -76,6 +76,8 @@ void backward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S:
   Block<S> block(tile);
   const bool d_plan = job.d_plan.there(), d_back = job.d_back.there(), d_preference = job.d_preference.there();
   const bool back = job.on[AGREEMENT] && (d_plan || d_back);
+  // whether any term but the cross-entropy and the prompt is there: without them there are no potentials
+  const bool divergent = job.on[RISK] || job.on[AMBIGUITY] || job.on[ANCHOR] || back;
 
   // writes gradient(c) of each class of vector i, and 0 where a cell is ignored
   const auto row = [&](const Strided& x, int64_t t, int64_t i) {
@@ -102,10 +104,11 @@ void backward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S:
   if (job.on[RISK] || job.on[ANCHOR]) fill_preference(C, job.preference, block, kept, forbids);
   for (int64_t k = 0; k < tile.actives; ++k) {
     const int64_t i = tile.active[k];
-    for (int64_t c = 0; c < C; ++c) {
+    for (int64_t c = 0; divergent && c < C; ++c) {
       Kept<S>& own = kept[i * C + c];
       own.fixed = V{}, own.mass = V{};
-      if (job.on[RISK]) own.fixed -= S::all(share.risk * LN_2) * own.log_p;
+      // held above the least number: where q is 0 its potential must be finite
+      if (job.on[RISK]) own.fixed -= S::at_least(std::numeric_limits<T>::lowest(), share.risk * own.log_p);
       if (job.on[AMBIGUITY]) own.fixed += share.ambiguity * job.obs_entropy[c];
     }
     V k_i = tile.kappa(i) * share.kappa;
@@ -133,7 +136,11 @@ void backward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S:
         Kept<S>* const own = kept + v.i * C;
         const Row<T> nowhere{out, L}, q = d_plan ? row(job.d_plan, t, v.i) : nowhere;
         const Row<T> r = d_back ? row(job.d_back, t, v.i) : nowhere;
-        mean[k] = back ? potentials<S, true>(C, share, v, own, q, r) : potentials<S, false>(C, share, v, own, q, r);
+        if (!divergent) {
+          mean[k] = {v.d[Q].inverse(), V{}, V{}, V{}};
+        } else {
+          mean[k] = back ? potentials<S, true>(C, share, v, own, q, r) : potentials<S, false>(C, share, v, own, q, r);
+        }
       }
       for (int64_t k = 0; k < block.size; ++k) {
         const Vector<S>& v = block.v[k];
@@ -155,7 +162,7 @@ void backward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S:
         const V delta = step == 0 ? V{} : S::load(cost + v.i * L) * step, iq = mean[k].iq,
                 shift = (mean[k].plan - delta) * iq;
         write(job.d_plan, t, v.i, [&](int64_t c) QF_INLINE_LAMBDA {
-          V d = work[c].e[Q] * S::fma(work[c].phi, iq, -shift);
+          V d = work[c].e[Q] * (divergent ? S::fma(work[c].phi, iq, -shift) : -shift);
           if (step != 0) d -= label == S::labels(c) ? delta : V{};
           if (pooled != nullptr) d += v.d[Q].x(c, v.valid) == -infinity ? V{} : S::all(pooled[c]);
           return d;
@@ -171,7 +178,7 @@ void backward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S:
     if (job.on[ANCHOR]) {
       const Row<const T> a = tile.read(job.anchor, 0, i, other_x);
       for (int64_t c = 0; c < C; ++c) {
-        const V log_ratio = own[c].log_p * S::all(LN_2) - S::load(a.x + c * a.stride, tile.valid[i]);
+        const V log_ratio = own[c].log_p - S::load(a.x + c * a.stride, tile.valid[i]);
         // the potential takes the place of what is no longer needed
         own[c].fixed = own[c].p == V{} ? V{} : log_ratio;
         mean = S::fma(own[c].p, own[c].fixed, mean);

@@ -1,4 +1,4 @@
-// A tile's cells: their labels, and a vector's width of logits at a time out of tensors of any strides and dtype.
+// A tile's cells: their labels, and a vector's width of logits at a time out of tensors of any strides.
 // No include guard, on purpose: level.inc.h includes this once for each instruction set.
 
 // logits, or where their gradients go, of a vector of cells
@@ -22,16 +22,36 @@ QF_INLINE int64_t cell_offset(const Strided& x, int64_t i) {
 template <class Stored, class S>
 void gather(const Strided& x, int64_t offset, int64_t i, int count, typename S::Scalar* to) {
   using T = typename S::Scalar;
-  int64_t at[S::LANES];
-  for (int l = 0; l < S::LANES; ++l) at[l] = cell_offset(x, i + std::min(l, count - 1));
+  constexpr int L = S::LANES;
+  int64_t at[L];
+  for (int l = 0; l < L; ++l) at[l] = cell_offset(x, i + std::min(l, count - 1));
   const Stored* const base = static_cast<const Stored*>(x.data) + offset;
-  if (count == S::LANES && x.flat && x.stride_w == 1) {
-    for (int64_t c = 0; c < x.classes; ++c) {
-      for (int l = 0; l < S::LANES; ++l) to[c * S::LANES + l] = static_cast<T>(base[c * x.stride_c + i + l]);
+  if (count == L && x.flat && x.stride_w == 1) {
+    for (int64_t c = 0; c < x.classes; ++c) S::store(to + c * L, widened<S>(base + c * x.stride_c + i));
+  } else if (TURNS && x.stride_c == 1 && x.classes < L) {
+    // class last: a square in which a row goes on into the next, but that of the last cell
+    const int64_t end = at[count - 1] + x.classes;
+    typename S::V square[L];
+    for (int l = 0; l < L; ++l) {
+      Stored row[L] = {};
+      const bool inside = at[l] + L <= end;
+      if (!inside) std::copy_n(base + at[l], x.classes, row);
+      square[l] = widened<S>(inside ? base + at[l] : row);
+    }
+    turn<S>(square);
+    for (int64_t c = 0; c < x.classes; ++c) S::store(to + c * L, square[c]);
+  } else if (TURNS && x.stride_c == 1) {
+    // a square at a time, the last one over the end of the one before
+    for (int64_t c = 0; c < x.classes; c += L) {
+      const int64_t first = std::min<int64_t>(c, x.classes - L);
+      typename S::V square[L];
+      for (int l = 0; l < L; ++l) square[l] = widened<S>(base + at[l] + first);
+      turn<S>(square);
+      for (int l = 0; l < L; ++l) S::store(to + (first + l) * L, square[l]);
     }
   } else {
     for (int64_t c = 0; c < x.classes; ++c) {
-      for (int l = 0; l < S::LANES; ++l) to[c * S::LANES + l] = static_cast<T>(base[c * x.stride_c + at[l]]);
+      for (int l = 0; l < L; ++l) to[c * L + l] = static_cast<T>(base[c * x.stride_c + at[l]]);
     }
   }
 }
@@ -62,11 +82,33 @@ QF_INLINE Row<typename S::Scalar> write_row(
 
 template <class Stored, class S>
 void scatter(const Strided& x, int64_t offset, int64_t i, int count, const typename S::Scalar* from) {
-  int64_t at[S::LANES];
+  constexpr int L = S::LANES;
+  int64_t at[L];
   for (int l = 0; l < count; ++l) at[l] = cell_offset(x, i + l);
   Stored* const base = static_cast<Stored*>(x.data) + offset;
-  for (int64_t c = 0; c < x.classes; ++c) {
-    for (int l = 0; l < count; ++l) base[c * x.stride_c + at[l]] = static_cast<Stored>(from[c * S::LANES + l]);
+  if (count == L && x.flat && x.stride_w == 1) {
+    for (int64_t c = 0; c < x.classes; ++c) narrow<S>(base + c * x.stride_c + i, S::load(from + c * L));
+  } else if (TURNS && x.stride_c == 1 && x.classes < L) {
+    typename S::V square[L] = {};
+    for (int64_t c = 0; c < x.classes; ++c) square[c] = S::load(from + c * L);
+    turn<S>(square);
+    for (int l = 0; l < count; ++l) {
+      Stored row[L];
+      narrow<S>(row, square[l]);
+      std::copy_n(row, x.classes, base + at[l]);
+    }
+  } else if (TURNS && x.stride_c == 1) {
+    for (int64_t c = 0; c < x.classes; c += L) {
+      const int64_t first = std::min<int64_t>(c, x.classes - L);
+      typename S::V square[L];
+      for (int l = 0; l < L; ++l) square[l] = S::load(from + (first + l) * L);
+      turn<S>(square);
+      for (int l = 0; l < count; ++l) narrow<S>(base + at[l] + first, square[l]);
+    }
+  } else {
+    for (int64_t c = 0; c < x.classes; ++c) {
+      for (int l = 0; l < count; ++l) base[c * x.stride_c + at[l]] = static_cast<Stored>(from[c * L + l]);
+    }
   }
 }
 

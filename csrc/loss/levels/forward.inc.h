@@ -9,13 +9,13 @@ QF_INLINE typename S::V anchor_divergence(
   using V = typename S::V;
   V cell{};
   for (int64_t c = 0; c < classes; ++c) {
-    const V log_ratio = own[c].log_p * S::all(LN_2) - S::load(a.x + c * a.stride, valid);
+    const V log_ratio = own[c].log_p - S::load(a.x + c * a.stride, valid);
     cell += own[c].p == V{} ? V{} : own[c].p * log_ratio;
   }
   return cell;
 }
 
-// sums over the classes: s log2 s for s = q + r, and q log2 p
+// sums over the classes: s log2 s for s = q + r, and q log p in nats
 template <class S>
 struct Sums {
   typename S::V s_log_s{}, cross{};
@@ -96,7 +96,7 @@ void forward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S::
           V all = S::load(sum + c * L);
           for (int64_t k = 0; k < block.size; ++k) {
             const V x = block.v[k].d[Q].x(c, block.v[k].valid);
-            all += x == -infinity ? V{} : x;
+            all = S::fma(x == -infinity ? V{} : x, S::all(POOL), all);
           }
           S::store(sum + c * L, all);
         }
@@ -105,8 +105,10 @@ void forward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S::
       if (job.on[AGREEMENT]) {
         block.template read<R>(job.back, t);
         block.template softmax<true, true>(C);
-      } else {
+      } else if (job.on[RISK]) {
         block.template softmax<true, false>(C);
+      } else {
+        block.template softmax<false, false>(C);
       }
       // one logarithm for all sums of a block, whose product is MAX_CLASSES^BLOCK at most
       V product_q = S::all(1), product_r = S::all(1);
@@ -114,17 +116,16 @@ void forward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S::
         const Vector<S>& v = block.v[k];
         const Kept<S>* const own = kept + v.i * C;
         const Sums<S> sums = sums_of(job, v, own);
-        const V negentropy = v.d[Q].minus_entropy();
+        const V negentropy = job.on[RISK] || job.on[AGREEMENT] ? v.d[Q].minus_entropy() : V{};
         product_q *= S::keep_or_one(v.valid, v.d[Q].sum);
-        // in bits; agreement is twice the divergence
         if (job.on[RISK]) {
-          V risk = negentropy - sums.cross;
+          V risk = S::fma(negentropy, S::all(LN_2), -sums.cross);
           for (int64_t c = 0; forbids[v.i] && c < C; ++c) {
             risk = unbounded<S>(own[c].log_p, v.work[c].e[Q]) ? S::all(infinity) : risk;
           }
           risk_sum += S::keep(v.valid, risk);
         }
-        // sum q log q + sum r log r - sum s (log s - log 2), and sum s = 2
+        // twice the divergence, in bits: sum q log q + sum r log r - sum s (log s - log 2), and sum s = 2
         if (job.on[AGREEMENT]) {
           product_r *= S::keep_or_one(v.valid, v.d[R].sum);
           agreement_sum += S::keep(v.valid, negentropy + v.d[R].minus_entropy() - sums.s_log_s + T(2));
@@ -139,13 +140,19 @@ void forward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S::
         if (step != 0) {
           const I label = tile.label(v.i);
           V x{};
-          for (int64_t c = 0; c < C; ++c) x = label == S::labels(c) ? v.d[Q].x(c, v.valid) : x;
-          const V cell = step * (v.d[Q].log_sum() - S::log2_ratio(x, v.d[Q].base)) * S::all(LN_2);
+          if (C > L) {
+            // one element after another takes less than a look at every class
+            for (int l = 0; l < L; ++l) x[l] = label[l] < 0 ? T(0) : v.d[Q].row.x[label[l] * v.d[Q].row.stride + l];
+          } else {
+            for (int64_t c = 0; c < C; ++c) x = label == S::labels(c) ? v.d[Q].x(c, v.valid) : x;
+          }
+          // the distance in nats, as that of large numbers times log2(e) would be infinite
+          const V cell = step * S::fma(v.d[Q].log_sum(), S::all(LN_2), v.d[Q].largest - x);
           S::store(nll + v.i * L, S::load(nll + v.i * L) + cell);
         }
       }
       const V log_q = S::log2(product_q);
-      if (job.on[RISK]) risk_sum -= log_q;
+      if (job.on[RISK]) risk_sum = S::fma(log_q, S::all(-LN_2), risk_sum);
       if (job.on[AGREEMENT]) agreement_sum -= log_q + S::log2(product_r);
     });
   }
@@ -166,9 +173,9 @@ void forward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S::
   }
 
   slot[S_HARD] = S::sum(hard_sum), slot[S_KAPPA] = S::sum(kappa_sum), slot[S_CE] = S::sum(ce_sum);
-  slot[S_RISK] = LN_2 * S::sum(risk_sum), slot[S_AGREEMENT] = 0.5 * LN_2 * S::sum(agreement_sum);
+  slot[S_RISK] = S::sum(risk_sum), slot[S_AGREEMENT] = 0.5 * LN_2 * S::sum(agreement_sum);
   slot[S_ANCHOR] = S::sum(anchor_sum);
   double* tail = slot + S_HEAD;
   for (int64_t c = 0; job.on[AMBIGUITY] && c < C; ++c) *tail++ = S::sum(S::load(mass + c * L));
-  for (int64_t k = 0; job.on[PROMPT] && k < job.steps * C; ++k) *tail++ = S::sum(S::load(pooled + k * L));
+  for (int64_t k = 0; job.on[PROMPT] && k < job.steps * C; ++k) *tail++ = S::sum(S::load(pooled + k * L)) / POOL;
 }

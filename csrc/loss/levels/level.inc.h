@@ -5,6 +5,8 @@
 // lowered to scalars before anything is inlined.
 #include "math.inc.h"
 //
+#include "rows.inc.h"
+//
 #include "cells.inc.h"
 //
 #include "softmax.inc.h"

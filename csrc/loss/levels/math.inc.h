@@ -1,13 +1,19 @@
-// Vectors of one cell per lane, and the exp2 and log2 that the loss needs: float32 by polynomial, float64 by libm.
+// Vectors of one cell per lane, and the exp2 and log2 that the loss needs.
 // No include guard, on purpose: level.inc.h includes this once for each instruction set.
 
-// stands for log 0 where it is multiplied by 0
-inline constexpr float LOG_ZERO = -1e30f;
 inline constexpr double LOG2_E = 1.44269504088896340736;
 
 // 2^f = 1 + f (EXP2[0] + f (EXP2[1] + ...)) for f in [-1/2, 1/2], minimax of the relative error: 9e-8
 inline constexpr float EXP2[] = {
     0.6931470036506653f, 0.24022242426872253f, 0.05550733581185341f, 0.009671512991189957f, 0.001326472731307149f};
+// the same in float64: 2e-17
+inline constexpr double EXP2_64[] = {0.6931471805599453,    0.24022650695910097,   0.0555041086648216,
+                                     0.009618129107606888,  0.0013333558146416936, 0.0001540353044173605,
+                                     1.525273382983612e-05, 1.321544258792169e-06, 1.0178062445845774e-07,
+                                     7.072585949269223e-09, 4.4549605981865186e-10};
+// log2(1 + r) = s (LOG2_64[0] + s^2 (LOG2_64[1] + ...)) for s = r / (2 + r) and 1 + r in [sqrt(1/2), sqrt(2)]: 7e-18
+inline constexpr double LOG2_64[] = {2.8853900817779268, 0.9617966939259899, 0.5770780163454586, 0.41219858585486296,
+                                     0.3205985334227465, 0.2623344335728468, 0.2209109142370262, 0.21368163909696675};
 // log2(1 + r) = r (LOG2[0] + r (LOG2[1] + ...)) for |r| <= 0.0304, minimax of the absolute error: 5e-10
 inline constexpr float LOG2[] = {
     1.4426950216293335f, -0.7213473916053772f, 0.48123106360435486f, -0.36104145646095276f};
@@ -38,11 +44,14 @@ template <class T, int BYTES>
 struct Simd {
   static constexpr int LANES = BYTES / sizeof(T);
   static constexpr bool FLOAT = sizeof(T) == 4;
+  // 2^LEAST and less is 0
+  static constexpr T LEAST = FLOAT ? -200 : -1100;
   using Scalar = T;
   using Int = typename LaneInt<T>::type;
   typedef T V __attribute__((vector_size(BYTES)));
   typedef Int I __attribute__((vector_size(BYTES)));
   typedef std::make_unsigned_t<Int> U __attribute__((vector_size(BYTES)));
+  typedef uint16_t H __attribute__((vector_size(2 * BYTES / sizeof(T))));
 
   // some of the lanes; MASKED: loads and stores touch no others
 #if QF_LEVEL == 4
@@ -200,9 +209,23 @@ struct Simd {
       return x < -126.0f ? V{} : poly * bit_cast_to<V>(power);
 #endif
     } else {
-      V result{};
-      for (int lane = 0; lane < LANES; ++lane) result[lane] = std::exp2(x[lane]);
-      return result;
+#if QF_LEVEL == 4
+      const V n = _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT);
+      const V f = x - n;
+#else
+      // as above, with 1.5 * 2^52
+      const V shifted = x + 6755399441055744.0;
+      const V f = x - (shifted - 6755399441055744.0);
+#endif
+      V poly = all(EXP2_64[10]);
+      for (int k = 9; k >= 0; --k) poly = fma(poly, f, all(EXP2_64[k]));
+      poly = fma(poly, f, all(1.0));
+#if QF_LEVEL == 4
+      return _mm512_scalef_pd(poly, n);
+#else
+      const U power = (bit_cast_to<U>(shifted) << 52) + (uint64_t{1023} << 52);
+      return x < -1022.0 ? V{} : poly * bit_cast_to<V>(power);
+#endif
     }
   }
 
@@ -233,9 +256,16 @@ struct Simd {
       return (f + ((poly * f) * f2 - f2 * 0.5f)) * T(LOG2_E) + (e + x * 0.0f);
 #endif
     } else {
-      V result{};
-      for (int lane = 0; lane < LANES; ++lane) result[lane] = std::log2(x[lane]);
-      return result;
+      // x = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); e + 1024 is positive, so that its bits shift in zeros
+      const U bits = bit_cast_to<U>(x);
+      const U biased = (bits - 0x3fe6a09e667f3bcdull + (uint64_t{1024} << 52)) >> 52;
+      // a double of this exponent has the integer in its low bits
+      const V e = bit_cast_to<V>(biased | 0x4330000000000000ull) - (4503599627370496.0 + 1024.0);
+      const V f = bit_cast_to<V>(bits - ((biased - 1024) << 52)) - 1.0;
+      const V s = f / (f + 2.0), s2 = s * s;
+      V poly = all(LOG2_64[7]);
+      for (int k = 6; k >= 0; --k) poly = fma(poly, s2, all(LOG2_64[k]));
+      return fma(poly, s, e + x * 0.0);
     }
   }
 

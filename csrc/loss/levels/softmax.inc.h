@@ -3,8 +3,8 @@
 
 enum Name { Q, R };
 
-// softmax = e * inverse and log2 softmax = z - log_sum, where z = x log2(e) - that of the largest, held at LOG_ZERO or
-// above
+// softmax = e * inverse and log2 softmax = z - log_sum, where z = x log2(e) - that of the largest, held at LEAST or
+// above: there e is 0, and what multiplies it must be finite
 template <class S>
 struct Distribution {
   using V = typename S::V;
@@ -15,9 +15,7 @@ struct Distribution {
   QF_INLINE void prefetch(int64_t c, int64_t ahead) const { __builtin_prefetch(row.x + c * row.stride + ahead); }
   QF_INLINE V x(int64_t c, typename S::Mask valid) const { return S::load(row.x + c * row.stride, valid); }
   QF_INLINE V ratio(int64_t c, typename S::Mask valid) const { return S::log2_ratio(x(c, valid), base); }
-  QF_INLINE V z(int64_t c, typename S::Mask valid) const {
-    return S::at_least(typename S::Scalar(LOG_ZERO), ratio(c, valid));
-  }
+  QF_INLINE V z(int64_t c, typename S::Mask valid) const { return S::at_least(S::LEAST, ratio(c, valid)); }
   QF_INLINE V inverse() const { return S::all(1) / sum; }
   QF_INLINE V log_sum() const { return S::log2(sum); }
   // sum of p log2 p, but for log_sum
@@ -65,7 +63,7 @@ QF_INLINE void powers(int64_t classes, Vector<S>& v) {
   V sum_a{}, sum_b{}, moment_a{}, moment_b{};
   for (int64_t c = 0; c < classes; ++c) {
     a.prefetch(c, ahead_a);
-    // held at LOG_ZERO only where it is multiplied: 2^-inf is 0 as well
+    // held at LEAST only where it is multiplied: 2^-inf is 0 as well
     const V za = MOMENT ? a.z(c, valid) : a.ratio(c, valid), ea = S::exp2(za);
     work[c].e[Q] = ea, sum_a += ea;
     if constexpr (MOMENT) moment_a = S::fma(ea, za, moment_a);
@@ -147,16 +145,19 @@ struct Block {
   }
 };
 
+// no logarithm of a probability, and finite, as it is multiplied by 0
+inline constexpr int FORBIDDEN = 1;
+
 // what a tile keeps of one class of a vector of cells over the steps
 template <class S>
 struct Kept {
   using V = typename S::V;
-  V p, log_p;  // of the preference; log2, and LOG_ZERO where p is 0 by a logit of -inf
+  V p, log_p;  // of the preference; in nats, FORBIDDEN where the logit is -inf
   V fixed;     // the part of the plan's potential that is the same at every step
   V mass;      // q summed over the steps
 };
 
-// fills p and log_p, and whether a vector has a p of 0 by a logit of -inf
+// fills p and log_p, and whether a vector has a logit of -inf, or one that is further from the largest than numbers go
 template <class S>
 QF_INLINE void fill_preference(int64_t classes, const Strided& logits, Block<S>& block, Kept<S>* kept, bool* forbids) {
   using V = typename S::V;
@@ -165,14 +166,16 @@ QF_INLINE void fill_preference(int64_t classes, const Strided& logits, Block<S>&
     block.template softmax<false, false>(classes);
     for (int64_t k = 0; k < block.size; ++k) {
       const Vector<S>& v = block.v[k];
-      const V log_sum = v.d[Q].log_sum(), inverse = v.d[Q].inverse();
+      const V log_sum = v.d[Q].log_sum() * S::all(LN_2), inverse = v.d[Q].inverse();
       typename S::I zeros{};
       for (int64_t c = 0; c < classes; ++c) {
-        const V z = v.d[Q].z(c, v.valid);
-        const typename S::I zero = z == typename S::Scalar(LOG_ZERO);
+        // in nats: the largest numbers times log2(e) would be infinite
+        const V x = v.d[Q].x(c, v.valid) - v.d[Q].largest;
+        const typename S::I zero = x == -std::numeric_limits<typename S::Scalar>::infinity();
         Kept<S>& own = kept[v.i * classes + c];
         // log_sum - log_sum is 0, or NaN as a NaN of another class makes it
-        own.log_p = z - (zero ? log_sum - log_sum : log_sum), own.p = v.work[c].e[Q] * inverse;
+        own.log_p = zero ? S::all(FORBIDDEN) + (log_sum - log_sum) : x - log_sum;
+        own.p = v.work[c].e[Q] * inverse;
         zeros |= zero;
       }
       forbids[v.i] = S::any_of(zeros);
@@ -183,7 +186,7 @@ QF_INLINE void fill_preference(int64_t classes, const Strided& logits, Block<S>&
 // lanes in which a live q meets a forbidden p: the risk is infinite there
 template <class S>
 QF_INLINE typename S::I unbounded(typename S::V log_p, typename S::V q) {
-  return (log_p == typename S::Scalar(LOG_ZERO)) & (q > typename S::V{});
+  return (log_p == typename S::Scalar(FORBIDDEN)) & (q > typename S::V{});
 }
 
 // each lane's lowest best class of the plan
