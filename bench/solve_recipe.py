@@ -1,9 +1,10 @@
 """Solve tasks by test-time training with any settings, and write what came of it: one experiment, one JSON.
 
-    python bench/solve_recipe.py --tasks screen --set steps=100 lr=2e-3 --agent channels=64 --out result.json
+    python bench/solve_recipe.py --tasks screen --stride 2 --set steps=100 lr=2e-3 --config plan_steps=8 --out x.json
 
 Tasks: screen (held-out and public evaluation tasks with sides up to 16, for decisions), held-out (forty of arc1's
-training tasks), eval100 (every fourth public evaluation task). Seconds are CPU seconds of one thread.
+Tasks: screen (held-out and public evaluation tasks with sides up to 16, to decide by), held-out (forty of arc1's
+from a run (--run), from what pretrain_joint.py wrote (--start), or from random weights.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from machine import device_name, output_of
 
 from qwen_fused.arc.episodes import Task, load_tasks, split_tasks
 from qwen_fused.config import TrainConfig
 from qwen_fused.planner.model import QwenPlanner
+from qwen_fused.solver import adapt
 from qwen_fused.solver.settings import SolveSettings
+from qwen_fused.solver.task_planner import encode_task
 from qwen_fused.solver.task_solver import solve_task
 from qwen_fused.train.saved import load_model
 
@@ -66,14 +71,30 @@ def solved(task: Task, attempts: tuple, tries: int) -> float:
     ]))  # fmt: skip
 
 
+def prompts_of(whose: str, tasks: list[Task]) -> Callable:
+    """`encode_task` with the prompt of the task itself, of the one after it, or all zeros; sizes are always its own."""
+    following = dict(zip((t.id for t in tasks), tasks[1:] + tasks[:1], strict=True))
+
+    def encode(planner: QwenPlanner, task: Task, symmetries: int) -> tuple[torch.Tensor, torch.Tensor]:
+        prompt, sizes = encode_task(planner, task, symmetries)
+        if whose == "other":
+            prompt = encode_task(planner, following[task.id], symmetries)[0]
+        return (torch.zeros_like(prompt) if whose == "off" else prompt), sizes
+
+    return encode
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="screen")
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--run", type=Path)
     parser.add_argument("--set", nargs="*", default=[])
     parser.add_argument("--config", nargs="*", default=[])
     parser.add_argument("--weights", default="last")
+    parser.add_argument("--start", type=Path, help="agent weights of pretrain_joint.py")
+    parser.add_argument("--prompt", choices=("own", "other", "off"), default="own", help="whose prompt Qwen gives")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quiet", action="store_true")
@@ -85,8 +106,12 @@ def main() -> None:
         planner = load_model(args.run, args.weights)
     else:
         planner = QwenPlanner(TrainConfig(**{"seed": args.seed, **typed(TrainConfig, args.config)}))
+    if args.start:
+        planner.agent.load_state_dict(torch.load(args.start))
+    tasks = chosen_tasks(args.tasks)[:: args.stride][: args.limit]
+    adapt.encode_task = prompts_of(args.prompt, tasks)
     rows = []
-    for task in chosen_tasks(args.tasks)[: args.limit]:
+    for task in tasks:
         started = time.process_time()
         answer = solve_task(planner, task, settings)
         row = {
@@ -115,9 +140,12 @@ def main() -> None:
     }
     print(summary, " ".join(args.set + args.config), f"seed={args.seed} run={args.run}", flush=True)
     if args.out:
-        args.out.write_text(
-            json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, **summary, "rows": rows})
-        )
+        origin = {
+            "arguments": {key: str(value) for key, value in vars(args).items()},
+            "machine": device_name(torch.device("cpu")),
+            "commit": output_of("git", "rev-parse", "HEAD"),
+        }
+        args.out.write_text(json.dumps({**origin, **summary, "rows": rows}))
 
 
 if __name__ == "__main__":

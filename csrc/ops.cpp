@@ -49,14 +49,14 @@ TORCH_LIBRARY(qwen_fused, m) {
   // not overlap here. bounds: [R] float64 beside values, in place of the numbers: max_norm is empty then
   m.def("group_grad_clip_(Tensor(a!)[] grads, int[] rows, Tensor values, float[] max_norm, Tensor? bounds=None) -> ()");
 
-  // the recurrence of qwen_fused/planner/plan_core.py: states [T, N, P, H, W, F] after each step, and what backward
-  // needs of them
+  // the recurrence of qwen_fused/planner/plan_core.py: states [T, N, P, H, W, F] after each step, and bytes for
+  // backward
   m.def(
       "plan_core(Tensor state, Tensor alive, Tensor scale, Tensor shift, Tensor norm, Tensor wz, Tensor bz, "
-      "Tensor wc, Tensor bias, Tensor wu, int part, int steps) -> (Tensor states, Tensor z, Tensor a, Tensor pre)");
+      "Tensor wc, Tensor bias, Tensor wu, int part, int steps) -> (Tensor states, Tensor workspace)");
   m.def(
       "plan_core_backward(Tensor grad, Tensor state, Tensor alive, Tensor scale, Tensor shift, Tensor norm, Tensor wz, "
-      "Tensor wc, Tensor wu, Tensor states, Tensor z, Tensor a, Tensor pre, int part) -> Tensor[]");
+      "Tensor wc, Tensor wu, Tensor states, Tensor workspace, int part) -> Tensor[]");
 }
 
 // for -D without quotes: the list of architectures has commas in it

@@ -66,7 +66,9 @@ PlanShape shape_of(In state, In alive, In scale, In shift, In norm, In wz, In wc
   check(wz, "wz", state, {p.F, p.Z});
   check(wc, "wc", state, {p.Q, p.hidden});
   check(wu, "wu", state, {p.hidden, p.F});
-  check(alive, "alive", state, {p.N, p.H, p.W});
+  TORCH_CHECK(
+      alive.sizes() == at::IntArrayRef({p.N, p.H, p.W}) && alive.scalar_type() == at::kBool,
+      "alive must be bool [N, H, W], got ", alive.scalar_type(), " ", alive.sizes());
   check(scale, "scale", state, {p.N, p.hidden});
   check(shift, "shift", state, {p.N, p.hidden});
   check(norm, "norm", state, {p.F});
@@ -76,22 +78,42 @@ PlanShape shape_of(In state, In alive, In scale, In shift, In norm, In wz, In wc
 // living cells of each row and column of an episode: [N, H + W], at least 1
 at::Tensor counts_of(In alive) { return at::cat({alive.sum(2), alive.sum(1)}, 1).clamp_min(1).contiguous(); }
 
-// states [T, N, P, H, W, F] after each step; and z, a, pre of each step for backward
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_core(
+// z [T, R, Z], a [T, R, Q] and pre [T, R, hidden] of all steps, one behind the other in a tensor of bytes: what
+// backward needs is no result, and nothing can take it for one
+struct Workspace {
+  at::Tensor z, a, pre;
+
+  static int64_t size(const PlanShape& p, int64_t steps) { return steps * p.rows() * (p.Z + p.Q + p.hidden); }
+
+  Workspace(In bytes, const PlanShape& p, int64_t steps, at::ScalarType type) {
+    const at::Tensor all = bytes.view(type);
+    int64_t begin = 0;
+    const auto next = [&](int64_t width) {
+      const int64_t count = steps * p.rows() * width;
+      begin += count;
+      return all.narrow(0, begin - count, count).view({steps, p.rows(), width});
+    };
+    z = next(p.Z), a = next(p.Q), pre = next(p.hidden);
+  }
+};
+
+// states [T, N, P, H, W, F] after each step, and the workspace
+std::tuple<at::Tensor, at::Tensor> plan_core(
     In state_in, In alive_in, In scale_in, In shift_in, In norm_in, In wz, In bz_in, In wc, In bias_in, In wu,
     int64_t part, int64_t steps) {
   const PlanShape p = shape_of(state_in, alive_in, scale_in, shift_in, norm_in, wz, wc, wu, part);
   check(bz_in, "bz", state_in, {p.Z});
   check(bias_in, "bias", state_in, {p.hidden});
   TORCH_CHECK(steps >= 1, "steps must be at least 1, got ", steps);
-  const auto state = state_in.contiguous(), alive = alive_in.contiguous(), scale = scale_in.contiguous(),
-             shift = shift_in.contiguous(), norm = norm_in.contiguous(), bz = bz_in.contiguous(),
-             bias = bias_in.contiguous();
+  const auto state = state_in.contiguous(), alive = alive_in.to(state_in.scalar_type()).contiguous(),
+             scale = scale_in.contiguous(), shift = shift_in.contiguous(), norm = norm_in.contiguous(),
+             bz = bz_in.contiguous(), bias = bias_in.contiguous();
   const int64_t R = p.rows();
   const auto options = state.options();
   at::Tensor states = at::empty({steps, p.N, p.P, p.H, p.W, p.F}, options);
-  at::Tensor z = at::empty({steps, R, p.Z}, options), a = at::empty({steps, R, p.Q}, options);
-  at::Tensor pre = at::empty({steps, R, p.hidden}, options);
+  const at::Tensor bytes =
+      at::empty({Workspace::size(p, steps) * static_cast<int64_t>(state.element_size())}, options.dtype(at::kByte));
+  const Workspace work(bytes, p, steps, state.scalar_type());
   at::Tensor x = at::empty({R, p.F}, options), u = at::empty({R, p.hidden}, options);
   at::Tensor room = at::empty({3 * (p.H + p.W + 2) * p.c}, options);
   const at::Tensor counts = counts_of(alive);
@@ -99,7 +121,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_core(
     const auto at_ = [](In t) { return t.data_ptr<scalar_t>(); };
     for (int64_t t = 0; t < steps; ++t) {
       const at::Tensor before = t == 0 ? state : states[t - 1];
-      at::Tensor z_t = z[t], a_t = a[t], pre_t = pre[t];
+      at::Tensor z_t = work.z[t], a_t = work.a[t], pre_t = work.pre[t];
       rms(p, at_(before), at_(norm), at_(alive), at_(x));
       at::mm_out(z_t, x, wz);
       relu(p, at_(bz), at_(alive), at_(z_t));
@@ -113,17 +135,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_core(
       at::addmm_out(after, before.reshape({R, p.F}), h, wu);
     }
   });
-  return {states, z, a, pre};
+  return {states, bytes};
 }
 
 // gradients of state, scale, shift, norm, wz, bz, wc, bias and wu
 std::vector<at::Tensor> plan_core_backward(
-    In grad_in, In state_in, In alive_in, In scale_in, In shift_in, In norm_in, In wz, In wc, In wu, In states, In z,
-    In a, In pre, int64_t part) {
+    In grad_in, In state_in, In alive_in, In scale_in, In shift_in, In norm_in, In wz, In wc, In wu, In states,
+    In bytes, int64_t part) {
   const PlanShape p = shape_of(state_in, alive_in, scale_in, shift_in, norm_in, wz, wc, wu, part);
-  const auto state = state_in.contiguous(), alive = alive_in.contiguous(), scale = scale_in.contiguous(),
-             shift = shift_in.contiguous(), norm = norm_in.contiguous(), grad = grad_in.contiguous();
+  const auto state = state_in.contiguous(), alive = alive_in.to(state_in.scalar_type()).contiguous(),
+             scale = scale_in.contiguous(), shift = shift_in.contiguous(), norm = norm_in.contiguous(),
+             grad = grad_in.contiguous();
   const int64_t R = p.rows(), steps = states.size(0);
+  const Workspace work(bytes, p, steps, state.scalar_type());
   const auto options = state.options();
   at::Tensor ds = grad[steps - 1].clone(), d_scale = at::zeros_like(scale), d_shift = at::zeros_like(shift);
   at::Tensor d_norm = at::zeros_like(norm), d_wz = at::zeros({p.F, p.Z}, options), d_bz = at::zeros({p.Z}, options);
@@ -139,7 +163,7 @@ std::vector<at::Tensor> plan_core_backward(
     const auto at_ = [](In t) { return t.data_ptr<scalar_t>(); };
     for (int64_t t = steps - 1; t >= 0; --t) {
       const at::Tensor before = t == 0 ? state : states[t - 1];
-      at::Tensor z_t = z[t], a_t = a[t], pre_t = pre[t], ds_rows = ds.view({R, p.F});
+      at::Tensor z_t = work.z[t], a_t = work.a[t], pre_t = work.pre[t], ds_rows = ds.view({R, p.F});
       // pre has its bias already
       film(p, at_(pre_t), at_(no_bias), at_(scale), at_(shift), at_(u));
       at::Tensor h = at::gelu(u);

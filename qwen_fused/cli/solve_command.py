@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -58,13 +58,15 @@ def run_solve(arguments: Sequence[str]) -> int:
     from qwen_fused.solver.settings import SolveSettings
     from qwen_fused.train.solve_run import SolveStopped, new_solve_folder, solve
 
-    steps = {} if command.ttt_steps is None else {"steps": command.ttt_steps}
+    settings = SolveSettings(seed=command.seed, task_seconds=command.task_seconds)
+    if command.ttt_steps is not None:
+        settings = replace(settings, steps=command.ttt_steps)
     try:
         solve(
             command.tasks,
             run=command.run,
             split=command.split,
-            settings=SolveSettings(seed=command.seed, task_seconds=command.task_seconds, **steps),
+            settings=settings,
             workers=command.workers,
             limit=command.limit,
             max_minutes=command.max_minutes,

@@ -44,7 +44,7 @@ class Loss(torch.autograd.Function):
         return ops.forward(*tensors, *ops.options)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ops, *tensors = inputs
         _, _, _, *shares = output
         ctx.ops = ops
@@ -54,7 +54,7 @@ class Loss(torch.autograd.Function):
         ctx.save_for_forward(*tensors, *shares)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None, *others) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None] * (1 + TENSOR_INPUTS)
         if grad is None:
             return tuple(gradients)
@@ -66,7 +66,7 @@ class Loss(torch.autograd.Function):
         return tuple(gradients)
 
     @staticmethod
-    def jvp(ctx, _, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, _: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         moved = [tangents[place] for place in DIFFERENTIABLE]
         needs = tuple(tangent is not None for tangent in moved)
         saved: list[Any] = [x if x is None else forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors]
@@ -79,7 +79,7 @@ class Loss(torch.autograd.Function):
         return (tangent, *[None] * 7)
 
     @staticmethod
-    def vmap(info, in_dims: tuple, *inputs) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return _one_by_one(Loss, info.batch_size, in_dims, inputs)
 
 
@@ -91,19 +91,19 @@ class Gradient(torch.autograd.Function):
         return ops.backward(grad, *saved, *ops.options, needs)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, *grads) -> NoReturn:
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
         refuse_second_derivative(ctx)
 
     @staticmethod
-    def jvp(ctx, *tangents) -> NoReturn:
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
         refuse_second_derivative(ctx)
 
     @staticmethod
-    def vmap(info, in_dims: tuple, *inputs) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         ops, needs, grad, *saved = inputs
         if any(dim is not None for dim in in_dims[3:]):
             return _one_by_one(Gradient, info.batch_size, in_dims, inputs)

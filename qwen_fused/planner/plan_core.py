@@ -3,20 +3,22 @@
 One step, rows being cells, in channels-last layout:
 
     x = state / rms(state) * norm                                            on living cells, 0 elsewhere
-    z = relu(x wz + bz)                                                      parts of c features, and one of m
-    a = [x | the nine cells around, of z's last m features | context of z's other parts]
-    h = gelu((a wc + bias) * scale + shift)                                  scale, shift: what the prompt asks for (FiLM)
+    z = relu(x wz + bz)                                                      parts of c features, one of m
+    a = [x | z's last m features of the nine cells around | context of z's other parts]
+    h = gelu((a wc + bias) * scale + shift)                                  scale, shift: the prompt's (FiLM)
     state = state + h wu
 
 The context of a cell is what it can see of the whole grid: the largest z on its line to either side, above and below
 (running maxima, as in CompressARC), the largest anywhere, the means of its row and of its column; and where an
-episode has several palettes, the mean and the largest over them.
+episode has several palettes (colours side by side, sharing weights), the mean and the largest over them.
 
-Axes: N episodes, P palettes (1 if colours are channels), H W canvas, F state width, c and m context widths, R = N*P*H*W.
+Axes: N episodes, P palettes (1 if colours are channels), H W canvas, F state width, c and m context widths.
 The op has no second derivative.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -46,7 +48,7 @@ class PlanCore(nn.Module):
         seen = channels + (9 + CONTEXTS + 1) * self.part
         self.norm = nn.Parameter(torch.ones(channels))
         self.look = nn.Linear(channels, (CONTEXTS + 1) * self.part)
-        self.mix = nn.Parameter(torch.empty(seen, hidden).uniform_(-1, 1) * (2 / seen) ** 0.5)
+        self.mix = nn.Parameter(torch.empty(seen, hidden).uniform_(-1, 1) * seen**-0.5)
         self.bias = nn.Parameter(torch.zeros(hidden))
         self.film = nn.Linear(prompt_dim, 2 * hidden)
         self.update = nn.Parameter(torch.randn(hidden, channels) * 0.3 / channels**0.5)
@@ -90,11 +92,13 @@ def plan_core(
     Returns:
         [T, N, P, H, W, F], the state after each step.
     """
-    arguments = (state, alive, scale, shift, norm, wz, bz, wc, bias, wu, part, steps)
-    fits = COMPILED and state.device.type == "cpu" and state.dtype in (torch.float32, torch.float64)
-    if fits and not torch._C._functorch.maybe_current_level() and all(t.dtype == state.dtype for t in arguments[:-2]):
-        return torch.ops.qwen_fused.plan_core(*arguments)[0]
-    return plan_core_reference(*arguments)
+    arguments = (state, scale, shift, norm, wz, bz, wc, bias, wu)
+    fits = COMPILED and state.device.type == "cpu" and norm.dtype in (torch.float32, torch.float64)
+    if fits and torch._C._functorch.maybe_current_level() is None:
+        # what autocast made narrower on the way here is widened again: there is no op in half precision to gain from
+        first, *others = (x.to(norm.dtype) for x in arguments)
+        return torch.ops.qwen_fused.plan_core(first, alive.bool(), *others, part, steps)[0]
+    return plan_core_reference(state, alive, *arguments[1:], part, steps)
 
 
 def plan_core_reference(
@@ -158,13 +162,13 @@ def context(z: Tensor, part: int, rows: Tensor, columns: Tensor) -> list[Tensor]
     return seen
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     state, alive, scale, shift, norm, wz, _, wc, _, wu, ctx.part, _ = inputs
     ctx.save_for_backward(state, alive, scale, shift, norm, wz, wc, wu, *output)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
     if grad is None:
         return (None,) * 12
     found = torch.ops.qwen_fused.plan_core_backward(grad, *ctx.saved_tensors, ctx.part)
@@ -172,17 +176,19 @@ def _backward(ctx, grad, *_):
     return d_state, None, *others, None, None
 
 
-def _fake(state, alive, scale, shift, norm, wz, bz, wc, bias, wu, part, steps):
-    rows = state.shape[:-1].numel()
-    return (
-        state.new_empty((steps, *state.shape)),
-        state.new_empty((steps, rows, wz.shape[1])),
-        state.new_empty((steps, rows, wc.shape[0])),
-        state.new_empty((steps, rows, wc.shape[1])),
-    )
+def _fake(
+    state: Tensor, alive: Any, scale: Any, shift: Any, norm: Any, wz: Tensor, bz: Any, wc: Tensor, bias: Any, wu: Any,
+    part: int, steps: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    elements = steps * state.shape[:-1].numel() * (wz.shape[1] + wc.shape[0] + wc.shape[1])
+    workspace = state.new_empty(elements * state.element_size(), dtype=torch.uint8)
+    return state.new_empty((steps, *state.shape)), workspace
 
 
-def _fake_backward(grad, state, alive, scale, shift, norm, wz, wc, wu, *saved):
+def _fake_backward(
+    grad: Any, state: Tensor, alive: Any, scale: Tensor, shift: Tensor, norm: Tensor, wz: Tensor, wc: Tensor,
+    wu: Tensor, *saved: Any,
+) -> list[Tensor]:  # fmt: skip
     bz, bias = wz.new_empty(wz.shape[1]), wc.new_empty(wc.shape[1])
     return [torch.empty_like(x) for x in (state, scale, shift, norm, wz, bz, wc, bias, wu)]
 

@@ -1,9 +1,9 @@
 """Test-time training: a copy of the planner learns one task from the task's own demonstrations.
 
-    pairs x symmetries x recolourings ──► batches ──► TaskPlanner ──► efe_loss ──► clip ──► AdamW ──► moving average
+    pairs x symmetries x recolourings ──► batches ──► TaskPlanner ──► efe_loss ──► clip ──► step ──► moving average
 
-What comes out depends on the planner, the demonstrations, the settings and the task's id, and on nothing else; with a time
-limit, also on the clock.
+What comes out depends on the planner, the demonstrations, the settings and the task's id, and on nothing else; with a
+time limit, also on the clock.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.solver.examples import TrainingSet, examples, task_rng
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.sizes import size_rule
+from qwen_fused.solver.task_optimizer import TaskOptimizer
 from qwen_fused.solver.task_planner import TaskPlanner, encode_task, plan_loss
 
 
@@ -64,7 +65,7 @@ def adapt(
     model = TaskPlanner(planner.agent, *encode_task(planner, task, settings.symmetries))
     training = TrainingSet(task, settings, task_rng(settings, task.id))
     schedule = Schedule(settings, started, min(ends) if ends else None)
-    optimizer = task_optimizer(model, settings)
+    optimizer = TaskOptimizer(list(model.named_parameters()), settings)
     norms = GroupGradNorm({"task": model.parameters()})
     average = Average(model, settings.average)
     step_weight = step_weights(model.agent.steps, settings.early_step_weight)
@@ -72,12 +73,11 @@ def adapt(
     losses: list[float] = []
     while (share := schedule.at(len(losses))) is not None:
         batch = training.batch()
-        loss = plan_loss(*model(batch), batch, step_weight, size_weight)
+        plan, sizes = model(batch)
+        loss = plan_loss(plan, sizes, batch, step_weight, size_weight)
         loss.backward()
         norms.clip_(norms.measure(), settings.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * share
-        optimizer.step()
+        optimizer.step(share)
         optimizer.zero_grad()
         average.update(len(losses))
         losses.append(loss.item())
@@ -117,7 +117,7 @@ class Average:
 
     def __init__(self, model: torch.nn.Module, decay: float):
         self.decay = decay
-        self.parameters = list(model.parameters())
+        self.parameters: list[Tensor] = list(model.parameters())
         self.means = [p.detach().clone() for p in self.parameters] if decay else []
 
     @torch.no_grad()
@@ -132,14 +132,6 @@ class Average:
         """Give the model the average."""
         for parameter, mean in zip(self.parameters, self.means, strict=False):
             parameter.copy_(mean)
-
-
-def task_optimizer(model: torch.nn.Module, settings: SolveSettings, axes: int = 0) -> torch.optim.Optimizer:
-    """AdamW over a task's parameters, weight decay on matrices alone; `axes` in front of a stack's do not count."""
-    matrices = [p for p in model.parameters() if p.dim() > axes + 1]
-    vectors = [p for p in model.parameters() if p.dim() <= axes + 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.99), fused=True)
 
 
 def step_weights(steps: int, early: float) -> Tensor:

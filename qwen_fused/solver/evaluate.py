@@ -50,7 +50,10 @@ def evaluate(model: Predictor, episodes: Sequence[Episode], *, batch_size: int =
     return Evaluation(
         tuple(
             Record(
-                episode.task_id, episode.index, attempts[number], score_episode(attempts[number], episode),
+                episode.task_id,
+                episode.index,
+                attempts[number],
+                score_episode(attempts[number], episode),
                 None if episode.answer is None else episode.answer.shape,
             )
             for number, episode in enumerate(episodes)

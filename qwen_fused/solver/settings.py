@@ -18,7 +18,9 @@ class SolveSettings:
     batch: int = 8
     """Episodes of a step."""
     lr: float = 2e-3
-    """Learning rate after the warm-up."""
+    """AdamW's learning rate after the warm-up."""
+    matrix_lr: float = 0.02
+    """Muon's learning rate, for the recurrence's matrices; 0 leaves them to AdamW."""
     warmup: int = 10
     """Steps of linear warm-up."""
     final_lr: float = 0.1
@@ -50,7 +52,7 @@ class SolveSettings:
         check_types(self)
         for name in ("batch", "lr", "clip", "votes"):
             require(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
-        for name in ("steps", "warmup", "seed", "weight_decay"):
+        for name in ("steps", "warmup", "seed", "weight_decay", "matrix_lr"):
             require(getattr(self, name) >= 0, name, "a number of at least 0", getattr(self, name))
         for name in ("final_lr", "average", "recolored", "early_step_weight", "size_weight"):
             require(0 <= getattr(self, name) <= 1, name, "a number in [0, 1]", getattr(self, name))

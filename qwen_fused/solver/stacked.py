@@ -1,9 +1,9 @@
 """Many tasks side by side, each with weights of its own: what `adapt` does one by one, in one graph.
 
-Every parameter is a stack [K, ...] of K tasks; `torch.func` runs the planner over the stack, one `efe_loss` scores every
-episode of every task, and `GroupGradNorm` measures and clips each task by itself, in one read of all gradients. AdamW and
-the moving average work element by element, so that they serve a stack as they serve a task. For devices that one
-task cannot fill; on a CPU it is no faster than one by one, and equal to it up to rounding.
+Every parameter is a stack [K, ...] of K tasks; `torch.func` runs the planner over the stack, one `efe_loss` scores
+every episode of every task, and `GroupGradNorm` measures and clips each task by itself, in one read of all gradients.
+The optimizer and the moving average serve a stack as they serve a task. For devices that
+one task cannot fill; on a CPU one by one is faster, and the two are equal up to rounding.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from qwen_fused.arc.episodes import Task
-from qwen_fused.loss.efe_loss import CE_ONLY, efe_loss
+from qwen_fused.loss.efe_loss import efe_loss
 from qwen_fused.norms.group_grad_norm import GroupGradNorm
 from qwen_fused.planner.agent import Cells
 from qwen_fused.planner.model import QwenPlanner
-from qwen_fused.solver.adapt import Adapted, Average, Schedule, own_accuracy, step_weights, task_optimizer
+from qwen_fused.solver.adapt import Adapted, Average, Schedule, own_accuracy, step_weights
 from qwen_fused.solver.examples import Examples, TrainingSet, examples, task_rng
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.sizes import size_rule
+from qwen_fused.solver.task_optimizer import TaskOptimizer
 from qwen_fused.solver.task_planner import TaskPlanner, encode_task
 
 
@@ -50,12 +51,14 @@ class StackedPlanner(nn.Module):
         cells = [
             torch.stack([getattr(batch.cells, name) for batch in batches]) for name in ("inputs", "alive", "copies")
         ]
-        others = [
-            torch.stack([getattr(batch, name) for batch in batches]) for name in ("symmetry", "query_size", "size")
-        ]
+        names = ("symmetry", "query_size", "size")
+        others = [torch.stack([getattr(batch, name) for batch in batches]) for name in names]
 
         def one(weights: dict[str, Tensor], cells: list[Tensor], others: list[Tensor]) -> tuple[Tensor, Tensor]:
-            return functional_call(self.body[0], weights, (Examples(Cells(*cells), *others, None),))
+            inputs, alive, copies = cells
+            symmetry, query_size, size = others
+            batch = Examples(Cells(inputs, alive, copies), symmetry, query_size, size, None)
+            return functional_call(self.body[0], weights, (batch,))
 
         weights = dict(zip(self.names, self.stacks, strict=True))
         return vmap(one)({**weights, "prompts": self.prompts, "demo_sizes": self.demo_sizes}, cells, others)
@@ -69,7 +72,7 @@ class StackedPlanner(nn.Module):
             group = groups[f"task {number}"] = []
             for name, stack in zip(self.names, self.stacks, strict=True):
                 part = stack.detach()[number]
-                part.grad = stack.grad[number]  # type: ignore[index]
+                part.grad = stack.grad[number]
                 group.append((name, part))
         return groups
 
@@ -102,7 +105,7 @@ def adapt_many(
     training = [TrainingSet(task, settings, task_rng(settings, task.id)) for task in tasks]
     stacked = StackedPlanner(models)
     schedule = Schedule(settings, started, min(ends) if ends else None)
-    optimizer = task_optimizer(stacked, settings, axes=1)
+    optimizer = TaskOptimizer(list(zip(stacked.names, stacked.stacks, strict=True)), settings, axes=1)
     norms = GroupGradNorm(stacked.task_parameters())
     average = Average(stacked, settings.average)
     device = stacked.prompts.device
@@ -111,12 +114,11 @@ def adapt_many(
     losses: list[Tensor] = []
     while (share := schedule.at(len(losses))) is not None:
         batches = side_by_side(training, device)
-        loss, own = stacked_loss(*stacked(batches), batches, step_weight, size_weight)
+        plan, sizes = stacked(batches)
+        loss, own = stacked_loss(plan, sizes, batches, step_weight, size_weight)
         loss.backward()
         norms.clip_(norms.measure(), settings.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * share
-        optimizer.step()
+        optimizer.step(share)
         # in place: the tasks' gradients are views of these
         optimizer.zero_grad(set_to_none=False)
         average.update(len(losses))
@@ -139,7 +141,7 @@ def side_by_side(training: Sequence[TrainingSet], device: torch.device) -> list[
     shapes = [grid.shape for queries, answers, _ in drawn for grid in queries + answers]
     canvas = max(h for h, _ in shapes), max(w for _, w in shapes)
     return [
-        examples(queries, [answer.shape for answer in answers], seen, answers, canvas).to(device)  # type: ignore[misc]
+        examples(queries, [answer.shape for answer in answers], seen, answers, canvas).to(device)
         for queries, answers, seen in drawn
     ]
 
@@ -147,7 +149,7 @@ def side_by_side(training: Sequence[TrainingSet], device: torch.device) -> list[
 def stacked_loss(
     plan: Tensor, sizes: Tensor, batches: Sequence[Examples], step_weight: Tensor, size_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The sum over tasks of `plan_loss`, whose cells' part is one `efe_loss` over all episodes; and each task's own [K].
+    """The sum over tasks of `plan_loss`, with one `efe_loss` for the cells of all episodes; and each task's own [K].
 
     Args:
         plan: [K, B, T, C, H, W] logits.
@@ -158,7 +160,7 @@ def stacked_loss(
     """
     tasks = len(batches)
     target = torch.cat([batch.target for batch in batches])  # type: ignore[misc]
-    cells = efe_loss(plan.flatten(0, 1), target, step_weight=step_weight, weights=CE_ONLY, hard_mode="none")
+    cells = efe_loss(plan.flatten(0, 1), target, step_weight=step_weight, weights=CROSS_ENTROPY, hard_mode="none")
     sides = torch.stack([batch.size for batch in batches]) - 1
     size = F.cross_entropy(sizes.flatten(0, 2), sides.flatten(), reduction="none").view(tasks, -1).mean(1)
     size = 2 * size_weight * size

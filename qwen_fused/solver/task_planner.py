@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qwen_fused.arc.episodes import MAX_SIDE, Task
 from qwen_fused.arc.features import FEATURES
 from qwen_fused.arc.symmetry import swaps_sides
-from qwen_fused.loss.efe_loss import CE_ONLY, efe_loss
+from qwen_fused.loss.efe_loss import EFEWeights, efe_loss
 from qwen_fused.planner.agent import GridAgent
 from qwen_fused.planner.evaluation_mode import evaluating
 from qwen_fused.planner.model import SIZE_FEATURES, QwenPlanner
@@ -71,5 +71,5 @@ def plan_loss(plan: Tensor, sizes: Tensor, batch: Examples, step_weight: Tensor,
         size_weight: of the size loss. At 0 its weights still have a gradient, of 0, as they have beside other tasks.
     """
     assert batch.target is not None
-    loss = efe_loss(plan, batch.target, step_weight=step_weight, weights=CE_ONLY, hard_mode="none").loss
+    loss = efe_loss(plan, batch.target, step_weight=step_weight, weights=CROSS_ENTROPY, hard_mode="none").loss
     return loss + size_weight * 2 * F.cross_entropy(sizes.flatten(0, 1), (batch.size - 1).flatten())

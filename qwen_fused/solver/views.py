@@ -41,8 +41,8 @@ UNCHANGED = np.arange(COLORS, dtype=np.uint8)
 def free_colors(task: Task) -> np.ndarray:
     """Colours that may take each other's place in a task, judged by its demonstrations.
 
-    Fixed are 0, the colours in every pair and the colours that every output has. Where an output has a colour that neither
-    its input nor every other output has, colours are mapped onto colours, and none is free.
+    Fixed are 0, the colours in every pair and the colours that every output has. Where an output has a colour that
+    neither its input nor every other output has, colours are mapped onto colours, and none is free.
 
     Returns:
         [n] uint8, sorted; empty where fewer than two are free.

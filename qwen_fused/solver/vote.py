@@ -43,7 +43,7 @@ def vote(model: TaskPlanner, task: Task, settings: SolveSettings, rng: np.random
     rule = size_rule(task)
     answers = []
     for pair in task.test:
-        size = rule(pair.input.shape) if rule else likely_size(model, pair.input, views)  # type: ignore[arg-type]
+        size = rule(pair.input.shape) if rule else likely_size(model, pair.input, views)
         answers.append(count(cell_probabilities(model, pair.input, size, views)))
     return answers
 

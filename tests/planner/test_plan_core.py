@@ -19,8 +19,9 @@ def arguments(palettes: int = 1, *, height: int = 4, width: int = 5, channels: i
     for n in range(3):
         alive[n, : height - n, : width - n % 2] = 1
     shapes = [
-        (3, palettes, height, width, channels), (3, hidden), (3, hidden), (channels,), (channels, parts[0] * PART + NEAR),
-        (parts[0] * PART + NEAR,), (channels + 9 * NEAR + parts[1] * PART, hidden), (hidden,), (hidden, channels),
+        (3, palettes, height, width, channels), (3, hidden), (3, hidden), (channels,),
+        (channels, parts[0] * PART + NEAR), (parts[0] * PART + NEAR,),
+        (channels + 9 * NEAR + parts[1] * PART, hidden), (hidden,), (hidden, channels),
     ]  # fmt: skip
     state, *weights = (0.5 * torch.randn(shape, dtype=dtype) for shape in shapes)
     state = state * alive[:, None, :, :, None]
@@ -75,7 +76,8 @@ def test_equal_cells_share_the_gradient_as_in_the_reference():
 
 @compiled
 def test_opcheck():
-    torch.library.opcheck(torch.ops.qwen_fused.plan_core.default, (*arguments(), PART, STEPS))
+    state, alive, *weights = arguments()
+    torch.library.opcheck(torch.ops.qwen_fused.plan_core.default, (state, alive.bool(), *weights, PART, STEPS))
 
 
 @compiled
@@ -92,9 +94,8 @@ def test_inputs_are_not_modified_and_strides_do_not_matter():
 def test_float32_is_as_close_as_float32_is():
     exact = arguments(channels=16)
     single = [x.detach().float() for x in exact]
-    torch.testing.assert_close(
-        plan_core(*single, PART, STEPS).double(), plan_core(*exact, PART, STEPS), rtol=1e-4, atol=1e-5
-    )
+    fused = plan_core(*single, PART, STEPS).double()
+    torch.testing.assert_close(fused, plan_core(*exact, PART, STEPS), rtol=1e-4, atol=1e-5)
 
 
 @compiled
