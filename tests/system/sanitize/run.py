@@ -44,7 +44,13 @@ COMPLAINT = re.compile(
 )
 
 GRADIENTS = ("system/test_raw_gradients.py", "norms/test_group_grad_norm.py", "norms/test_clip.py")
-LOSS = ("system/test_raw_ops.py", "loss/test_efe_ops.py", "loss/test_efe_loss.py", "loss/test_efe_layouts.py")
+LOSS = (
+    "system/test_raw_ops.py",
+    "loss/test_efe_ops.py",
+    "loss/test_efe_loss.py",
+    "loss/test_efe_layouts.py",
+    "loss/test_cross_entropy.py",
+)
 # not ours: the Triton kernels, what torch compiles; gigabytes of gradient; a child that has to die of its own signal
 LEFT_OUT = "not triton and not inductor and not two_to_the_31 and not factor_is_one"
 
