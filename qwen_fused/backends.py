@@ -27,9 +27,7 @@ def built_with() -> dict[str, str]:
     """Compiler, instruction sets, torch and CUDA architectures that the extension was built with and for."""
     if not HAS_EXTENSION:
         return {}
-    from qwen_fused import _C
-
-    return _C.built_with()
+    return importlib.import_module("qwen_fused._C").built_with()
 
 
 @functools.cache

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "plan_context.h"
 #include "plan_loops.h"
 
 namespace qwen_fused {

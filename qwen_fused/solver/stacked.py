@@ -26,7 +26,7 @@ from qwen_fused.solver.examples import Examples, TrainingSet, examples, task_rng
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.sizes import size_rule
 from qwen_fused.solver.task_optimizer import TaskOptimizer
-from qwen_fused.solver.task_planner import TaskPlanner, encode_task
+from qwen_fused.solver.task_planner import CROSS_ENTROPY, TaskPlanner, encode_task
 
 
 class StackedPlanner(nn.Module):

@@ -21,6 +21,9 @@ from qwen_fused.planner.evaluation_mode import evaluating
 from qwen_fused.planner.model import SIZE_FEATURES, QwenPlanner
 from qwen_fused.solver.examples import Examples
 
+# at test time nothing else of the loss pays
+CROSS_ENTROPY = EFEWeights(risk=0.0, ambiguity=0.0, agreement=0.0, anchor=0.0, prompt=0.0)
+
 
 class TaskPlanner(nn.Module):
     """Plans for one task under its own prompts.
