@@ -356,6 +356,12 @@ def test_layer_that_is_never_used(prove) -> None:
     assert run.report.evaluations == 1
 
 
+def test_each_parameter_is_given_its_own_reason(prove) -> None:
+    run, line = prove("net = Net(lambda h: h.detach()); net.spare = nn.Linear(2, 2)  # here" + LOOP)
+    found = {finding.kind: finding.parameters for finding in run.report.rungs["connected"].findings}
+    assert found == {"detach": ENCODER, "unused": ("spare.weight", "spare.bias")}, run.report
+
+
 def test_cut_is_allowed(prove) -> None:
     run, _ = prove(CUTS["detach"][1] + LOOP, allow=["encoder.*"])
     assert run.report.ok and run.report.allowed["encoder.*"] > 0
