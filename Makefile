@@ -36,9 +36,10 @@ lint: $(STAMP)
 	$(BIN)/mdformat --check $(PROSE)
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-# docs/api.md from the docstrings
+# docs/api.md from the docstrings, the table of docs/proof.md from its tests
 docs: $(STAMP)
 	$(BIN)/python docs/make_api.py
+	$(BIN)/python docs/make_proof_table.py
 
 bench: $(STAMP)
 	$(BIN)/qwen-fused bench $(ARGS)

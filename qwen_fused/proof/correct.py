@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qwen_fused.common.layers import group_by_layer
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.derivative import Directions, Verdict
 from qwen_fused.proof.ladder import Rung
@@ -20,12 +21,15 @@ from qwen_fused.proof.wrong_backward import find_wrong_backward
 
 # what float64 shows, slight and unexplained, must show in the model's own precision too
 DOUBT, SLIGHT = "in float64", 0.05
-# parameters beyond which a second copy in float64 is too much to ask
-MOST_IN_FLOAT64 = 500_000_000
 
 
 def correct(
-    subject: Subject, point: Point, directions: int, seed: int, base: Mapping[str, Tensor] | None = None
+    subject: Subject,
+    point: Point,
+    directions: int,
+    seed: int,
+    base: Mapping[str, Tensor] | None = None,
+    memory: int | None = None,
 ) -> Rung:
     """Judge the gradients taken at a point, where the parameters are, along random directions.
 
@@ -35,6 +39,7 @@ def correct(
         directions: how many.
         seed: for the directions.
         base: name -> value of the parameter there; a copy of them is made when None.
+        memory: bytes that this rung may take beyond the gradients and `base`; as many as it needs when None.
     """
     trace, gradients, loss = point.trace, point.gradients, point.loss
     if not gradients.of or not isinstance(loss, Tensor):
@@ -53,25 +58,50 @@ def correct(
     if not judged:
         return Rung("correct", None, "every parameter is written to, or cached, by the loss function itself")
     coarse = _coarsest(subject, trace, loss)
-    rung, doubt, reason = Rung("correct", None, ""), None, ""
-    for wide in _types(subject, coarse, trace.threads):
-        lines = Directions(subject.trainable, judged, subject.evaluation(trace, held, wide), coarse, wide, seed, base)
-        try:
-            if wide is not None and (said := _disagreement(lines, value, coarse)):
-                reason = reason or f"; not in {str(wide).removeprefix('torch.')}: {said}"
-                continue
-            verdicts = [lines.check(n, nondeterminism) for n in range(directions)]
-            rung = _summarize(subject, point, lines, verdicts, nondeterminism, doubt)
-        except ReplayMismatch as error:
-            rung.detail = f"the loss function does not make the same calls twice: {error}"
-        finally:
-            lines.restore()
+    groups, types, planned = _plan(judged, _types(coarse, trace.threads), memory)
+    rung, doubt, reason = Rung("correct", None, ""), None, planned
+    for wide in types:
+        # a sum over groups of parameters, most often one of all of them
+        evaluate = subject.evaluation(trace, held, wide)
+        parts: list[Rung] = []
+        for group in groups:
+            lines = Directions(subject.trainable, group, evaluate, coarse, wide, seed, base)
+            try:
+                if wide is not None and not parts and (said := _disagreement(lines, value, coarse)):
+                    reason += f"; not in {str(wide).removeprefix('torch.')}: {said}"
+                    break
+                verdicts = [lines.check(n, nondeterminism) for n in range(directions if len(groups) == 1 else 1)]
+                parts.append(_summarize(subject, point, lines, verdicts, nondeterminism, doubt))
+            except ReplayMismatch as error:
+                parts.append(Rung("correct", None, f"the loss function does not make the same calls twice: {error}"))
+            finally:
+                lines.restore()
+        if not parts:
+            continue
+        # the worst of them: a fault, else what can't be told
+        rung = min(parts, key=lambda part: {False: 0, None: 1, True: 2}[part.ok])
         if rung.ok is not None:
             break
         doubt = rung.detail if rung.detail.startswith(DOUBT) else None
     left = len(gradients.of) - len(judged)
     rung.detail += reason + (f"; {left} not judged: the loss function writes to them or caches them" if left else "")
     return rung
+
+
+def _plan(
+    judged: dict[str, Tensor], types: list[torch.dtype | None], memory: int | None
+) -> tuple[list[dict[str, Tensor]], list[torch.dtype | None], str]:
+    """Which parameters are moved together, in which types, and what to say of it, so that it fits into the memory."""
+    sizes = {name: gradient.numel() for name, gradient in judged.items()}
+    # a direction in float32, and the largest parameter in float64 twice while it is used
+    widest = 16 * max(sizes.values())
+    if memory is None or 4 * sum(sizes.values()) + widest <= memory:
+        return [judged], types, ""
+    groups = [{name: judged[name] for name in names} for names in group_by_layer(judged, most=len(judged)).values()]
+    said = f"; layer by layer, {len(groups)} of them"
+    if max(4 * sum(sizes[name] for name in group) for group in groups) + widest <= memory:
+        return groups, types, f"{said}, to stay within {memory / 1e6:.0f} MB"
+    return groups, [None], f"{said}, in the model's own precision, to stay within {memory / 1e6:.0f} MB"
 
 
 def _judged(trace: Trace, gradients: Gradients) -> dict[str, Tensor]:
@@ -92,13 +122,12 @@ def _coarsest(subject: Subject, trace: Trace, loss: Tensor) -> torch.dtype:
     return min(types, key=lambda t: torch.finfo(t).bits)
 
 
-def _types(subject: Subject, coarse: torch.dtype, threads: bool) -> list[torch.dtype | None]:
+def _types(coarse: torch.dtype, threads: bool) -> list[torch.dtype | None]:
     """Types to evaluate in, the best first; None is the model's own."""
     if coarse == torch.float64 or threads:
         # what other threads compute is not seen, and can't be had in another type
         return [None]
-    room = sum(p.numel() for p in subject.snapshot.parameters) <= MOST_IN_FLOAT64
-    return [*((torch.float64,) if room else ()), *((torch.float32,) if coarse != torch.float32 else ()), None]
+    return [torch.float64, *((torch.float32,) if coarse != torch.float32 else ()), None]
 
 
 def _disagreement(lines: Directions, value: float, coarse: torch.dtype) -> str:

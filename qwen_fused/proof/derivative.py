@@ -92,7 +92,11 @@ class Directions:
         self.gradients = gradients
         self.wide = wide
         self.seed = seed
-        self.moves = Moves(self.parameters, evaluate, wide, base)
+        # what is not judged stays where it is, and is computed with all the same
+        stands = (
+            {n: p.data.clone() if n in gradients else p.data for n, p in parameters.items()} if base is None else base
+        )
+        self.moves = Moves(parameters, evaluate, wide, stands)
         self.scales = scales_of(self.parameters)
         self._number: int | None = None
         self._along: dict[str, Tensor] = {}

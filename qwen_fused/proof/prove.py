@@ -39,6 +39,7 @@ def prove(
     seed: int = 0,
     backward: Callable[[Tensor], Any] | None = None,
     step: Callable[[], Any] | None = None,
+    memory: int | None = None,
 ) -> ProofReport:
     """Prove that the gradient of a loss reaches parameters, is right, and moves them; or say where it is lost.
 
@@ -57,6 +58,9 @@ def prove(
         seed: for the directions.
         backward: how the loop sends the loss back, default `loss.backward()`; a scaled loss is seen to be scaled.
         step: how the loop unscales, clips and steps, default each optimizer's `step()`.
+        memory: bytes that the finite differences may take, as much as they need when None (a float32 copy of the
+            parameters, and the largest one in float64 twice); with fewer they go layer by layer, with fewer still in
+            the model's own precision, and the rung says which.
 
     Returns:
         ProofReport; `.ok` only when every rung holds.
@@ -67,10 +71,12 @@ def prove(
     """
     if not isinstance(directions, int) or directions < 1:
         raise ValueError(f"directions must be a whole number of at least 1, got {directions!r}")
+    if memory is not None and not memory > 0:
+        raise ValueError(f"memory must be a number of bytes or None, got {memory!r}")
     started = time.perf_counter()
     subject = Subject(loss_fn, params, optimizer, allow, backward, step)
     try:
-        report = _climb(subject, directions, seed)
+        report = _climb(subject, directions, seed, memory)
     finally:
         subject.snapshot.restore()
     report.evaluations = subject.evaluations
@@ -78,7 +84,7 @@ def prove(
     return report
 
 
-def _climb(subject: Subject, directions: int, seed: int) -> ProofReport:
+def _climb(subject: Subject, directions: int, seed: int, memory: int | None) -> ProofReport:
     subject.snapshot.clear_gradients()
     subject.snapshot.mark_attributes()
     first = differentiate(subject)
@@ -94,7 +100,7 @@ def _climb(subject: Subject, directions: int, seed: int) -> ProofReport:
     by_layer = layers(first.gradients.of)
     first.gradients.forget()
     near.return_to()
-    ladder.append(correct(subject, near.at, directions, seed, near.values))
+    ladder.append(correct(subject, near.at, directions, seed, near.values, memory))
     near.return_to()
     weigh_partial_cuts(subject, near.at, ladder[1], near.values)
     subject.snapshot.reset_values()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen_fused.proof.kinds import is_inexact
 from qwen_fused.proof.moves import Values
@@ -132,8 +132,10 @@ class Upcast:
         exact = self.values.get(id(leaf))
         if exact is not None and not self.differentiates:
             return _cast(exact(), self.dtype)
-        if not leaf.requires_grad or _cast(leaf, self.dtype) is leaf:
+        if leaf.dtype in (self.dtype, _COMPLEX.get(self.dtype)):
             return leaf
+        if isinstance(leaf, nn.Parameter) and not self.differentiates:
+            return _cast(leaf.detach(), self.dtype)
         known = self._twins.get(id(leaf))
         # code may write to the leaf behind autograd's back, as an attack on its input does
         if known is None or not torch.equal(known[1].detach().to(leaf.dtype), leaf.detach()):

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import linecache
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from proof_field import CASES, X, Y, adamw
+from proof_sweep import loops
 
 from qwen_fused.proof.prove import prove
+
+LIBRARIES = ("accelerate", "peft", "torch", "transformers")
+for more in ("field_optimizers", "field_faults", "field_libraries"):
+    # each adds its own to the list
+    importlib.import_module(more)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case):
+    pytest.importorskip(case.library)
     torch.manual_seed(0)
     arguments = case.build()
     if case.answer == "refused":
@@ -38,6 +48,39 @@ def test_case(case):
 
 def test_every_kind_of_answer_is_asked_for():
     assert {case.answer for case in CASES} >= {"proved", "refused", "declared", "connected", "correct", "applied"}
+
+
+@pytest.mark.parametrize(
+    ("memory", "says"),
+    [
+        (10_000_000, "in float64"),
+        (1400, "layer by layer, 2 of them, to stay within"),
+        (100, "in the model's own precision"),
+    ],
+)
+def test_memory_is_kept_to_and_said(memory, says):
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    report = prove(lambda: F.cross_entropy(net(X), Y), net, adamw(net), memory=memory)
+    assert report.ok and says in report.rungs["correct"].detail, report
+
+
+def test_fault_is_found_layer_by_layer():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    net[0].weight.register_hook(lambda grad: 2 * grad)
+    report = prove(lambda: F.cross_entropy(net(X), Y), net, adamw(net), memory=1400)
+    assert report.rungs["correct"].ok is False and report.rungs["correct"].parameters == ("0.weight",), report
+
+
+def test_table_of_the_page_counts_these_cases():
+    page = Path(__file__).resolve().parents[2] / "docs" / "proof.md"
+    rows = [
+        row.split("|")[1:6]
+        for row in page.read_text().splitlines()
+        if row.startswith(tuple("| " + name for name in LIBRARIES))
+    ]
+    told = {row[0].strip(): int(row[2]) for row in rows}
+    counted = Counter(case.library for case in CASES) + Counter(library for _, library, _ in loops())
+    assert told == dict(counted), "run `make docs`"
 
 
 def test_nothing_wide_is_left_in_the_model():
