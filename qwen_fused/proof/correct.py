@@ -11,7 +11,7 @@ from torch import Tensor
 from qwen_fused.common.layers import group_by_layer
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.derivative import Directions, Verdict
-from qwen_fused.proof.ladder import Rung
+from qwen_fused.proof.ladder import Finding, Rung
 from qwen_fused.proof.replay import Held, ReplayMismatch
 from qwen_fused.proof.slots import Slot
 from qwen_fused.proof.subject import Gradients, Subject, as_float
@@ -42,6 +42,11 @@ def correct(
         memory: bytes that this rung may take beyond the gradients and `base`; as many as it needs when None.
     """
     trace, gradients, loss = point.trace, point.gradients, point.loss
+    if gradients.error is not None:
+        # the first call's backward went through, or nothing would have been moved: a second call's does not
+        reason = f"the backward of a second call raised: {str(gradients.error).splitlines()[0]}"
+        findings = [] if trace.stale or not gradients.of else [Finding("backward failed", reason, tuple(gradients.of))]
+        return Rung("correct", False if findings else None, reason, findings)
     if not gradients.of or not isinstance(loss, Tensor):
         return Rung("correct", None, "there is no gradient to judge")
     held: dict[Slot, Held] = {**trace.held(carried=subject.own_backward), **point.linearized}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from qwen_fused.proof import backtrace
 from qwen_fused.proof.backtrace import breaks_of
 from qwen_fused.proof.frames import NOWHERE
 from qwen_fused.proof.ladder import Finding, Rung, name_some
-from qwen_fused.proof.moves import has_nonzero
+from qwen_fused.proof.moves import Noise, has_nonzero, scales_of
 from qwen_fused.proof.real_parts import real_parts
 from qwen_fused.proof.subject import Gradients, Subject, as_float
 
@@ -95,7 +95,23 @@ def cancelling(subject: Subject, names: tuple[str, ...]) -> tuple[str, ...]:
     """
     broken, rest = breaks_of(subject, names, backtrace.ZERO)
     added = tuple(n for brk, hit in broken if brk.operation in ADDS for n in hit)
-    return tuple(name for name in names if name in rest or (name in added and subject.named[name].dim() <= 1))
+    found = [n for n in names if n in rest or (n in added and subject.named[n].dim() <= 1)]
+    return tuple(found) if found and _is_flat(subject, found) else ()
+
+
+def _is_flat(subject: Subject, names: Sequence[str]) -> bool:
+    """Whether the loss stays what it is when the parameters are moved far, together: two zeros that multiply don't."""
+    before = subject.value()
+    scales, noise = scales_of(subject.trainable), Noise(1)
+    held = {name: subject.named[name].data.clone() for name in names}
+    for name in names:
+        data = real_parts(subject.named[name].data)
+        data.add_(noise.like(subject.named[name]).mul_(scales[name]).to(data.dtype))
+    try:
+        return abs(subject.value() - before) <= 1e-5 * abs(before)
+    finally:
+        for name, value in held.items():
+            subject.named[name].data.copy_(value)
 
 
 def _explain(

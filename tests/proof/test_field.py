@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from proof_field import CASES, X, Y, adamw
 from proof_sweep import loops
+from torch.utils.checkpoint import checkpoint
 
 from qwen_fused.proof.prove import prove
 
@@ -148,3 +149,18 @@ def test_generator_that_is_named_stands_where_it_stood():
     loss = lambda: F.cross_entropy(net(X + 0.1 * torch.randn(16, 8, generator=generator)), Y)  # noqa: E731
     assert prove(loss, net, adamw(net)).ok
     assert torch.equal(generator.get_state(), state)
+
+
+def test_zeros_that_a_checkpoint_hides_are_no_cancellation():
+    class Adapter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Parameter(torch.zeros(8, 2)), nn.Parameter(torch.zeros(2, 8))
+
+        def forward(self, x):
+            return x + x @ self.down @ self.up
+
+    net = nn.Sequential(nn.Linear(8, 8), Adapter(), nn.Linear(8, 3))
+    loss = lambda: F.cross_entropy(net[2](checkpoint(net[1], net[0](X), use_reentrant=False)), Y)  # noqa: E731
+    report = prove(loss, net, adamw(net))
+    assert report.rungs["nonzero"].ok is False and set(report.rungs["nonzero"].parameters) == {"1.down", "1.up"}, report
