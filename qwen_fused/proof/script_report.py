@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qwen_fused.proof.allowance import Allowance
 from qwen_fused.proof.applied import check_moved
-from qwen_fused.proof.backtrace import Break, breaks_among, follow_backward
+from qwen_fused.proof.backtrace import ZERO, Break, breaks_among, follow_backward
 from qwen_fused.proof.connected import connected
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.declared import declared
@@ -155,7 +155,11 @@ def _breaks_of(seen: FirstStep, named: Mapping[str, Tensor]) -> list[Break]:
         for child, _ in node.next_functions:
             # what a function of torch is made of was called where the function was
             sites.setdefault(child, sites[node])
-    return breaks_among(seen.passed, nodes, named, sites.__getitem__)
+    # a bias in there may still cancel; of a matrix that is no guess to make
+    met = {id(getattr(node, "variable", None)) for node in nodes}
+    hidden = frozenset(name for name, p in named.items() if id(p) not in met and p.dim() > 1)
+    recomputed = Break(ZERO, "what backward runs again (a reentrant checkpoint)", False, NOWHERE, hidden)
+    return [*breaks_among(seen.passed, nodes, named, sites.__getitem__), recomputed]
 
 
 def _applied(

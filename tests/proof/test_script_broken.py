@@ -87,6 +87,23 @@ def test_zero_gradient_is_named_with_its_line(prove_text) -> None:
     assert (finding.kind, finding.line, finding.parameters) == ("zero", line, ENCODER), run.report
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_zeros_that_a_checkpoint_hides_are_no_cancellation(prove_text, reentrant) -> None:
+    run, line = prove_text(f"""
+        from torch.utils.checkpoint import checkpoint
+        down, up = nn.Parameter(torch.zeros(8, 2)), nn.Parameter(torch.zeros(2, 8))
+        adapt = lambda h: h + h @ down @ up  # here
+        net = Net(lambda h: checkpoint(adapt, h, use_reentrant={reentrant}))
+        optimizer = torch.optim.AdamW([*net.parameters(), down, up], lr=1e-3)
+        for step in range(9):
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+    """)
+    found = run.report.rungs["nonzero"].findings
+    assert {name for finding in found for name in finding.parameters} == {"down", "up"}, run.report
+    assert reentrant or {finding.line for finding in found} == {line}
+
+
 def test_bias_whose_gradient_cancels_is_a_note(prove_text) -> None:
     run, _ = prove_text("""
         net, bias = Net(), nn.Parameter(torch.zeros(3))
