@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qwen_fused.proof.allowance import Allowance
 from qwen_fused.proof.applied import check_moved
-from qwen_fused.proof.backtrace import Break, breaks_among, follow_backward
+from qwen_fused.proof.backtrace import ZERO, Break, breaks_among, follow_backward
 from qwen_fused.proof.connected import connected
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.declared import declared
@@ -40,6 +40,7 @@ class _Once(Subject):
         optimizers: list[torch.optim.Optimizer],
         allow: Iterable[str],
         breaks: list[Break],
+        loss: float,
     ):
         self.named = named
         self.modules = modules
@@ -51,16 +52,14 @@ class _Once(Subject):
         self.evaluations = 0
         self.notes = []
         self._breaks = breaks
+        self._loss = loss
 
-    def loss_fn(self) -> None:
-        """Asked for another draw, a script has no other."""
+    def loss_fn(self) -> float:
+        """Whatever is drawn, moved or held: a script is run once, and its loss is what it was."""
+        return self._loss
 
-    def call(self, *held: Any, **more: Any) -> None:
-        """As `loss_fn`."""
-
-    def value(self, *held: Any, **more: Any) -> float:
-        # whoever asks for a second evaluation takes this for one that can't be had
-        raise RuntimeError("a script is run once")
+    def call(self, *held: Any, **more: Any) -> float:
+        return self._loss
 
     def watched_call(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._breaks if function is follow_backward else None
@@ -100,7 +99,8 @@ def report_of(seen: FirstStep, allow: Iterable[str]) -> ProofReport:
     names, modules = name_parameters({**held, **strays, **frozen}, seen.variables, spare)
     named = {names[key]: p for key, p in {**held, **strays}.items()}
     trace = _trace_of(seen, {**{id(p): spare.get(id(p), "<other>") for p in seen.tracer.labels.known}, **names})
-    subject = _Once(named, modules, judged, allow, _breaks_of(seen, named))
+    value = 0.0 if seen.loss is None else seen.loss
+    subject = _Once(named, modules, judged, allow, _breaks_of(seen, named), value)
 
     given = {names[key]: grad for key, grad in seen.gradients.items() if key in names}
     delivered = {name: p for name, p in named.items() if id(p) in seen.delivered or id(p) in strays or name in given}
@@ -113,11 +113,10 @@ def report_of(seen: FirstStep, allow: Iterable[str]) -> ProofReport:
     with kept_random():
         second, cut = connected(subject, trace, Gradients(of=delivered, error=error))
     left = {name: grad for name, grad in gradients.items() if name not in erased}
-    loss = torch.tensor(0.0 if seen.loss is None else seen.loss)
     ladder = [
         declared(subject),
         second,
-        nonzero(subject, Gradients(of=left), later, loss),
+        nonzero(subject, Gradients(of=left), later, torch.tensor(value)),
         Rung("correct", None, UNASKED, asked=False),
         _applied(seen, subject, trace, left, erased),
     ]
@@ -156,7 +155,11 @@ def _breaks_of(seen: FirstStep, named: Mapping[str, Tensor]) -> list[Break]:
         for child, _ in node.next_functions:
             # what a function of torch is made of was called where the function was
             sites.setdefault(child, sites[node])
-    return breaks_among(seen.passed, nodes, named, sites.__getitem__)
+    # a bias in there may still cancel; of a matrix that is no guess to make
+    met = {id(getattr(node, "variable", None)) for node in nodes}
+    hidden = frozenset(name for name, p in named.items() if id(p) not in met and p.dim() > 1)
+    recomputed = Break(ZERO, "what backward runs again (a reentrant checkpoint)", False, NOWHERE, hidden)
+    return [*breaks_among(seen.passed, nodes, named, sites.__getitem__), recomputed]
 
 
 def _applied(
