@@ -73,6 +73,8 @@ class PlannerSettings:
 
     prompt_dim: int = 256
     """Width D of the prompt embedding."""
+    agent: Literal["lines", "conv"] = "lines"
+    """The agent's recurrence: lines, or conv, that of runs before 0.3."""
     agent_channels: int = 64
     """Width of the agent's state."""
     plan_steps: int = 5

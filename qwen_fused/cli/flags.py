@@ -50,9 +50,9 @@ def parse_over_source(command_class: type[T], command: str, arguments: Sequence[
         source.preset is None and source.config is None, "resume",
         "alone, without --preset and --config: the run has its own configuration", str(parsed.resume),
     )  # fmt: skip
-    from qwen_fused.train.resume import run_folder
+    from qwen_fused.train.resume import load_run_config, run_folder
 
-    saved = TrainConfig.load(run_folder(parsed.resume) / "config.yaml")
+    saved = load_run_config(run_folder(parsed.resume))
     own = {**fields_of(saved, TrainConfig), "resume": parsed.resume}
     return parse(command_class, command, rest, command_class(**{**own, **fields_of(source, Source)}))
 

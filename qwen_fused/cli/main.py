@@ -211,9 +211,10 @@ def run_show(arguments: Sequence[str]) -> int:
 
     model, dataset, png = None, config.dataset or "arc1", config.png
     if config.run is not None:
+        from qwen_fused.train.resume import load_run_config
+
         check_run(config.run)
-        trained = TrainConfig.load(config.run / "config.yaml")
-        dataset = config.dataset or trained.dataset
+        dataset = config.dataset or load_run_config(config.run).dataset
     # the task first: a wrong name is told before a model is built
     task = find_task(dataset, config.task)
     if config.run is not None:

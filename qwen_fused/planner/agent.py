@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_fused.arc.episodes import COLORS, MAX_SIDE
-from qwen_fused.config import TrainConfig
 from qwen_fused.planner.plan_core import PlanCore, rms_norm
 
 VIEWS = (
@@ -245,8 +244,3 @@ class SizeHead(nn.Module):
         h = self.trunk(torch.cat([prompt, own_hot], 1))
         gate = self.gate(h).unflatten(1, (2, self.candidates))
         return self.free(h).unflatten(1, (2, -1)) + torch.einsum("bsk,bskn->bsn", gate, pointers)
-
-
-def make_agent(config: TrainConfig) -> GridAgent:
-    """The agent of a configuration, with weights from torch's generator."""
-    return GridAgent(channels=config.agent_channels, prompt_dim=config.prompt_dim, steps=config.plan_steps)

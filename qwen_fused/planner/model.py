@@ -19,7 +19,8 @@ from qwen_fused.arc.episodes import MAX_SIDE, Batch, Episode, collate
 from qwen_fused.arc.features import FEATURES
 from qwen_fused.arc.symmetry import SYMMETRIES, swaps_sides, turn_back
 from qwen_fused.config import TrainConfig
-from qwen_fused.planner.agent import make_agent
+from qwen_fused.planner.agent import GridAgent
+from qwen_fused.planner.conv_agent import ConvAgent
 from qwen_fused.planner.evaluation_mode import evaluating
 from qwen_fused.planner.objective import PlanObjective, PlanScore
 from qwen_fused.planner.policy import REWARD_SCALE, Action, PolicyLoss, PromptPolicy
@@ -223,6 +224,12 @@ class QwenPlanner(nn.Module):
         query = plan.back_input[0, :, :rows, :columns]
         steps = plan.back_logits[0, :, :, :h, :w]
         return [grid.cpu().numpy().astype(np.uint8) for grid in (query.argmax(0), *steps.argmax(1))]
+
+
+def make_agent(config: TrainConfig) -> GridAgent | ConvAgent:
+    """The agent of a configuration, with weights from torch's generator."""
+    agent = GridAgent if config.agent == "lines" else ConvAgent
+    return agent(channels=config.agent_channels, prompt_dim=config.prompt_dim, steps=config.plan_steps)
 
 
 def further_attempts(probabilities: np.ndarray, other: np.ndarray, count: int) -> list[np.ndarray]:

@@ -23,7 +23,7 @@ from qwen_fused.solver.examples import TrainingSet, examples, task_rng
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.sizes import size_rule
 from qwen_fused.solver.task_optimizer import TaskOptimizer
-from qwen_fused.solver.task_planner import TaskPlanner, encode_task, plan_loss
+from qwen_fused.solver.task_planner import TaskPlanner, encode_task, lines_agent, plan_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ def adapt(
     """
     started = time.monotonic()
     ends = [t for t in (deadline, started + settings.task_seconds if settings.task_seconds else None) if t is not None]
-    model = TaskPlanner(planner.agent, *encode_task(planner, task, settings.symmetries))
+    model = TaskPlanner(lines_agent(planner), *encode_task(planner, task, settings.symmetries))
     training = TrainingSet(task, settings, task_rng(settings, task.id))
     schedule = Schedule(settings, started, min(ends) if ends else None)
     optimizer = TaskOptimizer(list(model.named_parameters()), settings)

@@ -17,10 +17,10 @@ from torch import nn
 from qwen_fused.arc.tasks import Pair, Task
 from qwen_fused.common.typed_yaml import from_plain
 from qwen_fused.config import TrainConfig
-from qwen_fused.planner.agent import make_agent
 from qwen_fused.planner.evaluation_mode import evaluating
+from qwen_fused.planner.model import make_agent
 from qwen_fused.solver.settings import SolveSettings
-from qwen_fused.solver.task_planner import encode_task
+from qwen_fused.solver.task_planner import encode_task, lines_agent
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +41,14 @@ class Job:
 
 
 def job_bytes(planner: Any, settings: SolveSettings) -> bytes:
-    """A `QwenPlanner`'s agent and the settings: a line of JSON, then safetensors."""
+    """A `QwenPlanner`'s agent and the settings: a line of JSON, then safetensors.
+
+    Raises:
+        ValueError: the agent is that of runs before 0.3.
+    """
     head = json.dumps({"config": planner.config.to_dict(), "settings": asdict(settings)})
     # clone: what shares memory is refused
-    state = {name: tensor.detach().cpu().clone() for name, tensor in planner.agent.state_dict().items()}
+    state = {name: tensor.detach().cpu().clone() for name, tensor in lines_agent(planner).state_dict().items()}
     return head.encode() + b"\n" + save(state)
 
 

@@ -26,7 +26,7 @@ from qwen_fused.solver.examples import Examples, TrainingSet, examples, task_rng
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.sizes import size_rule
 from qwen_fused.solver.task_optimizer import TaskOptimizer
-from qwen_fused.solver.task_planner import CROSS_ENTROPY, TaskPlanner, encode_task
+from qwen_fused.solver.task_planner import CROSS_ENTROPY, TaskPlanner, encode_task, lines_agent
 
 
 class StackedPlanner(nn.Module):
@@ -101,7 +101,7 @@ def adapt_many(
     """
     started = time.monotonic()
     ends = [t for t in (deadline, started + settings.task_seconds if settings.task_seconds else None) if t is not None]
-    models = [TaskPlanner(planner.agent, *encode_task(planner, task, settings.symmetries)) for task in tasks]
+    models = [TaskPlanner(lines_agent(planner), *encode_task(planner, task, settings.symmetries)) for task in tasks]
     training = [TrainingSet(task, settings, task_rng(settings, task.id)) for task in tasks]
     stacked = StackedPlanner(models)
     schedule = Schedule(settings, started, min(ends) if ends else None)

@@ -51,6 +51,17 @@ class TaskPlanner(nn.Module):
         return self.agent.plan(batch.cells, prompt, readouts), sizes
 
 
+def lines_agent(planner: QwenPlanner) -> GridAgent:
+    """The agent of a planner that can be trained on a task.
+
+    Raises:
+        ValueError: it is that of runs before 0.3.
+    """
+    if not isinstance(planner.agent, GridAgent):
+        raise ValueError("training on a task needs a run with --agent lines, got one with conv, as runs before 0.3 are")
+    return planner.agent
+
+
 def encode_task(planner: QwenPlanner, task: Task, symmetries: int) -> tuple[Tensor, Tensor]:
     """What Qwen makes of a task, once: its prompt [V, D] and the demonstrations' mean sizes [V, 4], for each symmetry.
 

@@ -8,6 +8,7 @@ from qwen_fused.arc.scoring import Evaluation
 from qwen_fused.report.run_log import RunLog
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.solve import solve_tasks
+from qwen_fused.solver.task_planner import lines_agent
 from qwen_fused.train.signals import Interrupted, catch_signals
 from qwen_fused.train.trainer import Trainer
 
@@ -28,6 +29,11 @@ def evaluate_adapted(trainer: Trainer, before: Evaluation, log: RunLog) -> dict[
     """
     seconds = trainer.config.ttt_seconds
     if not seconds:
+        return None
+    try:
+        lines_agent(trainer.model)
+    except ValueError as error:
+        log.say(f"Held-out tasks are not trained on: {error}.")
         return None
     if trainer.sharded:
         log.say("Held-out tasks are not trained on: Qwen is in shards here. `qwen-fused eval --ttt-steps` does that.")

@@ -31,7 +31,7 @@ MAY_CHANGE = frozenset(
     }
 )  # fmt: skip
 # versions whose runs this one continues bit for bit
-RESUMES_FROM = ("0.1.0",)
+RESUMES_FROM = ("0.1.0", "0.2.0")
 SET_ASIDE = "set-aside"
 STATE_KEYS = ("model", "optimizer", "scaler", "progress", "window", "monitor", "rng", "origin")
 
@@ -64,6 +64,15 @@ def run_folder(path: Path) -> Path:
     raise ValueError(f"resume must be a run folder or a checkpoint in one, with a config.yaml, got {path}")
 
 
+def load_run_config(folder: Path) -> TrainConfig:
+    """The configuration of a run folder; runs before 0.3 do not name their agent, which was the conv one.
+
+    Raises:
+        ValueError: as `TrainConfig.load`.
+    """
+    return TrainConfig.load(folder / "config.yaml", TrainConfig(agent="conv"))
+
+
 def open_run(config: TrainConfig) -> Continuation:
     """Find and read what `config.resume` names, and compare the settings.
 
@@ -72,7 +81,7 @@ def open_run(config: TrainConfig) -> Continuation:
     """
     assert config.resume is not None
     folder = run_folder(config.resume)
-    saved = TrainConfig.load(folder / "config.yaml")
+    saved = load_run_config(folder)
     checkpoint, state, notes = read_newest_state(config.resume)
     if state is not None and not set(STATE_KEYS) <= set(state):
         raise ValueError(f"resume must be a run's step-*.safetensors, got {checkpoint}, which holds weights only")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from qwen_fused.config import TrainConfig, error_prefix
+from qwen_fused.config import error_prefix
 from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.qwen.backbone import save_backbone
 from qwen_fused.report.run_files import check_run
 from qwen_fused.train.checkpoint import read_state
-from qwen_fused.train.resume import explain_mismatch, read_newest_state
+from qwen_fused.train.resume import explain_mismatch, load_run_config, read_newest_state
 
 
 def load_model(run: Path, weights: str = "last", device: torch.device | str = "cpu") -> QwenPlanner:
@@ -28,7 +28,7 @@ def load_model(run: Path, weights: str = "last", device: torch.device | str = "c
         ValueError: there is no such run, it has no such checkpoint, or its Qwen is no longer where it was.
     """
     check_run(run)
-    config = TrainConfig.load(run / "config.yaml")
+    config = load_run_config(run)
     best = run / "checkpoints" / "best.safetensors"
     if weights == "best" and not best.is_file():
         raise ValueError(f"weights must be last for a run that has not been evaluated, got best: there is no {best}")

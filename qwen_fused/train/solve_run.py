@@ -15,7 +15,7 @@ import torch
 from qwen_fused.arc.reader import load_tasks
 from qwen_fused.arc.tasks import Task, TaskCollection
 from qwen_fused.common.device import resolve_device
-from qwen_fused.config import TrainConfig, require
+from qwen_fused.config import TrainConfig, error_prefix, require
 from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.qwen.tiny import seeded
 from qwen_fused.report.solve_log import SolveLog
@@ -24,6 +24,7 @@ from qwen_fused.solver.page import write_page
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.solution import Solution
 from qwen_fused.solver.solve import solve_tasks
+from qwen_fused.solver.task_planner import lines_agent
 from qwen_fused.train.saved import load_model
 from qwen_fused.train.signals import Interrupted, catch_signals
 
@@ -136,7 +137,10 @@ def read_tasks(tasks: str | Path | Sequence[Task], split: str | None, limit: int
 def open_planner(run: str | Path | None, weights: str, seed: int, device: str) -> tuple[QwenPlanner, str]:
     """A run's planner, or one with random weights; and a sentence that says which."""
     if run is not None:
-        return load_model(Path(run), weights, resolve_device(device)), f"From the {weights} weights of run {run}."
+        planner = load_model(Path(run), weights, resolve_device(device))
+        with error_prefix(f"run {run}"):
+            lines_agent(planner)
+        return planner, f"From the {weights} weights of run {run}."
     with seeded(seed):
         planner = QwenPlanner(TrainConfig(seed=seed))
     told = f"Without a run: from random weights (seed {seed}), so all that is learned is learned from the task itself."

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from forked_workers import stand_in, use_forked_workers
+from forked_workers import StandIn, stand_in, use_forked_workers
 
 from qwen_fused.arc.episodes import load_tasks
 from qwen_fused.arc.tasks import Pair
@@ -60,6 +60,14 @@ def test_off_at_zero(config, monkeypatch):
     assert list(json.loads((run / "evaluation.json").read_text())) == ["validation", "training"]
 
 
+def test_the_agent_of_older_runs_is_left_out(config, monkeypatch):
+    monkeypatch.setattr(adapted, "solve_tasks", None)
+    run = train(replace(config, agent="conv"))
+    told = "Held-out tasks are not trained on: training on a task needs a run with --agent lines, got one with conv"
+    assert told in (run / "train.log").read_text()
+    assert list(json.loads((run / "evaluation.json").read_text())) == ["validation", "training"]
+
+
 def test_a_run_is_whole_without_it(config, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("a worker must start, but its worker process ended with code 4")
@@ -88,7 +96,7 @@ def test_a_signal_ends_it_after_the_evaluation_was_written(config, monkeypatch):
 
 def test_shards_are_left_out(config, monkeypatch):
     class Sharded:
-        sharded = True
+        sharded, model = True, StandIn()
 
     said = []
     trainer, log = Sharded(), type("Log", (), {"say": said.append})

@@ -19,6 +19,7 @@ from qwen_fused.train.trainer import Trainer
 WINDOW = dict(prompt_window=6, prompt_visits=3)
 MODES = {
     "default": {},
+    "conv": dict(agent="conv"),
     "lora": dict(lora_rank=4),
     "bf16": dict(precision="bf16"),
     "fp16": dict(precision="fp16"),

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from small_runs import rows
 
 from qwen_fused.cli import main as cli
@@ -205,6 +207,55 @@ def test_versions_that_go_on_bit_for_bit_are_not_refused(run, again, monkeypatch
     assert "Changed" not in log and "The code is not" not in log
     # what it writes is its own
     assert read_state(list_checkpoints(run / "checkpoints")[-1])["origin"]["version"] == "9.0.0"
+
+
+@pytest.fixture(scope="module")
+def before_agents(config_in, tmp_path_factory) -> Iterator[Path]:
+    """A run of four batches of the agent of runs before 0.3, with checkpoints after 2 and 4; it names no agent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "finish", lambda *args: None)
+        changes = dict(agent="conv", max_batches=4, checkpoint_every=2)
+        run = loop.train(config_in(tmp_path_factory.mktemp("runs"), **changes))
+        drop_agent(run)
+        yield run
+
+
+def drop_agent(run: Path) -> None:
+    plain = yaml.safe_load((run / "config.yaml").read_text())
+    assert plain.pop("agent") == "conv"
+    (run / "config.yaml").write_text(yaml.safe_dump(plain))
+
+
+def test_run_that_names_no_agent_resumes_bitwise(before_agents, tmp_path, capsys):
+    run = Path(shutil.copytree(before_agents, tmp_path / "run"))
+    unbroken, flags = rows(run), ["--max-batches", "4", "--no-prove"]
+    checkpoint = run / "checkpoints" / "step-000002.safetensors"
+    assert cli.main(["train", "--resume", str(checkpoint), "--agent", "lines", *flags]) == 2
+    assert "agent was conv, is lines" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", str(checkpoint), *flags]) == 0
+    assert rows(run) == unbroken and "Changed" not in (run / "train.log").read_text()
+    last = [read_state(folder / "checkpoints" / "step-000004.safetensors")["model"] for folder in (before_agents, run)]
+    assert all(torch.equal(tensor, last[1][name]) for name, tensor in last[0].items())
+    # from now on it names it
+    assert TrainConfig.load(run / "config.yaml").agent == "conv"
+
+
+def test_run_that_names_no_agent_answers_and_exports(before_agents, tmp_path, small_arc, capsys):
+    run = Path(shutil.copytree(before_agents, tmp_path / "run"))
+    task = sorted(small_arc.iterdir())[0].stem
+    for command in (["eval", run], ["show", task, "--run", run], ["report", run], ["export", run, tmp_path / "qwen"]):
+        assert cli.main([str(word) for word in command]) == 0, command
+    out = capsys.readouterr().out
+    assert all(said in out for said in ("pass@1", "Picture: ", "Report: ", "Exported: "))
+
+
+@pytest.mark.parametrize("command", ["eval {run} --ttt-steps 2", "solve {tasks} --run {run} --out {out}"])
+def test_run_that_names_no_agent_is_not_trained_on_a_task(before_agents, tmp_path, small_arc, capsys, command):
+    line = command.format(run=before_agents, tasks=small_arc, out=tmp_path / "out")
+    assert cli.main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert "training on a task needs a run with --agent lines, got one with conv" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_torch_and_other_sources_are_told(run, again):
