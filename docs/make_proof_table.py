@@ -31,7 +31,7 @@ def render() -> str:
         counts.setdefault(case.library, Counter())[answer] += 1
     lines = [
         "| library | version | cases | healthy, proved | broken, named | refused with the reason |",
-        "|---|---|---|---|---|---|",
+        "| -- | -- | -- | -- | -- | -- |",
     ]
     for library, found in sorted(counts.items()):
         row = [found["proved"], found["broken"], found["refused"]]

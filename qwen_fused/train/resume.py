@@ -30,7 +30,7 @@ MAY_CHANGE = frozenset(
         "shard_qwen",
     }
 )  # fmt: skip
-# versions whose runs this one continues bit for bit
+# versions whose runs this one continues: norms are nearer the truth since 0.3, so clipped gradients differ in last bits
 RESUMES_FROM = ("0.1.0", "0.2.0")
 SET_ASIDE = "set-aside"
 STATE_KEYS = ("model", "optimizer", "scaler", "progress", "window", "monitor", "rng", "origin")
@@ -161,7 +161,7 @@ def compare_fingerprint(run: Continuation, now: Mapping[str, str], *, allow: boo
     if was["version"] not in (now["version"], *RESUMES_FROM):
         run.changes.append(f"qwen-fused was {was['version']}, is {now['version']}")
     elif was["version"] != now["version"]:
-        run.notes.append(f"Begun by qwen-fused {was['version']}, which {now['version']} continues bit for bit.")
+        run.notes.append(f"Begun by qwen-fused {was['version']}, which {now['version']} continues, but for last bits of clipped gradients.")
     elif was["code"] != now["code"]:
         run.notes.append(f"The code is not what wrote {run.checkpoint}: batches may come out otherwise than they did.")
     if was["torch"] != now["torch"]:

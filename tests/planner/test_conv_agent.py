@@ -1,4 +1,4 @@
-"""The agent of runs before 0.3: padding never matters, every step and both directions carry a gradient, and its bits."""
+"""The agent of runs before 0.3: padding never matters, every step and both directions carry a gradient; its bits."""
 
 from __future__ import annotations
 

@@ -199,11 +199,11 @@ def test_another_version_is_refused_unless_told(run, again):
 
 
 @pytest.mark.parametrize("version", resume.RESUMES_FROM)
-def test_versions_that_go_on_bit_for_bit_are_not_refused(run, again, monkeypatch, version):
+def test_versions_whose_runs_go_on_are_not_refused(run, again, monkeypatch, version):
     monkeypatch.setattr("qwen_fused.__version__", "9.0.0")
     rewrite_fingerprint(run, version=version, code="0")
     log = again()
-    assert f"Begun by qwen-fused {version}, which 9.0.0 continues bit for bit." in log
+    assert f"Begun by qwen-fused {version}, which 9.0.0 continues, but for last bits of clipped gradients." in log
     assert "Changed" not in log and "The code is not" not in log
     # what it writes is its own
     assert read_state(list_checkpoints(run / "checkpoints")[-1])["origin"]["version"] == "9.0.0"
