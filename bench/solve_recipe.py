@@ -2,8 +2,8 @@
 
     python bench/solve_recipe.py --tasks screen --stride 2 --set steps=100 lr=2e-3 --config plan_steps=8 --out x.json
 
-Tasks: screen (held-out and public evaluation tasks with sides up to 16, for decisions), held-out (forty of arc1's
 Tasks: screen (held-out and public evaluation tasks with sides up to 16, to decide by), held-out (forty of arc1's
+training tasks), eval100 (every fourth of arc1's public evaluation tasks), small (half of the held-out screen). Start:
 from a run (--run), from what pretrain_joint.py wrote (--start), or from random weights.
 """
 

@@ -161,7 +161,10 @@ def compare_fingerprint(run: Continuation, now: Mapping[str, str], *, allow: boo
     if was["version"] not in (now["version"], *RESUMES_FROM):
         run.changes.append(f"qwen-fused was {was['version']}, is {now['version']}")
     elif was["version"] != now["version"]:
-        run.notes.append(f"Begun by qwen-fused {was['version']}, which {now['version']} continues, but for last bits of clipped gradients.")
+        run.notes.append(
+            f"Begun by qwen-fused {was['version']}, which {now['version']} continues, but for last bits of clipped "
+            "gradients."
+        )
     elif was["code"] != now["code"]:
         run.notes.append(f"The code is not what wrote {run.checkpoint}: batches may come out otherwise than they did.")
     if was["torch"] != now["torch"]:

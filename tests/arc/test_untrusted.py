@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qwen_fused
-from qwen_fused.arc.tasks import load_tasks
+from qwen_fused.arc.reader import load_tasks
 from qwen_fused.cli import main as cli
 from qwen_fused.qwen.backbone import load_backbone, save_backbone
 

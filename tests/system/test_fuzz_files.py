@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from soak import unequal
 
-from qwen_fused.arc.tasks import load_tasks
+from qwen_fused.arc.reader import load_tasks
 from qwen_fused.qwen.backbone import load_backbone, save_backbone
 from qwen_fused.train.checkpoint import read_state, write_state
 
