@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from solve_recipe import side
 
 from qwen_fused.arc.episodes import Task, load_tasks, split_tasks
@@ -99,7 +100,7 @@ def main() -> None:
             loss, solved = np.mean(losses[-300:], 0)
             print(f"{spent:.0f} s, step {step}: loss {loss:.4f}, episodes solved {solved:.3f}", flush=True)
     average.swap_in()
-    torch.save(agent.state_dict(), args.out)
+    save_file(agent.state_dict(), args.out)
     print(f"{step} steps, {len(tasks)} tasks, {args.out}")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from machine import device_name, output_of
+from safetensors.torch import load_file
 
 from qwen_fused.arc.episodes import Task, load_tasks, split_tasks
 from qwen_fused.config import TrainConfig
@@ -107,7 +108,7 @@ def main() -> None:
     else:
         planner = QwenPlanner(TrainConfig(**{"seed": args.seed, **typed(TrainConfig, args.config)}))
     if args.start:
-        planner.agent.load_state_dict(torch.load(args.start))
+        planner.agent.load_state_dict(load_file(args.start))
     tasks = chosen_tasks(args.tasks)[:: args.stride][: args.limit]
     adapt.encode_task = prompts_of(args.prompt, tasks)
     rows = []

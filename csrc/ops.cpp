@@ -49,7 +49,7 @@ TORCH_LIBRARY(qwen_fused, m) {
   // not overlap here. bounds: [R] float64 beside values, in place of the numbers: max_norm is empty then
   m.def("group_grad_clip_(Tensor(a!)[] grads, int[] rows, Tensor values, float[] max_norm, Tensor? bounds=None) -> ()");
 
-  // the recurrence of qwen_fused/planner/plan_core.py: states [T, N, P, H, W, F] after each step, and bytes for
+  // the recurrence of qwen_fused/planner/plan_core.py: states [T, N, P, H, W, F] after each step, and words for
   // backward
   m.def(
       "plan_core(Tensor state, Tensor alive, Tensor scale, Tensor shift, Tensor norm, Tensor wz, Tensor bz, "

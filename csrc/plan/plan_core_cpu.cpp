@@ -79,15 +79,15 @@ PlanShape shape_of(In state, In alive, In scale, In shift, In norm, In wz, In wc
 // living cells of each row and column of an episode: [N, H + W], at least 1
 at::Tensor counts_of(In alive) { return at::cat({alive.sum(2), alive.sum(1)}, 1).clamp_min(1).contiguous(); }
 
-// z [T, R, Z], a [T, R, Q] and pre [T, R, hidden] of all steps, one behind the other in a tensor of bytes: what
-// backward needs is no result, and nothing can take it for one
+// z [T, R, Z], a [T, R, Q] and pre [T, R, hidden] of all steps, one behind the other in a tensor of integers as
+// wide as an element: what backward needs is no result, and nothing can take it for one
 struct Workspace {
   at::Tensor z, a, pre;
 
   static int64_t size(const PlanShape& p, int64_t steps) { return steps * p.rows() * (p.Z + p.Q + p.hidden); }
 
-  Workspace(In bytes, const PlanShape& p, int64_t steps, at::ScalarType type) {
-    const at::Tensor all = bytes.view(type);
+  Workspace(In words, const PlanShape& p, int64_t steps, at::ScalarType type) {
+    const at::Tensor all = words.view(type);
     int64_t begin = 0;
     const auto next = [&](int64_t width) {
       const int64_t count = steps * p.rows() * width;
@@ -112,9 +112,9 @@ std::tuple<at::Tensor, at::Tensor> plan_core(
   const int64_t R = p.rows();
   const auto options = state.options();
   at::Tensor states = at::empty({steps, p.N, p.P, p.H, p.W, p.F}, options);
-  const at::Tensor bytes =
-      at::empty({Workspace::size(p, steps) * static_cast<int64_t>(state.element_size())}, options.dtype(at::kByte));
-  const Workspace work(bytes, p, steps, state.scalar_type());
+  const at::Tensor words =
+      at::empty({Workspace::size(p, steps)}, options.dtype(state.element_size() == 8 ? at::kLong : at::kInt));
+  const Workspace work(words, p, steps, state.scalar_type());
   at::Tensor x = at::empty({R, p.F}, options), u = at::empty({R, p.hidden}, options);
   at::Tensor room = at::empty({3 * (p.H + p.W + 2) * p.c}, options);
   const at::Tensor counts = counts_of(alive);
@@ -136,19 +136,19 @@ std::tuple<at::Tensor, at::Tensor> plan_core(
       at::addmm_out(after, before.reshape({R, p.F}), h, wu);
     }
   });
-  return {states, bytes};
+  return {states, words};
 }
 
 // gradients of state, scale, shift, norm, wz, bz, wc, bias and wu
 std::vector<at::Tensor> plan_core_backward(
     In grad_in, In state_in, In alive_in, In scale_in, In shift_in, In norm_in, In wz, In wc, In wu, In states,
-    In bytes, int64_t part) {
+    In words, int64_t part) {
   const PlanShape p = shape_of(state_in, alive_in, scale_in, shift_in, norm_in, wz, wc, wu, part);
   const auto state = state_in.contiguous(), alive = alive_in.to(state_in.scalar_type()).contiguous(),
              scale = scale_in.contiguous(), shift = shift_in.contiguous(), norm = norm_in.contiguous(),
              grad = grad_in.contiguous();
   const int64_t R = p.rows(), steps = states.size(0);
-  const Workspace work(bytes, p, steps, state.scalar_type());
+  const Workspace work(words, p, steps, state.scalar_type());
   const auto options = state.options();
   at::Tensor ds = grad[steps - 1].clone(), d_scale = at::zeros_like(scale), d_shift = at::zeros_like(shift);
   at::Tensor d_norm = at::zeros_like(norm), d_wz = at::zeros({p.F, p.Z}, options), d_bz = at::zeros({p.Z}, options);

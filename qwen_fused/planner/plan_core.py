@@ -181,7 +181,7 @@ def _fake(
     part: int, steps: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     elements = steps * state.shape[:-1].numel() * (wz.shape[1] + wc.shape[0] + wc.shape[1])
-    workspace = state.new_empty(elements * state.element_size(), dtype=torch.uint8)
+    workspace = state.new_empty(elements, dtype=torch.int64 if state.element_size() == 8 else torch.int32)
     return state.new_empty((steps, *state.shape)), workspace
 
 

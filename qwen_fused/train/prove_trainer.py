@@ -12,6 +12,7 @@ from qwen_fused.train.trainer import Trainer
 # where a value loses its gradient on purpose
 INTENDED_CUTS = (
     "efe_loss*",  # the hard mask, accuracy and predictions are argmaxed; the fused ops are taken at their word
+    "hard_cell_cross_entropy*",  # as efe_loss, for the reversed plan
     "QwenPlanner.baseline",  # the plan under the unrefined prompt: argmaxed for the reward
     "PromptPolicy.forward",  # the sampled u is held fixed in its own log-probability
     "PromptPolicy.loss",  # reward, advantage and the states that curiosity observes

@@ -146,7 +146,7 @@ def test_tasks_of_one_pair_and_tasks_that_cannot_be_read(tmp_path, quick, capsys
     # every task that asks something is in it
     assert {name: len(answers) for name, answers in submission.items()} == {"one": 1, "none": 2, "ragged": 1}
     said = capsys.readouterr().out
-    assert said.count("Left out: ") == 4 and "train has 0 usable of 1 pairs; 1 needed" in said
+    assert said.count("Left out: ") == 4 and "train has 0 usable of 1 pairs; one is needed" in said
     assert "Not scored: no answer is known." in said
 
 

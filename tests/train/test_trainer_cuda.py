@@ -63,7 +63,7 @@ def test_autocast_runs_the_plan_narrow_and_keeps_the_gradient(make, precision: s
     for name in ("fp32", precision):
         torch.manual_seed(0)
         trainer, kinds = make(precision=name), set()
-        trainer.model.agent.core.local.register_forward_hook(lambda m, i, o, kinds=kinds: kinds.add(o.dtype))
+        trainer.model.agent.readout.register_forward_hook(lambda m, i, o, kinds=kinds: kinds.add(o.dtype))
         torch.manual_seed(0)
         rows[name] = trainer.read(next_batch(trainer))
         assert kinds == {torch.float32 if name == "fp32" else narrow}
@@ -113,7 +113,7 @@ def test_graph_of_forward_and_backward(make, device: torch.device, monkeypatch) 
     encoded.prompt.requires_grad_()
     monkeypatch.setattr(QwenPrompt, "forward", lambda self, demonstrations, pooled=None: encoded)
     noise = torch.randn(len(batch.episodes), trainer.config.prompt_dim, device=device)
-    parameter = trainer.model.agent.core.local.weight
+    parameter = trainer.model.agent.core.mix
 
     def body() -> tuple[Tensor, ...]:
         encoded.prompt.grad = None
