@@ -66,6 +66,14 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_process_group() -> Iterator[None]:
+    """A group that a test left behind would be every later test's, and every forked process's."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(params=["extension", "reference"])
 def gradient_path(request, monkeypatch) -> str:
     """The compiled gradient ops, and then plain torch in their place."""
