@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +18,18 @@ from two_processes import run_ranks, said
 import qwen_fused as qf
 
 pytest.importorskip("accelerate")
+
+# the two processes are copies of their parent: they wait for ever where an earlier test of it has left OpenMP threads
+ALONE = "QWEN_FUSED_TESTS_ALONE"
+alone = pytest.mark.skipif(os.environ.get(ALONE) != "1", reason="run by test_in_a_process_of_its_own")
+
+
+def test_in_a_process_of_its_own() -> None:
+    if os.environ.get(ALONE) == "1":
+        return
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, ALONE: "1"}, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 class DetachedInOne(Trainer):
@@ -32,6 +48,7 @@ def begin() -> None:
     GradientState._reset_state()
 
 
+@alone
 def test_healthy_run_goes_on_as_without(tmp_path) -> None:
     def train(rank: int) -> int:
         begin()
@@ -46,6 +63,7 @@ def test_healthy_run_goes_on_as_without(tmp_path) -> None:
     assert run_ranks(train, tmp_path) == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
 
 
+@alone
 def test_both_stop_at_what_one_finds(tmp_path) -> None:
     def train(rank: int) -> int:
         begin()
