@@ -31,6 +31,8 @@ SECONDS = {"quick": 2.0, "full": 10.0}
 FEWEST, MOST = 3, 60
 # a call shorter than this is repeated within a round, to stand above the clock and a device's wait
 SHORTEST = 0.01
+# of a GPU, at most: how long it waits need not be exact
+CYCLES_PER_SECOND = 2e9
 
 
 class WrongResult(AssertionError):
@@ -88,6 +90,7 @@ class Row:
     operations: int | None
     gb_per_s: float | None
     episodes_per_s: float | None
+    device_ms: float | None
     launches: int | None
     syncs: int | None
     peak_mb: float | None
@@ -161,7 +164,8 @@ def row_of(
     median = statistics.median(found)
     # whole training runs start tens of thousands: their profile would take longer than they do
     profiled = comparison.device.type == "cuda" and comparison.episodes is None
-    launches, syncs = launches_and_syncs(comparison.calls[name], comparison.device) if profiled else (None, None)
+    call, device = comparison.calls[name], comparison.device
+    launches, syncs = launches_and_syncs(call, device) if profiled else (None, None)
     return Row(
         bench=comparison.bench,
         case=comparison.case,
@@ -177,10 +181,31 @@ def row_of(
         operations=comparison.operations,
         gb_per_s=comparison.bytes / median / 1e9 if comparison.bytes else None,
         episodes_per_s=comparison.episodes / median if comparison.episodes else None,
+        device_ms=device_ms(call, device, median) if profiled else None,
         launches=launches,
         syncs=syncs,
         peak_mb=peak,
     )
+
+
+def device_ms(call: Call, device: torch.device, about: float) -> float:
+    """Milliseconds of the device alone for one call, a median of nine.
+
+    The device is kept waiting until the host has launched all of the call, so that no gap between launches counts; where
+    the call itself waits for the device, what follows does.
+    """
+    times = []
+    for _ in range(9):
+        value = call.prepare() if call.prepare else None
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        wait(device)
+        torch.cuda._sleep(int(CYCLES_PER_SECOND * (2 * about + 1e-3)))
+        start.record()
+        call.run(value)
+        end.record()
+        wait(device)
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
 
 
 def launches_and_syncs(call: Call, device: torch.device) -> tuple[int, int]:
@@ -295,6 +320,8 @@ def line_of(row: dict) -> str:
         cells.append(f"{row['episodes_per_s']:8.2f} episodes/s")
     if row["peak_mb"] is not None:
         cells.append(f"{row['peak_mb']:.0f} MB more")
+    if row.get("device_ms") is not None:
+        cells.append(f"device {row['device_ms']:.3f} ms")
     if row["launches"] is not None:
         cells.append(f"{row['launches']} launches, {row['syncs']} syncs")
     if row["error"] is not None:
