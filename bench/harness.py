@@ -191,8 +191,8 @@ def row_of(
 def device_ms(call: Call, device: torch.device, about: float) -> float:
     """Milliseconds of the device alone for one call, a median of nine.
 
-    The device is kept waiting until the host has launched all of the call, so that no gap between launches counts; where
-    the call itself waits for the device, what follows does.
+    The device is kept waiting until the host has launched all of the call, so that no gap between launches counts; in
+    a call that itself waits for the device, what follows that wait does count.
     """
     times = []
     for _ in range(9):
