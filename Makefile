@@ -27,7 +27,7 @@ $(STAMP): setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) |
 	@touch $@
 
 # prose wraps at 100; docs/api.md and the figures of docs/performance.md are written in the same form
-PROSE = --wrap 100 --number --compact-tables README.md CHANGELOG.md CONTRIBUTING.md docs
+PROSE = --wrap 100 --number --compact-tables README.md CHANGELOG.md CONTRIBUTING.md docs bench/GPU.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
