@@ -146,7 +146,7 @@ def stage_train(arguments) -> str:
     from qwen_fused.train.loop import train
 
     half = arguments.what == "half"
-    changes = dict(device="cuda", dataset=dataset(), max_batches=600, max_minutes=0.6, eval_every=0)
+    changes = dict(device="cuda", dataset=dataset(), max_batches=600, max_minutes=0.4, eval_every=0)
     changes |= dict(ttt_seconds=0)
     # one at the end, which with Qwen's float32 masters is 7 GB
     changes |= dict(checkpoint_every=1000, keep_checkpoints=1)
