@@ -9,7 +9,6 @@ all of them alike: the ratio to ours is the median over rounds of the ratios wit
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import statistics
 import sys
@@ -25,14 +24,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from on_device import device_ms, launches_and_syncs, wait
 
 # seconds for one comparison, and the fewest rounds that give a median and its spread
 SECONDS = {"quick": 2.0, "full": 10.0}
 FEWEST, MOST = 3, 60
 # a call shorter than this is repeated within a round, to stand above the clock and a device's wait
 SHORTEST = 0.01
-# of a GPU, at most: how long it waits need not be exact
-CYCLES_PER_SECOND = 2e9
 
 
 class WrongResult(AssertionError):
@@ -149,12 +147,6 @@ def timed(call: Call, device: torch.device, repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats / call.share
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def row_of(
     comparison: Comparison, name: str, times: dict[str, list[float]], error: float | None, peak: float | None
 ) -> Row:
@@ -186,53 +178,6 @@ def row_of(
         syncs=syncs,
         peak_mb=peak,
     )
-
-
-def device_ms(call: Call, device: torch.device, about: float) -> float:
-    """Milliseconds of the device alone for one call, a median of nine.
-
-    The device is kept waiting until the host has launched all of the call, so that no gap between launches counts; in
-    a call that itself waits for the device, what follows that wait does count.
-    """
-    times = []
-    for _ in range(9):
-        value = call.prepare() if call.prepare else None
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        wait(device)
-        torch.cuda._sleep(int(CYCLES_PER_SECOND * (2 * about + 1e-3)))
-        start.record()
-        call.run(value)
-        end.record()
-        wait(device)
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def launches_and_syncs(call: Call, device: torch.device) -> tuple[int, int]:
-    """Kernels that one call starts, and times it makes the host wait for the device."""
-    value = call.prepare() if call.prepare else None
-    busy, idle = device_events(lambda: call.run(value), device), idle_events(device)
-    return busy[0] - idle[0], max(0, busy[1] - idle[1])
-
-
-@functools.cache
-def idle_events(device: torch.device) -> tuple[int, int]:
-    """What an empty call shows: the profiler and the wait at its end synchronise, too."""
-    return device_events(lambda: None, device)
-
-
-def device_events(run: Callable[[], Any], device: torch.device) -> tuple[int, int]:
-    """Launches and synchronisations while `run` runs and until the device is done."""
-    from torch.profiler import ProfilerActivity, profile
-
-    wait(device)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-        run()
-        # kernels that still run when the profile ends would not be in it
-        wait(device)
-    events = trace.key_averages()
-    launches = sum(event.count for event in events if "LaunchKernel" in event.key or "GraphLaunch" in event.key)
-    return launches, sum(event.count for event in events if "Synchronize" in event.key)
 
 
 def peak_mb(call: Call, device: torch.device) -> float | None:
