@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from blocking import blocking_reads
 from demonstrations import DEMONSTRATIONS
 from qwens import qwen_tokenizer, save_qwen
@@ -30,12 +31,13 @@ def test_a_pass_reads_nothing_and_equals_one_with_masks(qwen, lora_rank: int, mo
     assert not seen
     gradients = {name: p.grad.clone() for name, p in prompt.named_parameters() if p.grad is not None}
     prompt.zero_grad()
-    # left to itself, the library looks at the positions
+    # left to itself, the library looks at the positions; transformers 4 did not
     monkeypatch.setattr(prompt_module, "causal_without_mask", lambda config, tokens: None)
     with blocking_reads() as seen:
         expected = prompt(DEMONSTRATIONS).text_embedding
         expected.square().sum().backward()
-    assert seen and all("masking_utils" in line for line in seen)
+    assert bool(seen) == (int(transformers.__version__.split(".")[0]) >= 5)
+    assert all("masking_utils" in line for line in seen)
     assert torch.equal(found, expected)
     again = {name: p.grad for name, p in prompt.named_parameters() if p.grad is not None}
     assert gradients.keys() == again.keys() and all(torch.equal(gradients[name], again[name]) for name in again)

@@ -83,7 +83,7 @@ def test_bad_arguments_get_one_sentence(tmp_path):
 def test_every_stage_is_in_a_part():
     lines = SCRIPT.read_text().splitlines()
     stages = next(line for line in lines if line.startswith("STAGES=")).split('"')[1].split()
-    parts = [line.split('"')[1].split() for line in lines if "]=\"machine" in line]
+    parts = [line.split('"')[1].split() for line in lines if ']="machine' in line]
     assert len(parts) == 4 and {stage for part in parts for stage in part} == set(stages)
 
 
