@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-# whose `forward` takes a mask for each type of layer, in transformers 4.57 (which does not read) and in every 5 so far; the mixtures of
-# experts of either take none, and read
+# whose `forward` takes a mask for each type of layer, in transformers 4.57 (where nothing was read) and in every 5 so
+# far; the mixtures of experts of either take none
 BY_LAYER_TYPE = ("qwen2", "qwen3")
 
 

@@ -38,9 +38,10 @@ def test_a_pass_reads_nothing_and_equals_one_with_masks(qwen, lora_rank: int, mo
         expected.square().sum().backward()
     assert bool(seen) == (int(transformers.__version__.split(".")[0]) >= 5)
     assert all("masking_utils" in line for line in seen)
-    assert torch.equal(found, expected)
+    # transformers 4 hands SDPA a mask, and with it another kernel
+    torch.testing.assert_close(found, expected)
     again = {name: p.grad for name, p in prompt.named_parameters() if p.grad is not None}
-    assert gradients.keys() == again.keys() and all(torch.equal(gradients[name], again[name]) for name in again)
+    torch.testing.assert_close(gradients, again)
 
 
 def test_the_model_makes_its_masks_where_no_mask_is_not_causal(tmp_path) -> None:
