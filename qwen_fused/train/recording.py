@@ -46,8 +46,10 @@ class CudaGraphs:
             # a pool ends with the last of its graphs
             self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # memory that waits for the other streams' work cannot be looked after while a graph is being recorded
+        # memory that waits for other streams' work can't be looked after while recording; and what the function's first
+        # run left cached is of no use to a pool
         torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             # other threads, such as a tracker's, may do as they like

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from qwen_fused.arc.episodes import collate
 from qwen_fused.loss.checks import set_check_targets
-from qwen_fused.train.graphed_step import SIDES, GraphedStep, bucket_canvas
+from qwen_fused.parallel.processes import Ranks
+from qwen_fused.train.graphed_step import (
+    SIDES,
+    GraphedStep,
+    StepTensors,
+    bucket_canvas,
+    integer_tensors,
+    wants_graphs,
+)
 from qwen_fused.train.trainer import Trainer
 
 
@@ -216,6 +224,47 @@ def test_a_failure_is_told_once_and_the_run_goes_on(make, device, where, precisi
     assert "can't be recorded as a CUDA graph: " in hint and "\n" not in hint and "--cuda-graphs off" in hint
     assert not broken.graphs.steps and broken.graphs.update is None
     assert_same_run(broken, eager, rows[1], rows[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_replay_with_a_gradient_that_is_not_finite_leaves_the_weights(make, device, precision):
+    trainer = make(precision=precision, on_nonfinite="skip")
+    episodes, prompts = trainer.sampler.batch(0, 0), trainer.prompts
+
+    def step(factor: float) -> dict:
+        trainer.prompts = lambda batch: (prompts(batch).detach() * factor).requires_grad_()
+        row = trainer.read(trainer.train_step(episodes, 1, flush=False))
+        trainer.window.discard()
+        return row
+
+    for _ in range(3):
+        assert step(1.0)["nonfinite"] == 0
+    assert trainer.graphs.steps and trainer.graphs.update is not None
+    before, scale = [p.detach().clone() for p in trainer.graphs.parameters], trainer.scaler.get_scale()
+    assert step(float("nan"))["nonfinite"] == 1
+    assert all(map(torch.equal, before, trainer.graphs.parameters))
+    assert trainer.scaler.get_scale() == (scale / 2 if precision == "fp16" else scale)
+    assert step(1.0)["nonfinite"] == 1
+    assert not any(map(torch.equal, before, trainer.graphs.parameters))
+
+
+def test_every_tensor_begins_where_triton_expects_it(make, device):
+    """At 16 bytes, as a tensor of its own does: else a kernel would be compiled while recording."""
+    trainer = make(batch_size=1)
+    for side in (5, 6):
+        episodes = trainer.sampler.batch(0, 0)
+        batch = collate(episodes, canvas=(side + 1, side))
+        tensors = StepTensors.like(batch, torch.zeros(1, 48, device=device), 32)
+        for static, own in zip(integer_tensors(tensors.batch), integer_tensors(batch), strict=True):
+            assert static.data_ptr() % 16 == 0 and torch.equal(static.cpu(), own) and static.stride() == own.stride()
+
+
+def test_several_processes_take_the_eager_step(small_config, tmp_path, device):
+    trainer = Trainer(small_config(device=str(device)), tmp_path)
+    trainer.device = torch.device("cuda")
+    assert wants_graphs(trainer)
+    trainer.ranks = Ranks(0, 2)
+    assert not wants_graphs(trainer)
 
 
 def test_auto_is_for_cuda_alone(small_config, tmp_path, device):
