@@ -139,6 +139,8 @@ class DeviceSettings:
     """fp32, or autocast to bf16 or to fp16 with gradient scaling."""
     backend: Literal["auto", "triton", "cpp", "reference"] = "auto"
     """Backend of the fused loss."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """On CUDA, replay the step behind Qwen as graphs, of one canvas size each; off launches its every operation."""
     prove: bool = True
     """Prove before the first batch that the gradient reaches every trainable parameter, and stop if it does not."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -32,6 +32,13 @@ def _norm(parts: Tensor) -> Tensor:
     return torch.where(largest.isfinite(), norm, largest)
 
 
+def _places(position: Sequence[int], device: torch.device) -> Tensor:
+    """[len(position)] int64, filled in on the device: a copy's source on the host is gone when a graph is replayed."""
+    starts = [n for n in range(len(position)) if n == 0 or position[n] != position[n - 1] + 1]
+    runs = zip(starts, [*starts[1:], len(position)], strict=True)
+    return torch.cat([torch.arange(position[a], position[a] + b - a, device=device) for a, b in runs])
+
+
 def measure(
     grads: Sequence[Tensor],
     rows: Sequence[int],
@@ -56,8 +63,7 @@ def measure(
     scale = torch.full((), inv_scale, dtype=torch.float64, device=device)
     if inv_scale_tensor is not None:
         scale = scale * inv_scale_tensor.reshape(()).to(device)
-    # not made on the device: that would wait for the copy
-    places = torch.tensor(position or range(len(grads))).to(device, non_blocking=True)
+    places = _places(position or range(len(grads)), device)
     none = torch.iinfo(torch.int64).max
     columns = []
     for begin, end, base in zip(rows[0::3], rows[1::3], rows[2::3], strict=True):
@@ -82,7 +88,7 @@ def clip_(
     """As the op group_grad_clip_ in csrc/ops.cpp, except that it writes where the factor is one too."""
     check(grads)
     if bounds is None:
-        bounds = torch.tensor(max_norm, dtype=torch.float64).to(values.device, non_blocking=True)
+        bounds = torch.stack([values.new_full((), bound, dtype=torch.float64) for bound in max_norm])
     bounds = torch.where(bounds < 0, torch.nan, bounds)
     norm, _, inv_scale = values[:, : len(bounds)].double()
     ratio = torch.where(bounds.isinf(), torch.ones_like(norm), (bounds / (norm + 1e-6)).clamp(max=1.0))

@@ -24,7 +24,7 @@ from qwen_fused.planner.conv_agent import ConvAgent
 from qwen_fused.planner.evaluation_mode import evaluating
 from qwen_fused.planner.objective import PlanObjective, PlanScore
 from qwen_fused.planner.policy import REWARD_SCALE, Action, PolicyLoss, PromptPolicy
-from qwen_fused.qwen.prompt import QwenPrompt
+from qwen_fused.qwen.prompt import PromptOutput, QwenPrompt
 
 SIZE_FEATURES = ("height_in", "width_in", "height_out", "width_out")
 
@@ -39,7 +39,7 @@ class StepOutput:
     action: Action
     reward: Tensor  # [B]
     prompt: Tensor  # [B, D], as it left Qwen's side
-    truncated: float  # share of the prompts whose text had no room for all demonstrations
+    truncated: float | Tensor  # share of the prompts whose text had no room for all demonstrations
 
 
 class QwenPlanner(nn.Module):
@@ -107,10 +107,25 @@ class QwenPlanner(nn.Module):
             noise: [B, D] the policy's noise; drawn when left out.
         """
         encoded = self.prompt([e.demonstrations for e in batch.episodes], pooled)
+        return self.score(encoded, batch, self.objective.shares(epoch), noise)
+
+    def score(
+        self, encoded: PromptOutput, batch: Batch, shares: Sequence[float | Tensor], noise: Tensor | None = None
+    ) -> StepOutput:
+        """`forward` from the prompt on: of nothing but tensors, and without a look at their values on the host.
+
+        Args:
+            encoded: the batch's prompts.
+            batch: its tensors; episodes are not looked at.
+            shares: of the plan's loss and the size loss in the objective.
+            noise: [B, D] the policy's noise; drawn when left out.
+        """
         action = self.policy(encoded.prompt, encoded.control, encoded.features, sample=True, noise=noise)
         plan = self.agent(action.refined, batch.query, batch.query_size, batch.target_size, target=batch.target)
         size_logits = self.size_logits(action.refined, batch.query_size, encoded.features)
-        score = self.objective(plan, size_logits, action.refined, batch.query, batch.target, batch.target_size, epoch)
+        score = self.objective(
+            plan, size_logits, action.refined, batch.query, batch.target, batch.target_size, shares=shares
+        )
         accuracy_before, state_before = self.baseline(encoded.prompt, batch)
         reward = REWARD_SCALE * (score.efe.accuracy - accuracy_before)
         policy = self.policy.loss(action, reward, state_before, plan.state)

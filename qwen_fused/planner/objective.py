@@ -8,6 +8,7 @@ and the checkpoint hold them. The anchor is an exponential moving average of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,13 +87,25 @@ class PlanObjective(nn.Module):
         """Weight w of the size loss in an epoch; a share, since a common factor is invisible to Adam."""
         return self.size_warmup if epoch == 0 else self.size_weight
 
+    def shares(self, epoch: int) -> tuple[float, float]:
+        """What the plan's loss and the size loss have of the objective in an epoch."""
+        return 1 - self.size_share(epoch), self.size_share(epoch)
+
     def preference_logits(self, prompt: Tensor, height: int, width: int) -> Tensor:
         """Learned preference c over colours per cell, scaled per colour by the prompt: [B, C, H, W]."""
         table = self.preference[:height, :width].permute(2, 0, 1)  # [C, H, W]
         return table * (1 + self.preference_scale(prompt))[..., None, None]
 
     def forward(
-        self, plan: Plan, size_logits: Tensor, prompt: Tensor, query: Tensor, target: Tensor, size: Tensor, epoch: int
+        self,
+        plan: Plan,
+        size_logits: Tensor,
+        prompt: Tensor,
+        query: Tensor,
+        target: Tensor,
+        size: Tensor,
+        epoch: int | None = None,
+        shares: Sequence[float | Tensor] = (),
     ) -> PlanScore:
         """Score a plan.
 
@@ -103,6 +116,7 @@ class PlanObjective(nn.Module):
             query, target: [B, H, W] int64, -100 where there is no cell.
             size: [B, 2] int64, rows and columns of the answer.
             epoch: for the curriculum.
+            shares: in its place, what `shares` gives for it, as 0-d tensors where a step is recorded.
         """
         height, width = target.shape[1:]
         efe = efe_loss(
@@ -124,8 +138,8 @@ class PlanObjective(nn.Module):
         if plan.back_input is not None:
             reversibility = hard_cell_cross_entropy(plan.back_input, query, hard_mode="none", backend=self.backend).loss
         size_loss = 2 * F.cross_entropy(size_logits.float().flatten(0, 1), (size - 1).flatten())
-        share = self.size_share(epoch)
-        loss = (1 - share) * (efe.loss + self.reversibility * reversibility) + share * size_loss
+        plan_share, size_share = shares if epoch is None else self.shares(epoch)
+        loss = plan_share * (efe.loss + self.reversibility * reversibility) + size_share * size_loss
         right = (size_logits.argmax(2) == size - 1).all(1).float().mean()
         return PlanScore(loss, efe, reversibility.detach(), size_loss.detach(), right)
 

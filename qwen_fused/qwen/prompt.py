@@ -45,7 +45,7 @@ class PromptOutput:
     """[B, D] float32: the fifteen features through the control network."""
     features: Tensor
     """[B, 15] float32: mean features of the demonstrations, scaled to O(1); no gradient."""
-    truncated: float
+    truncated: float | Tensor
     """Share of the batch's prompts whose text had no room for all demonstrations."""
 
 
@@ -144,17 +144,26 @@ class QwenPrompt(nn.Module):
             pooled = self._pool_in_groups(texts)
         elif pooled.shape != shape:
             raise ValueError(f"pooled must be {list(shape)}, got {tuple(pooled.shape)}")
-        means = np.stack([text.features for text in texts])
-        features = torch.from_numpy(normalise(means)).to(pooled.device, non_blocking=True)
-        text_embedding = at_least_float32(self.projection(pooled.to(weight.dtype)))
-        control = at_least_float32(self.control(features.to(weight.dtype)))
-        return PromptOutput(
-            prompt=0.5 * text_embedding + 0.5 * control,
-            text_embedding=text_embedding,
-            control=control,
-            features=features,
-            truncated=sum(text.truncated for text in texts) / len(texts),
-        )
+        features, truncated = self._describe(texts)
+        return self.embed(pooled, features.to(pooled.device, non_blocking=True), truncated)
+
+    def describe(self, demonstrations: Sequence[Sequence[Pair]]) -> tuple[Tensor, float]:
+        """What is made of a prompt on the host: features [B, 15] float32, and the share of the texts truncated."""
+        return self._describe(self.prompt_text.encode(demonstrations))
+
+    def embed(self, pooled: Tensor, features: Tensor, truncated: float | Tensor) -> PromptOutput:
+        """Prompts of what Qwen and `describe` made of the demonstrations; nothing here looks at the host.
+
+        Args:
+            pooled: [B, hidden].
+            features: [B, 15] float32, on the same device.
+            truncated: handed on.
+        """
+        dtype = self._first_weight.dtype
+        text_embedding = at_least_float32(self.projection(pooled.to(dtype)))
+        control = at_least_float32(self.control(features.to(dtype)))
+        prompt = 0.5 * text_embedding + 0.5 * control
+        return PromptOutput(prompt, text_embedding, control, features, truncated)
 
     def pooled(self, demonstrations: Sequence[Sequence[Pair]]) -> Tensor:
         """Qwen's pooled hidden state [B, hidden] of each episode's text, float32: the part that costs a pass.
@@ -167,6 +176,10 @@ class QwenPrompt(nn.Module):
     def _first_weight(self) -> nn.Parameter:
         """The projection's weight, [D, hidden]: where, and in which dtype, what comes after Qwen computes."""
         return next(self.projection.parameters())
+
+    def _describe(self, texts: Sequence[EncodedText]) -> tuple[Tensor, float]:
+        features = torch.from_numpy(normalise(np.stack([text.features for text in texts])))
+        return features, sum(text.truncated for text in texts) / len(texts)
 
     def _pool_in_groups(self, texts: Sequence[EncodedText]) -> Tensor:
         """Pooled hidden states [B, hidden] of texts, those of like length together."""

@@ -21,6 +21,7 @@ REMEDIES = {
     "exploding": "lower --qwen-lr to a fifth (5e-5 to 1e-5)",
     "flat": "check the weighted mask (mask ratio {mask_ratio}), the clipping and the learning rate (qwen {lr_qwen})",
     "no reward": "the policy changes nothing: look at its delta and its gate",
+    "no graph": "each operation is launched by itself from here on, as with --cuda-graphs off",
     "out of memory": "pass --window-mode recompute or --gradient-checkpointing, which cost time alone; else a smaller "
     "--batch-size or --max-prompt-tokens, --lora-rank 8, or --qwen-dtype bfloat16",
 }

@@ -34,6 +34,10 @@ class PendingBatch:
 def stack_scalars(out: StepOutput, prompt_grad: Tensor) -> Tensor:
     """SCALARS of a step as one tensor [len(SCALARS)] float32, so that they travel together."""
     efe = out.score.efe
+    # a number is filled in on the device: a copy would have to wait for it
+    truncated = out.truncated
+    if not isinstance(truncated, Tensor):
+        truncated = torch.full_like(out.loss, truncated)
     values = {
         "loss": out.loss,
         "efe": efe.loss,
@@ -45,7 +49,6 @@ def stack_scalars(out: StepOutput, prompt_grad: Tensor) -> Tensor:
         "accuracy": efe.accuracy.mean(),
         "solved": efe.solved.float().mean(),
         "size_accuracy": out.score.size_accuracy,
-        # known here: filled in there, since a copy would have to wait for the device
-        "truncated": torch.full_like(out.loss, out.truncated),
+        "truncated": truncated,
     }
     return torch.stack([values[name].detach().float() for name in SCALARS])

@@ -25,7 +25,7 @@ from qwen_fused.train.checkpoint import list_checkpoints, read_state
 
 MAY_CHANGE = frozenset(
     {
-        "max_batches", "max_minutes", "device", "prove", "on_nonfinite", "log_every", "checkpoint_every",
+        "max_batches", "max_minutes", "device", "cuda_graphs", "prove", "on_nonfinite", "log_every", "checkpoint_every",
         "keep_checkpoints", "eval_every", "ttt_seconds", "out", "resume", "resume_changed", "trackers",
         "shard_qwen",
     }

@@ -18,14 +18,17 @@ from qwen_fused.common.layers import group_by_number
 from qwen_fused.common.random_state import rng_state, set_rng_state
 from qwen_fused.config import TrainConfig
 from qwen_fused.norms.group_grad_norm import GroupGradNorm
-from qwen_fused.norms.stats import GradStats, nonfinite_message
+from qwen_fused.norms.stats import nonfinite_message
 from qwen_fused.parallel.processes import Part, Ranks
 from qwen_fused.planner.model import QwenPlanner, StepOutput
 from qwen_fused.train.checkpoint import save_checkpoint
 from qwen_fused.train.full_state import full_state, shard_optimizer_state, shard_state
-from qwen_fused.train.monitor import GradientMonitor, Hint
+from qwen_fused.train.graphed_step import GraphedStep, as_held, bucket_canvas, wants_graphs
+from qwen_fused.train.monitor import REMEDIES, GradientMonitor, Hint
 from qwen_fused.train.optimizer import MasterAdamW
-from qwen_fused.train.pending import SCALARS, PendingBatch, stack_scalars
+from qwen_fused.train.pending import SCALARS, PendingBatch
+from qwen_fused.train.planner_step import Backward, PlannerStep
+from qwen_fused.train.recording import CudaGraphs
 from qwen_fused.train.resume import fingerprint
 from qwen_fused.train.schedule import learning_rate, optimizer_groups
 from qwen_fused.train.window_state import gather_window_state, scatter_window_state
@@ -34,7 +37,6 @@ from qwen_fused.window.prompt_window import PromptWindow
 if TYPE_CHECKING:
     from qwen_fused.parallel.fsdp import ShardedQwen
 
-AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # fp16's scaler halves its scale at each overflow; this many in a row is no longer a matter of scale
 MAX_OVERFLOWS = 25
 
@@ -59,7 +61,7 @@ class Progress:
     qwen: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
-class Trainer:
+class Trainer(PlannerStep):
     """Model, optimizer and data of a run, built from its configuration; `train.run_batches` is the loop.
 
     Args:
@@ -98,6 +100,7 @@ class Trainer:
         self.optimizer = MasterAdamW(optimizer_groups(self.groups, config), lr=0.0, betas=(0.9, 0.98))
         self.norms = GroupGradNorm({**self.groups, "qwen": _by_layer(self.groups["qwen"])})
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.graphs = GraphedStep(self, CudaGraphs(self.device).record) if wants_graphs(self) else None
         self.progress = Progress()
         self.monitor = GradientMonitor()
         self.hints: list[Hint] = []
@@ -111,7 +114,7 @@ class Trainer:
     def set_learning_rates(self, step: int) -> dict[str, float]:
         """Set each group's rate for a batch, as `learning_rate` has it; returns the rates by group."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(group["peak"], step, self.total_batches, self.config)
+            group["lr"] = as_held(learning_rate(group["peak"], step, self.total_batches, self.config), self.device)
         return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
     def train_step(self, episodes: Sequence[Episode], epoch: int, *, flush: bool = True) -> PendingBatch:
@@ -126,50 +129,31 @@ class Trainer:
         Returns:
             What `read` turns into the batch's metrics, best asked for when the next batch is under way.
         """
-        rates = self.set_learning_rates(self.progress.step)
-        batch, part = collate(episodes).to(self.device), self.ranks.part(len(episodes))
+        rates, part = self.set_learning_rates(self.progress.step), self.ranks.part(len(episodes))
+        batch = collate(episodes, canvas=bucket_canvas([e.side for e in episodes]) if self.graphs else None)
         self.optimizer.zero_grad(set_to_none=True)
-        out, pooled = self.forward(batch[part.rows], epoch=epoch, part=part)
-        out.prompt.retain_grad()
-        loss_scale = self.backward(out.loss * part.weight, [pooled])
-        assert out.prompt.grad is not None
-        prompt_grad = self.ranks.all_reduce_norm(out.prompt.grad.float().norm() / loss_scale)
+        pooled = self.prompts(batch[part.rows])
+        done = self.graphs.backward(batch, pooled, epoch) if self.graphs else None
+        # where nothing is recorded for it, as it always was; a window's last step holds Qwen's, which is not recorded
+        update = self.graphs.step if self.graphs and done and not flush else self.step
+        done = done or self.backward_of(batch.to(self.device), pooled, epoch, part)
         if flush:
             with self.sharded.flushing() if self.sharded else nullcontext():
                 # the mean over the window's batches
-                self.window.flush(loss_scale / self.window.batches)
+                self.window.flush(done.loss_scale / self.window.batches)
         self.ranks.all_reduce_gradients(self.norms.parameters)
-        stats = self.step()
-        self.model.objective.update_anchor(batch.target, self.ranks.all_gather(out.score.efe.solved, part))
+        stats = update()
         self.progress.step += 1
-        values = to_host(self.ranks.all_reduce(stack_scalars(out, prompt_grad) * part.weight))
+        values = to_host(done.values)
         return PendingBatch(self.progress.step, epoch, len(episodes), flush, rates, values, stats.read_later())
 
-    def backward(self, loss: Tensor, pooled: Sequence[Tensor]) -> Tensor:
-        """Send a loss back, scaled, as far as the window's leaves, which keep their gradients unscaled.
-
-        Returns:
-            The loss scale, which every other gradient still has.
-        """
-        self.scaler.scale(loss).backward()
-        loss_scale = self.scaler.scale(torch.ones((), device=self.device))
-        for leaf in pooled:
-            unscale_leaf(leaf, loss_scale, self.ranks)
-        return loss_scale
-
-    def step(self) -> GradStats:
-        """Unscale, measure, clip and step; a NaN or Inf leaves weights and optimizer as they are, without a sync."""
-        self.scaler.unscale_(self.optimizer)
-        stats = self.norms.measure()
-        self.norms.clip_(stats, self.config.clip)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            # fused AdamW reads it on the device and leaves everything alone where it is 1
-            self.optimizer.found_inf = (stats.nonfinite.sum() > 0).float()
-            self.optimizer.step()
-        return stats
+    def backward_of(self, batch: Batch, pooled: Tensor, epoch: int, part: Part) -> Backward:
+        """Forward and backward of one batch, as far as the window's leaf, which gets its gradient."""
+        out, _ = self.forward(batch[part.rows], epoch=epoch, part=part, pooled=pooled)
+        out.prompt.retain_grad()
+        self.backward(out.loss * part.weight, [pooled])
+        assert out.prompt.grad is not None
+        return self.after_backward(out, out.prompt.grad, batch.target, part)
 
     def read(self, pending: PendingBatch) -> dict[str, Any]:
         """The metrics of a batch, in the order in which the batches ran.
@@ -203,26 +187,36 @@ class Trainer:
             name.removeprefix("qwen/"): row["norm"] for name, row in gradients.items() if name.startswith("qwen/")
         }
         self.hints = self.monitor.observe(pending.step, metrics, gradients)
+        if self.graphs and (failure := self.graphs.new_failure()):
+            self.hints.append(Hint("no graph", pending.step, failure, REMEDIES["no graph"]))
         if fault:
             raise TrainingStopped(fault, metrics)
         return metrics
 
-    def forward(self, batch: Batch, *, epoch: int, part: Part | None = None) -> tuple[StepOutput, Tensor]:
+    def forward(
+        self, batch: Batch, *, epoch: int, part: Part | None = None, pooled: Tensor | None = None
+    ) -> tuple[StepOutput, Tensor]:
         """The model's forward under the run's precision, and the window's leaf [B, hidden] that it starts from.
 
         Args:
             batch: episodes.
             epoch: for the curriculum.
             part: where they are part of a larger batch: which.
+            pooled: what `prompts` gave for the batch; asked for here when left out.
         """
-        dtype, noise = AUTOCAST_DTYPES[self.config.precision], None
-        if self.sharded:
-            self.sharded.gather()
+        noise = None
+        pooled = self.prompts(batch) if pooled is None else pooled
         if part is not None and self.ranks.world_size > 1:
             noise = torch.randn(part.batch_size, self.config.prompt_dim, device=self.device)[part.rows]
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            pooled = self.window.prompts([episode.demonstrations for episode in batch.episodes])
+        with self.autocast():
             return self.model(batch, epoch=epoch, pooled=pooled, noise=noise), pooled
+
+    def prompts(self, batch: Batch) -> Tensor:
+        """The window's leaf [B, hidden] for a batch: Qwen reads what it has not read in this window."""
+        if self.sharded:
+            self.sharded.gather()
+        with self.autocast():
+            return self.window.prompts([episode.demonstrations for episode in batch.episodes])
 
     def _on_nonfinite(self, step: int, bad: str, loss: float) -> str | None:
         """Count a batch whose gradient is not finite; why to stop, where configuration or a stuck scaler says so."""
@@ -266,6 +260,8 @@ class Trainer:
         window, keys = scatter_window_state(state["window"], self._window_keys(), self.ranks)
         self.window.load_state_dict(window, keys, self.device)
         set_rng_state(state["rng"], self.device)
+        if self.graphs:
+            self.graphs.forget()
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state; every process must ask for it."""
@@ -284,14 +280,6 @@ class Trainer:
         if not self.ranks.is_main:
             return folder
         return save_checkpoint(folder, self.progress.step, state, keep=self.config.keep_checkpoints)
-
-
-def unscale_leaf(pooled: Tensor, loss_scale: Tensor, ranks: Ranks) -> None:
-    """Take a batch's loss scale off its leaf's gradient; a batch that overflowed leaves the window without a trace."""
-    if pooled.grad is None:
-        return
-    gradient = pooled.grad / loss_scale
-    pooled.grad = torch.where(ranks.all_reduce_and(gradient.isfinite().all()), gradient, torch.zeros_like(gradient))
 
 
 def _by_layer(members: Sequence[tuple[str, torch.nn.Parameter]]) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
