@@ -19,6 +19,9 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 MOMENTUM = 0.9
 MATRIX_DECAY = 0.05
+# AdamW's
+BETAS = (0.9, 0.99)
+EPSILON = 1e-8
 MATRICES = ("core.look.weight", "core.mix", "core.film.weight", "core.update")
 
 
@@ -77,7 +80,7 @@ class TaskOptimizer:
         decays = [p for p in rest if p.dim() > axes + 1]
         stays = [p for p in rest if p.dim() <= axes + 1]
         groups = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": stays, "weight_decay": 0.0}]
-        adam = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.99), fused=True)
+        adam = torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, eps=EPSILON, fused=True)
         self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [(adam, settings.lr)]
         if chosen:
             self.optimizers.append((Muon(chosen, settings.matrix_lr, MATRIX_DECAY), settings.matrix_lr))
