@@ -56,8 +56,11 @@ def measure(
     scale = torch.full((), inv_scale, dtype=torch.float64, device=device)
     if inv_scale_tensor is not None:
         scale = scale * inv_scale_tensor.reshape(()).to(device)
-    # not made on the device: that would wait for the copy
-    places = torch.tensor(position or range(len(grads))).to(device, non_blocking=True)
+    if position:
+        # not made on the device: that would wait for the copy
+        places = torch.tensor(position).to(device, non_blocking=True)
+    else:
+        places = torch.arange(len(grads), device=device)
     none = torch.iinfo(torch.int64).max
     columns = []
     for begin, end, base in zip(rows[0::3], rows[1::3], rows[2::3], strict=True):

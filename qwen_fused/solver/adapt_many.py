@@ -62,13 +62,15 @@ def adapt_many(
         on_step: called after every step with its number, from 1; what it raises ends the training.
     """
     started = time.monotonic()
-    ends = [t for t in (deadline, started + settings.task_seconds if settings.task_seconds else None) if t is not None]
     device = agent.copy_scale.device
     stacked = StackedPlanner(agent, *stack_prompts(encoded, device), muon=settings.matrix_lr > 0)
     if settings.steps == 0:
         return AdaptedMany(stacked, 0, time.monotonic() - started, [()] * len(tasks))
     step = TrainingStep(stacked, tasks, settings)
-    schedule = Schedule(settings, time.monotonic(), min(ends) if ends else None)
+    # a capture takes a second, which is no training
+    begun = time.monotonic()
+    ends = [t for t in (deadline, begun + settings.task_seconds if settings.task_seconds else None) if t is not None]
+    schedule = Schedule(settings, begun, min(ends) if ends else None)
     steps = 0
     while (share := schedule.at(steps)) is not None:
         step.run(steps, share)
