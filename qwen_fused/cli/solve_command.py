@@ -41,7 +41,7 @@ class SolveCommand:
     max_minutes: float | None = None
     """Most minutes for all tasks; the small ones come first, and those not reached get their query for an answer."""
     workers: int | None = None
-    """Processes with a thread each, on the CPU: one per core, or none on a GPU; the answers are the same for any number."""
+    """Processes with a thread each, on the CPU: one per core, or none on a GPU. Any number gives the same answers."""
     limit: int | None = None
     """Only the first so many tasks by id."""
     seed: int = 0
