@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 import traceback
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from qwen_fused.solver import captured
 from qwen_fused.solver.adapt import adapt
 from qwen_fused.solver.adapt_many import TrainingStep, adapt_many
 from qwen_fused.solver.chunks import cell_bytes, cost_canvas, free, free_bytes, make_chunks, run_chunks
+from qwen_fused.solver.examples import canvas_of
 from qwen_fused.solver.question import Question
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.solve import make_questions
@@ -46,10 +48,11 @@ def measure(planner: QwenPlanner, tasks: list[Task], settings: SolveSettings, ma
     read = time.monotonic() - started
     chunks: list[dict] = []
 
-    def on_step(count: int, step: int) -> None:
+    def on_step(chunk: Sequence[Task], step: int) -> None:
         now = time.monotonic() - started
         if step == 1:
-            chunks.append({"tasks": count, "first_step": now, "second": None})
+            canvas = canvas_of([cost_canvas(task) for task in chunk])
+            chunks.append({"tasks": len(chunk), "canvas": canvas, "first_step": now})
         chunks[-1] |= {"steps": step, "last_step": now}
 
     rows = []
@@ -65,7 +68,6 @@ def measure(planner: QwenPlanner, tasks: list[Task], settings: SolveSettings, ma
         })  # fmt: skip
     seconds = time.monotonic() - begun
     for chunk in chunks:
-        del chunk["second"]
         chunk["ms_a_step"] = 1000 * (chunk["last_step"] - chunk["first_step"]) / max(chunk["steps"] - 1, 1)
     done = [row for row in rows if not row["failed"]]
     return {

@@ -143,7 +143,7 @@ def inverse_rms(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """x over its root mean square along the last axis, times a weight: each cell by itself, so padding never enters."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON) * weight
+    return x * inverse_rms(x) * weight
 
 
 def context(z: Tensor, part: int, rows: Tensor, columns: Tensor) -> list[Tensor]:

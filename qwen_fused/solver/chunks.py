@@ -43,7 +43,7 @@ def run_chunks(
     *,
     deadline: float | None = None,
     should_stop: Callable[[], object] = lambda: None,
-    on_step: Callable[[int, int], object] = lambda tasks, step: None,
+    on_step: Callable[[Sequence[Task], int], object] = lambda tasks, step: None,
     chunk_bytes: float | None = None,
 ) -> Iterator[TaskResult]:
     """Solve tasks side by side on the device of the agent's parameters; yields rows, chunk by chunk.
@@ -54,7 +54,7 @@ def run_chunks(
         settings: what is done for a task; its `task_seconds` is for all tasks of a chunk.
         deadline: on `time.monotonic()`'s clock; no chunk begins after it, and the one begun ends its training then.
         should_stop: asked at every step; something true leaves what is not done.
-        on_step: called after every step with the number of tasks in it and the step's own, from 1.
+        on_step: called after every step with the tasks of its chunk and its number, from 1.
         chunk_bytes: memory of a chunk; by default what is free on the device, without limit on a CPU.
     """
     asked = []
@@ -69,8 +69,8 @@ def run_chunks(
     budget = free_bytes(device) if chunk_bytes is None else chunk_bytes
     pending = make_chunks(asked, lambda question: cost_canvas(question.task), cell_bytes(agent, settings), budget)
 
-    def stepped(count: int, step: int) -> None:
-        on_step(count, step)
+    def stepped(tasks: Sequence[Task], step: int) -> None:
+        on_step(tasks, step)
         if should_stop():
             raise Stopped
 
@@ -101,15 +101,13 @@ def solve_chunk(
     chunk: Sequence[Question],
     settings: SolveSettings,
     deadline: float | None,
-    on_step: Callable[[int, int], object],
+    on_step: Callable[[Sequence[Task], int], object],
 ) -> list[TaskResult]:
     """Adapt to the tasks of a chunk, and vote for each."""
     started = time.monotonic()
     tasks = [question.task for question in chunk]
     encoded = [encode_task(ReadPlanner(agent, q), q.task, settings.symmetries) for q in chunk]  # type: ignore[arg-type]
-    adapted = adapt_many(
-        agent, encoded, tasks, settings, deadline=deadline, on_step=lambda step: on_step(len(tasks), step)
-    )
+    adapted = adapt_many(agent, encoded, tasks, settings, deadline=deadline, on_step=lambda step: on_step(tasks, step))
     ended = deadline is not None and time.monotonic() >= deadline and adapted.steps < settings.steps
     own = own_accuracies(adapted.stacked, tasks, settings.batch)
     votes = vote_many(adapted.stacked, tasks, settings, settings.batch)

@@ -88,8 +88,14 @@ def solve_tasks(
     with log.progress(counts) as advance:
         submission.write()
         questions = make_questions(planner, left, settings)
+
+        def on_step(chunk: Sequence[Task], step: int) -> None:
+            advance(sum(map(work_of, chunk)) * step / settings.steps)
+
         if side_by_side:
-            rows = run_chunks(lines_agent(planner), questions, settings, deadline=deadline, should_stop=should_stop)
+            rows = run_chunks(
+                lines_agent(planner), questions, settings, deadline=deadline, should_stop=should_stop, on_step=on_step
+            )
         else:
             rows = run_workers(
                 job_bytes(planner, settings), questions, min(workers or usable_cores(), len(left)),

@@ -114,7 +114,7 @@ def test_it_stops_in_the_middle_of_a_chunk():
     rows = rows_of(
         [make_task("a"), make_task("b")],
         replace(SETTINGS, steps=100),
-        on_step=lambda count, step: steps.append((count, step)),
+        on_step=lambda tasks, step: steps.append((len(tasks), step)),
         should_stop=lambda: len(steps) >= 5,
     )
     assert not rows and steps == [(2, step) for step in range(1, 6)]
