@@ -137,13 +137,9 @@ def plan_core_reference(
 
 
 def inverse_rms(x: Tensor) -> Tensor:
-    """1 / the root mean square along the last axis, which stays as 1: one pass over x, where squares would be two."""
+    """1 / the root mean square along the last axis, which stays as 1: each cell by itself, so padding never enters."""
+    # one pass over x, where squares and their mean would be two
     return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + EPSILON)
-
-
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """x over its root mean square along the last axis, times a weight: each cell by itself, so padding never enters."""
-    return x * inverse_rms(x) * weight
 
 
 def context(z: Tensor, part: int, rows: Tensor, columns: Tensor) -> list[Tensor]:

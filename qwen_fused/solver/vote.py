@@ -10,7 +10,7 @@ import torch
 
 from qwen_fused.arc.episodes import Task
 from qwen_fused.arc.symmetry import swaps_sides, turn_back
-from qwen_fused.planner.model import further_attempts
+from qwen_fused.planner.attempts import further_attempts
 from qwen_fused.solver.examples import examples
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.sizes import size_rule
