@@ -29,12 +29,14 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     """Matrices [..., m, n] with their singular values near 1, in their own type."""
     x = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT
+    x = (x if wide else x.mT).reshape(-1, min(x.shape[-2:]), max(x.shape[-2:]))
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
+        # x <- a x + (b s + c s s) x of s = x x', the sums within the products
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return x if wide else x.mT
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return (x if wide else x.mT).reshape(matrix.shape)
 
 
 class Muon(torch.optim.Optimizer):
