@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from qwen_fused.common.cuda_graphs import CudaGraphs
+
 # a stream's first runs allocate, compile and choose algorithms
 WARM_UP = 2
 # off, a step is launched piece by piece: to look for what a graph hides
@@ -22,28 +24,22 @@ class CapturedStep:
     """
 
     def __init__(self, step: Callable[[], object], reset: Callable[[], object], device: torch.device):
-        self.step, self.graph = step, None
+        self.run = step
         if device.type != "cuda" or not CAPTURE:
             return
+        graphs = CudaGraphs(device)
         with torch.cuda.device(device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            graphs.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(graphs.stream):
                 for _ in range(WARM_UP):
                     step()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                step()
-            self.graph = graph
-            # a capture runs nothing: what it was to undo is the warm-up's
+            torch.cuda.current_stream().wait_stream(graphs.stream)
+            self.run = graphs.record(step)
+            # a recording runs nothing: what there is to undo is the warm-up's
             reset()
 
     def __call__(self) -> None:
-        if self.graph is None:
-            self.step()
-        else:
-            self.graph.replay()
+        self.run()
 
 
 class HostRing:
