@@ -49,7 +49,9 @@ def side_by_side(planner: QwenPlanner, tasks: list, settings: SolveSettings, **o
     return adapt_many(planner.agent, encodings(planner, tasks, settings), tasks, settings, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"average": 0.9}, {"matrix_lr": 0.0}, {"symmetries": 1, "recolor": "none"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"average": 0.9, "votes": 12}, {"matrix_lr": 0.0}, {"symmetries": 1, "recolor": "none"}]
+)
 def test_side_by_side_equals_one_by_one(planner, options):
     settings = SolveSettings(steps=5, batch=3, **options)
     tasks = small_tasks(10)
