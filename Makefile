@@ -27,7 +27,7 @@ $(STAMP): setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) |
 	@touch $@
 
 # prose wraps at 100; docs/api.md and the figures of docs/performance.md are written in the same form
-PROSE = --wrap 100 --number --compact-tables README.md CHANGELOG.md CONTRIBUTING.md docs
+PROSE = --wrap 100 --number --compact-tables README.md CHANGELOG.md CONTRIBUTING.md docs bench/GPU.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -50,7 +50,7 @@ NVCC ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc 2>
 
 cuda-check:
 	@if [ -z "$(NVCC)" ]; then echo "cuda-check: skipped, there is no nvcc (set CUDA_HOME)"; exit 0; fi; \
-	for source in csrc/*/*.cu; do for arch in 80 90 100; do \
+	for source in csrc/*/*.cu; do for arch in 80 90 100 120; do \
 		echo "$$source sm_$$arch"; \
 		$(NVCC) -std=c++17 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Xptxas -v,-warn-spills \
 			-gencode arch=compute_$$arch,code=sm_$$arch -c $$source -o /dev/null || exit 1; \

@@ -1,8 +1,10 @@
 """Compile the Triton loss ahead of time for GPUs that need not be there, and print what each kernel takes of one.
 
-    python bench/aot_efe_loss.py [--arch 80 90 100] [--dtype float32 bfloat16 float16] [--full]
+    python bench/aot_efe_loss.py [--arch 80 90 100 120] [--dtype float32 bfloat16 float16] [--full]
 
 Every kernel is specialised by its real launcher, on the shapes the trainer uses; a kernel that spills is an error.
+Of a warp's memory it says, by sass.py, how many loads and bytes are on their way at most, and how many trips wait for
+one another.
 """
 
 from __future__ import annotations
@@ -10,9 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 # the kernels are to be compiled, whatever the tests around this do
@@ -23,6 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sass import read_memory, run_tool
 
 from qwen_fused.kernels import efe_launch, efe_loss
 
@@ -35,7 +37,9 @@ OTHERS = {
     "every term, cell mask": ((1.0, 1.0, 0.1, 0.5, 0.2, 0.3), True, 1),
     "without back": ((1.0, 1.0, 0.0, 0.0, 0.2, 0.3), True, 0),
 }
-REGISTERS_PER_SM, WARPS_PER_SM, BLOCKS_PER_SM = 65536, 64, 32
+REGISTERS_PER_SM = 65536
+# warps and blocks that a multiprocessor holds, by compute capability (CUDA C++ programming guide)
+LIMITS = {80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
 
 
 class Device:
@@ -106,40 +110,41 @@ def compile_all(
 
 def resources(cubin: bytes) -> dict[str, int]:
     """REG, STACK, SHARED and LOCAL of a cubin, by the cuobjdump that comes with Triton."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    text = run_tool("cuobjdump", cubin, "--dump-resource-usage")
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def warps_per_sm(arch: int, registers: int, warps: int) -> int:
+    """Warps of a kernel that a multiprocessor holds at once, where nothing but registers is short."""
+    most_warps, most_blocks = LIMITS[max(known for known in LIMITS if known <= arch)]
+    # given out per warp in units of 256
+    by_registers = REGISTERS_PER_SM // (-(-registers * 32 // 256) * 256)
+    return min(by_registers // warps, most_blocks, most_warps // warps) * warps
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100])
+    parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100, 120])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--full", action="store_true", help="sets of terms that the trainer does not use, too")
     arguments = parser.parse_args()
     sets = TRAINER | OTHERS if arguments.full else TRAINER
     spilled = 0
-    print(f"{'arch':6}{'dtype':10}{'terms':22}{'kernel':22}{'regs':>6}{'spill B':>9}{'shared B':>10}{'warps/SM':>10}")
+    columns = ("regs", "spill B", "shared B", "warps/SM", "loads", "bytes", "trips")
+    print(f"{'arch':8}{'dtype':10}{'terms':23}{'kernel':20}" + "".join(f"{name:>10}" for name in columns))
     for arch in arguments.arch:
         triton.runtime.driver.set_active(Device(arch))
         for dtype in arguments.dtype:
             for name, options in sets.items():
                 for kernel in compile_all(*options, getattr(torch, dtype)):
-                    use = resources(kernel.asm["cubin"])
+                    cubin, made = kernel.asm["cubin"], kernel.metadata
+                    use = resources(cubin)
                     spill = use["STACK"] + use["LOCAL"]
-                    warps = kernel.metadata.num_warps
-                    # registers are given out per warp in units of 256
-                    by_registers = REGISTERS_PER_SM // (-(-use["REG"] * 32 // 256) * 256)
-                    resident = min(by_registers // warps, BLOCKS_PER_SM, WARPS_PER_SM // warps) * warps
-                    shared = kernel.metadata.shared
-                    print(
-                        f"sm_{arch:<3}{dtype:10}{name:22}{kernel.metadata.name:22}{use['REG']:6}{spill:9}{shared:10}{resident:10}"
-                    )
+                    resident = warps_per_sm(arch, use["REG"], made.num_warps)
+                    memory = read_memory(run_tool("nvdisasm", cubin, "-c"))
+                    figures = (use["REG"], spill, made.shared, resident, *memory)
+                    line = "".join(f"{figure:10}" for figure in figures)
+                    print(f"{f'sm_{arch}':8}{dtype:10}{name:23}{made.name:20}{line}")
                     spilled += spill > 0
     if spilled:
         print(f"{spilled} kernels spill registers")

@@ -151,7 +151,11 @@ def call_of(loss: Loss, case: Case, direction: str) -> Call:
 
 
 def graphed(case: Case, device: torch.device) -> Call:
-    """Forward and backward of ours as one CUDA graph."""
+    """Forward and backward of ours as one CUDA graph.
+
+    On leaves of its own: nodes that add up a gradient stay with the stream on which a leaf was first used.
+    """
+    case = {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in case.items()}
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):

@@ -1,27 +1,39 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in one go and under 8 minutes: build, tests, checks, sanitizers, figures, training runs.
+# What only a GPU can show, in four parts that need nothing of each other, each under ten minutes:
 #
-#   bench/gpu_campaign.sh [--cpu] [STAGE...]      all stages, or those named; --cpu: a dry run of every stage's code
+#   bench/gpu_campaign.sh [--cpu] [PART|STAGE...]     all stages, or those named; --cpu: a dry run of every stage's code
 #
-# Needs CUDA, torch >= 2.10, triton and nvcc, no network. PYTHON names the interpreter, OUT the folder for what comes out
-# (default: campaign): summary.md, summary.json, <device>.json and its pictures, trace.json.gz, logs.tar.gz, none over 16 MB.
+#   checks     is it right: machine build gradcheck repeat graph sync memcheck racecheck tests
+#   figures    how fast are the kernels: machine build bench ncu
+#   options    which launch options, and the step: machine build tune step
+#   training   does it train, and what takes the time: machine build train-tiny train-half profile
+#
+# Needs CUDA, torch >= 2.10, triton and nvcc, no network. The extension is built where none can be imported. PYTHON names
+# the interpreter, OUT the folder for what comes out (default: campaign), LIMIT the seconds of the whole; out come
+# summary.md, summary.json, <device>.json and its pictures, trace.json.gz, logs.tar.gz, none over 16 MB.
 # A stage that fails or runs out of its time leaves the others alone; one that needs what is not here is skipped, and says
 # what. Checks share the device; what is timed has it alone. Exit code: 0 none failed, 1 some did, 2 bad argument.
 set -u
 cd "$(dirname "$0")/.." || exit 2
-STAGES="machine build gradcheck repeat graph sync memcheck racecheck tests bench train-half train-tiny profile ncu"
+STAGES="machine build gradcheck repeat graph sync memcheck racecheck tests bench ncu tune step train-tiny train-half profile"
+declare -A PARTS=(
+  [checks]="machine build gradcheck repeat graph sync memcheck racecheck tests"
+  [figures]="machine build bench ncu"
+  [options]="machine build tune step"
+  [training]="machine build train-tiny train-half profile"
+)
 cpu=() chosen=()
 for argument in "$@"; do
-  case " $STAGES --cpu " in
+  case " $STAGES ${!PARTS[*]} --cpu " in
     *" $argument "*) ;;
-    *) echo "gpu_campaign: argument must be --cpu or one of $STAGES, got $argument" >&2; exit 2 ;;
+    *) echo "gpu_campaign: argument must be --cpu or one of $STAGES ${!PARTS[*]}, got $argument" >&2; exit 2 ;;
   esac
-  if [ "$argument" = --cpu ]; then cpu=(--cpu); else chosen+=("$argument"); fi
+  if [ "$argument" = --cpu ]; then cpu=(--cpu); else chosen+=(${PARTS[$argument]:-$argument}); fi
 done
 OUT="${OUT:-campaign}" PYTHON="${PYTHON:-python3}" SECONDS=0
 # the whole; a dry run may take longer, on two cores
-END=470
-[ ${#cpu[@]} -eq 0 ] || END=590
+END="${LIMIT:-470}"
+[ ${#cpu[@]} -eq 0 ] || END="${LIMIT:-590}"
 mkdir -p "$OUT/logs" || exit 2
 OUT="$(cd "$OUT" && pwd)"
 rm -f "$OUT/stages.tsv"
@@ -61,7 +73,7 @@ sanitize() {
   command -v compute-sanitizer >/dev/null || { skip "$1" "no compute-sanitizer"; return; }
   stage "$1" 90 bash -c 'set -o pipefail; "$@" 2>&1 | tee "$0" && exit; code=$?
     grep -q "Device not supported" "$0" && { echo "figure: compute-sanitizer does not know this device"; exit 77; }; exit $code' \
-    "$OUT/logs/$1.out" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
+    "$OUT/logs/$1.out" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 1 \
     "$PYTHON" bench/campaign.py small --out "$OUT"
 }
 
@@ -74,10 +86,17 @@ counters() {
     ncu "$PYTHON" bench/campaign.py large --out "$OUT"
 }
 
+# the table's rows for this device; without one there is nothing to tune
+tune() {
+  if [ ${#cpu[@]} -gt 0 ]; then skip tune "no CUDA"; return; fi
+  stage tune 300 "$PYTHON" bench/tune_efe_loss.py --seconds 1.0
+}
+
 run machine 30 machine
 # for the GPU that is there alone: other architectures are compiled in CI
 [ ${#cpu[@]} -gt 0 ] || export TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' 2>/dev/null)}"
-stage build 150 env QWEN_FUSED_REQUIRE_EXTENSION=1 bash -c '"$0" setup.py -q build_ext --inplace &&
+stage build 150 env QWEN_FUSED_REQUIRE_EXTENSION=1 bash -c '
+  "$0" -c "import torch, qwen_fused._C" 2>/dev/null || "$0" setup.py -q build_ext --inplace || exit
   "$0" -c "from qwen_fused import backends; print(\"figure: extension\", backends.describe()[\"extension\"])"' "$PYTHON"
 beside run gradcheck 60 gradcheck
 beside run repeat 45 repeat
@@ -85,13 +104,15 @@ beside run graph 45 graph
 beside run sync 60 sync
 beside sanitize memcheck
 beside sanitize racecheck
-beside run tests 120 tests
+beside run tests 220 tests
 wait
-run bench 160 bench
-run train-half 90 train half
-run train-tiny 60 train tiny
-run profile 40 profile
+run bench 330 bench
 counters
+tune
+run step 240 step
+run train-tiny 90 train tiny
+run train-half 120 train half
+run profile 40 profile
 
 # in the order of the list, whichever ended first
 for name in $STAGES; do grep "^$name	" "$OUT/stages.tsv"; done >"$OUT/ordered.tsv"

@@ -9,7 +9,6 @@ all of them alike: the ratio to ours is the median over rounds of the ratios wit
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import statistics
 import sys
@@ -25,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from on_device import device_ms, launches_and_syncs, wait
 
 # seconds for one comparison, and the fewest rounds that give a median and its spread
 SECONDS = {"quick": 2.0, "full": 10.0}
@@ -88,6 +88,7 @@ class Row:
     operations: int | None
     gb_per_s: float | None
     episodes_per_s: float | None
+    device_ms: float | None
     launches: int | None
     syncs: int | None
     peak_mb: float | None
@@ -146,12 +147,6 @@ def timed(call: Call, device: torch.device, repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats / call.share
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def row_of(
     comparison: Comparison, name: str, times: dict[str, list[float]], error: float | None, peak: float | None
 ) -> Row:
@@ -161,7 +156,8 @@ def row_of(
     median = statistics.median(found)
     # whole training runs start tens of thousands: their profile would take longer than they do
     profiled = comparison.device.type == "cuda" and comparison.episodes is None
-    launches, syncs = launches_and_syncs(comparison.calls[name], comparison.device) if profiled else (None, None)
+    call, device = comparison.calls[name], comparison.device
+    launches, syncs = launches_and_syncs(call, device) if profiled else (None, None)
     return Row(
         bench=comparison.bench,
         case=comparison.case,
@@ -177,37 +173,11 @@ def row_of(
         operations=comparison.operations,
         gb_per_s=comparison.bytes / median / 1e9 if comparison.bytes else None,
         episodes_per_s=comparison.episodes / median if comparison.episodes else None,
+        device_ms=device_ms(call, device, median) if profiled else None,
         launches=launches,
         syncs=syncs,
         peak_mb=peak,
     )
-
-
-def launches_and_syncs(call: Call, device: torch.device) -> tuple[int, int]:
-    """Kernels that one call starts, and times it makes the host wait for the device."""
-    value = call.prepare() if call.prepare else None
-    busy, idle = device_events(lambda: call.run(value), device), idle_events(device)
-    return busy[0] - idle[0], max(0, busy[1] - idle[1])
-
-
-@functools.cache
-def idle_events(device: torch.device) -> tuple[int, int]:
-    """What an empty call shows: the profiler and the wait at its end synchronise, too."""
-    return device_events(lambda: None, device)
-
-
-def device_events(run: Callable[[], Any], device: torch.device) -> tuple[int, int]:
-    """Launches and synchronisations while `run` runs and until the device is done."""
-    from torch.profiler import ProfilerActivity, profile
-
-    wait(device)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-        run()
-        # kernels that still run when the profile ends would not be in it
-        wait(device)
-    events = trace.key_averages()
-    launches = sum(event.count for event in events if "LaunchKernel" in event.key or "GraphLaunch" in event.key)
-    return launches, sum(event.count for event in events if "Synchronize" in event.key)
 
 
 def peak_mb(call: Call, device: torch.device) -> float | None:
@@ -295,6 +265,8 @@ def line_of(row: dict) -> str:
         cells.append(f"{row['episodes_per_s']:8.2f} episodes/s")
     if row["peak_mb"] is not None:
         cells.append(f"{row['peak_mb']:.0f} MB more")
+    if row.get("device_ms") is not None:
+        cells.append(f"device {row['device_ms']:.3f} ms")
     if row["launches"] is not None:
         cells.append(f"{row['launches']} launches, {row['syncs']} syncs")
     if row["error"] is not None:

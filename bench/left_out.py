@@ -1,6 +1,8 @@
-"""A pytest plugin for the campaign: a test file that needs a module which is not here is left out, and named.
+"""A pytest plugin for the campaign: what is left out is named, and what fails is told at once.
 
-Only modules that the campaign knows somebody may lack count, so that a slip in an import stays an error.
+A test file that needs a module which is not here is left out. Only modules that the campaign knows somebody may lack
+count, so that a slip in an import stays an error. A failure is printed when it happens: a run that its limit ends would
+otherwise never have told it.
 """
 
 from __future__ import annotations
@@ -22,3 +24,8 @@ def pytest_make_collect_report(collector):
     if module in KNOWN and is_missing(module):
         report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"left out for want of {module}")
     return report
+
+
+def pytest_runtest_logreport(report):
+    if report.failed:
+        print(f"\nFAILED {report.nodeid} ({report.when}, {report.duration:.1f} s)\n{report.longreprtext}", flush=True)

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -80,6 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
         except harness.WrongResult as error:
             refused[name] = str(error)
             print(f"\n{name}: refused: {error}", file=sys.stderr)
+        except Exception as error:
+            # the others' figures are wanted all the same
+            refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            traceback.print_exc()
     write(path, record, rows, refused, device)
     print(f"\nwritten to {path}")
     draw(path)

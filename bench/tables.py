@@ -8,6 +8,8 @@ import textwrap
 from pathlib import Path
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+# columns that a GPU's rows have besides; the device's own time has no gap between launches in it
+ON_CUDA = ("device_ms", "launches", "syncs")
 BEGIN, END = "<!-- written by qwen-fused bench --redraw: begin -->", "<!-- end -->"
 
 
@@ -66,7 +68,7 @@ def rates(clocks: dict) -> str:
 def table(rows: list[dict], ceilings: dict, cuda: bool) -> str:
     """Every row; the share is of the ceiling that the work has: reading alone, or reading and writing."""
     head = ["what", "who", "ms [p20, p80]", "× ours", "rate", "of the ceiling", "error", "peak MB"]
-    head += ["launches", "syncs"] if cuda else []
+    head += ["device ms", "launches", "syncs"] if cuda else []
     lines = ["| " + " | ".join(head) + " |", "| -- " * len(head) + "|"]
     for row in rows:
         rate, share = "", ""
@@ -81,6 +83,6 @@ def table(rows: list[dict], ceilings: dict, cuda: bool) -> str:
         cells = [row["case"], who, f"{row['ms']:.3g} [{row['p20']:.3g}, {row['p80']:.3g}]"]
         cells += [f"{row['times_ours']:.2f}", rate, share, "" if row["error"] is None else f"{row['error']:.0e}"]
         cells += ["" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"]
-        cells += [str(row["launches"]), str(row["syncs"])] if cuda else []
+        cells += ["" if row[key] is None else f"{row[key]:.4g}" for key in ON_CUDA] if cuda else []
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -100,12 +100,15 @@ def efe_backward_kernel(
     )
     scale = tl.load(upstream).to(ACC) * tl.load(coef + 2 * B)
     if tile == 0:
-        for c in tl.static_range(C):
-            if D_PROMPT_COLORS:
-                tl.store(d_prompt_colors + b * C + c, scale * tl.load(prompt_colors_share + b * C + c))
-            if D_OBS_ENTROPY:
+        if D_PROMPT_COLORS:
+            share = load_classes(prompt_colors_share + b * C, 1, True, C, ACC)
+            for c in tl.static_range(C):
+                tl.store(d_prompt_colors + b * C + c, scale * share[c])
+        if D_OBS_ENTROPY:
+            share = load_classes(obs_entropy_share, 1, True, C, ACC)
+            for c in tl.static_range(C):
                 # every episode's first program would write the same
-                tl.store(d_obs_entropy + c, scale * tl.load(obs_entropy_share + c), mask=b == 0)
+                tl.store(d_obs_entropy + c, scale * share[c], mask=b == 0)
     # 0 in cells that do not count, and with it every gradient there
     per_cell = tl.where(valid, scale * tl.load(coef + 2 * b), 0.0)
     cost = tl.where(
@@ -133,6 +136,17 @@ def efe_backward_kernel(
         mass = mass + (tl.zeros([BLOCK_P], ACC),)
 
     for t in range(0, T):
+        # all that a step reads is asked for before anything waits for it: no load passes a store that comes before it
+        if AGREEMENT:
+            y = load_classes(back, back_stride[2], valid, C, ACC)
+        if D_PLAN:
+            step = (t == T - 1).to(ACC)
+            if STEP_WEIGHT:
+                step = tl.load(step_weight + t).to(ACC)
+        if D_PLAN and PROMPT:
+            pooled = load_classes(d_pooled + (b * T + t) * C, 1, True, C, ACC)
+        if AMBIGUITY:
+            h = load_classes(obs_entropy, 1, True, C, ACC)
         x = load_classes(plan, plan_stride[2], valid, C, ACC)
         x_max, z, q, x_log2 = softmax(x, C, ACC, FAST)
         if RISK:
@@ -141,7 +155,7 @@ def efe_backward_kernel(
                 total = total + (mass[c] + q[c],)
             mass = total
         if AGREEMENT:
-            y_max, y_z, r, y_log2 = softmax(load_classes(back, back_stride[2], valid, C, ACC), C, ACC, FAST)
+            y_max, y_z, r, y_log2 = softmax(y, C, ACC, FAST)
             psi = ()
             mean = tl.zeros([BLOCK_P], ACC)
         phi = ()
@@ -151,8 +165,7 @@ def efe_backward_kernel(
             if RISK:
                 potential += tl.where(q[c] == 0, 0.0, risk_2 * z[c] - risk * log_p[c])
             if AMBIGUITY:
-                h = tl.load(obs_entropy + c).to(ACC)
-                potential += per_cell * number(annealed, W_AMBIGUITY, w_ambiguity, ANNEALED, ACC) * h
+                potential += per_cell * number(annealed, W_AMBIGUITY, w_ambiguity, ANNEALED, ACC) * h[c]
             if AGREEMENT:
                 log_sum = log2(tl.maximum(q[c] + r[c], TINY), FAST)
                 potential += agreement_2 * (z[c] - log_sum)
@@ -167,16 +180,12 @@ def efe_backward_kernel(
                 to += d_back_stride[2]
             d_back += d_back_stride[1]
         if D_PLAN:
-            step = (t == T - 1).to(ACC)
-            if STEP_WEIGHT:
-                step = tl.load(step_weight + t).to(ACC)
             k = cost * step
             to = d_plan
             for c in tl.static_range(C):
                 d = q[c] * (phi[c] - shift + k) - tl.where(label == c, k, 0.0)
                 if PROMPT:
-                    pooled = scale * tl.load(d_pooled + (b * T + t) * C + c)
-                    d += tl.where(valid & (x[c] != -float("inf")), pooled, 0.0)
+                    d += tl.where(valid & (x[c] != -float("inf")), scale * pooled[c], 0.0)
                 tl.store(to, d, mask=cell_in)
                 to += d_plan_stride[2]
             d_plan += d_plan_stride[1]

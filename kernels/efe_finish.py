@@ -40,28 +40,24 @@ ACCURACY_COLUMN = tl.constexpr(reference.COLUMNS.index("accuracy"))
 
 
 @triton.jit
-def _sum_tiles(row, live, tiles, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of one slot over the tiles that have a cell that counts, in a fixed order."""
-    total = tl.zeros([BLOCK], ACC)
-    for start in range(0, tiles, BLOCK):
-        tile = start + tl.arange(0, BLOCK)
-        there = tile < tiles
-        there = there & (tl.load(live + tile, mask=there, other=0.0) > 0)
-        total += tl.load(row + tile, mask=there, other=0.0)
-    return tl.sum(total)
+def _sum_tiles(row, column, there, K, tiles, R: tl.constexpr, S: tl.constexpr, ONE, ACC, BLOCK: tl.constexpr):
+    """Sums [R, S] of slots over the tiles, in a fixed order; all of a block's loads are under way at once.
+
+    Slots of a tile lie side by side, and so do lanes: each adds its own slots, and where a program is one warp hardly
+    a number has to change lanes.
+    """
+    total = tl.zeros([BLOCK, R, S], ACC)
+    for start in range(0, BLOCK if ONE else tiles, BLOCK):
+        tile = start + tl.arange(0, BLOCK)[:, None, None]
+        at = row + (tile.to(tl.int64) * K + column[None, :, :])
+        total += tl.load(at, mask=(tile < tiles) & there[None, :, :], other=0.0)
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
-def _sum_classes(rows, live, tiles, C, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The same for C slots that follow each other -> [BLOCK_C]."""
-    total = tl.zeros([BLOCK_C, BLOCK], ACC)
-    c = tl.arange(0, BLOCK_C)[:, None]
-    for start in range(0, tiles, BLOCK):
-        tile = start + tl.arange(0, BLOCK)[None, :]
-        there = tile < tiles
-        there = there & (tl.load(live + tile, mask=there, other=0.0) > 0)
-        total += tl.load(rows + c * tiles + tile, mask=there & (c < C), other=0.0)
-    return tl.sum(total, axis=1)
+def _slot(head, place: tl.constexpr):
+    """One number of a tile's head [1, HEAD]."""
+    return tl.sum(tl.where(tl.arange(0, HEAD)[None, :] == place, head, 0.0))
 
 
 @triton.jit
@@ -72,18 +68,18 @@ def _not_negative(divergence):
 
 @triton.jit
 def _scaled(x, ACC: tl.constexpr):
-    """x over its largest element, so that no square overflows; that; the norm of the quotient, and held at EPS."""
-    largest = tl.max(tl.abs(x))
+    """Rows of x over their largest element, so that no square overflows; that; the quotient's norm; held at EPS."""
+    largest = tl.max(tl.abs(x), axis=1)
     largest = tl.where(largest > 0, largest, 1.0)
-    x = x / largest
-    norm = tl.sqrt(tl.sum(x * x))
+    x = x / largest[:, None]
+    norm = tl.sqrt(tl.sum(x * x, axis=1))
     # in the accumulating type: tl.maximum would take the constant through float32
     return x, largest, norm, tl.maximum(norm, tl.full([], EPS, ACC) / largest)
 
 
 @triton.jit(do_not_specialize=["B", "T", "tiles"])
 def efe_finish_kernel(
-    slots,  # [B, K, tiles]
+    slots,  # [B, tiles, K]
     arrived,  # [1] 0 at the start
     totals,  # [B, 2 + C] loss of the episode, 1 where it counts, gradient of obs_entropy
     obs_entropy,
@@ -118,20 +114,29 @@ def efe_finish_kernel(
     HARD_EPISODE: tl.constexpr,
     ANNEALED: tl.constexpr,
     ACC: tl.constexpr,
+    ONE: tl.constexpr,  # the tiles are one block
     BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
     EPSILON: tl.constexpr = 2.0**-52 if ACC.is_fp64() else 2.0**-23
     b = tl.program_id(0).to(tl.int64)
-    row = slots + b * (HEAD + T * C * (PROMPT + AMBIGUITY)) * tiles
-    live = row + CELLS * tiles
-    c = tl.arange(0, BLOCK_C)
+    K = HEAD + tl.cast(T, tl.int64) * (C * (PROMPT + AMBIGUITY))
+    row = slots + b * tiles * K
+    c = tl.arange(0, BLOCK_C)[None, :]
     class_in = c < C
-    cells = _sum_tiles(live, live, tiles, ACC, BLOCK)
-    wrong = _sum_tiles(row + HARD * tiles, live, tiles, ACC, BLOCK)
-    bad = _sum_tiles(row + BAD * tiles, live, tiles, ACC, BLOCK)
-    kappa = _sum_tiles(row + KAPPA * tiles, live, tiles, ACC, BLOCK)
+    if PROMPT:
+        # asked for before anything is waited for
+        v = tl.load(prompt_colors + b * prompt_stride[0] + c * prompt_stride[1], mask=class_in, other=0.0).to(ACC)
+    if AMBIGUITY:
+        h = tl.load(obs_entropy + c * obs_stride, mask=class_in, other=0.0).to(ACC)
+
+    place = tl.arange(0, HEAD)[None, :]
+    head = _sum_tiles(row, place, place >= 0, K, tiles, 1, HEAD, ONE, ACC, BLOCK)
+    cells = _slot(head, CELLS)
+    wrong = _slot(head, HARD)
+    kappa = _slot(head, KAPPA)
     n = tl.maximum(cells, 1.0)
     ratio = wrong / n
     sigma = tl.full([], 1.0, ACC)
@@ -139,62 +144,69 @@ def efe_finish_kernel(
         floor = number(annealed, FLOOR, hard_floor, ANNEALED, ACC)
         sigma = floor + (1.0 - floor) * ratio
     # a class that does not exist must show: nothing here can raise
-    sigma = tl.where(bad > 0, float("nan"), sigma)
+    sigma = tl.where(_slot(head, BAD) > 0, float("nan"), sigma)
     sigma = tl.where(cells > 0, sigma, 0.0)
 
     per_kappa = tl.where(kappa == 0, 0.0, 1.0 / tl.where(kappa == 0, 1.0, kappa))
     out = terms + b * COLUMNS
-    ce = _sum_tiles(row + CE * tiles, live, tiles, ACC, BLOCK) * per_kappa
+    ce = _slot(head, CE) * per_kappa
     total = tl.zeros([], ACC)
     if USE_CE:
         total += number(annealed, W_CE, w_ce, ANNEALED, ACC) * ce
     tl.store(out + CE_COLUMN, ce)
     risk = tl.zeros([], ACC)
     if RISK:
-        risk = _not_negative(_sum_tiles(row + RISK_SUM * tiles, live, tiles, ACC, BLOCK) / n)
+        risk = _not_negative(_slot(head, RISK_SUM) / n)
         total += number(annealed, W_RISK, w_risk, ANNEALED, ACC) * risk
     tl.store(out + RISK_COLUMN, risk)
     agreement = tl.zeros([], ACC)
     if AGREEMENT:
-        agreement = _not_negative(_sum_tiles(row + AGREEMENT_SUM * tiles, live, tiles, ACC, BLOCK) / n)
+        agreement = _not_negative(_slot(head, AGREEMENT_SUM) / n)
         total += number(annealed, W_AGREEMENT, w_agreement, ANNEALED, ACC) * agreement
     tl.store(out + AGREEMENT_COLUMN, agreement)
     anchor = tl.zeros([], ACC)
     if ANCHOR:
-        anchor = _sum_tiles(row + ANCHOR_SUM * tiles, live, tiles, ACC, BLOCK) / n
+        anchor = _slot(head, ANCHOR_SUM) / n
         # by rounding alone: an anchor need not add up to 1
         anchor = tl.where(anchor > -16 * EPSILON, _not_negative(anchor), anchor)
         total += number(annealed, W_ANCHOR, w_anchor, ANNEALED, ACC) * anchor
     tl.store(out + ANCHOR_COLUMN, anchor)
 
-    rows = row + HEAD * tiles
+    steps = tl.arange(0, BLOCK_T)[:, None]
+    rows = row + HEAD
     prompt = tl.zeros([], ACC)
     if PROMPT:
-        v = tl.load(prompt_colors + b * prompt_stride[0] + c * prompt_stride[1], mask=class_in, other=0.0)
-        v = tl.where(cells > 0, v.to(ACC), 0.0)
+        v = tl.where(cells > 0, v, 0.0)
         v, v_largest, v_norm, v_held = _scaled(v, ACC)
-        dv = tl.zeros([BLOCK_C], ACC)
+        dv = tl.zeros([1, BLOCK_C], ACC)
         scale = tl.where(cells > 0, -sigma * number(annealed, W_PROMPT, w_prompt, ANNEALED, ACC) / T, 0.0)
-        for t in range(0, T):
-            u = _sum_classes(rows, live, tiles, C, ACC, BLOCK, BLOCK_C) / n * (1.0 / POOL)
+        for first in range(0, T, BLOCK_T):
+            t = (first + steps).to(tl.int64)
+            there = (t < T) & class_in
+            # rows that do not exist are 0, and add nothing
+            u = _sum_tiles(rows, t * C + c, there, K, tiles, BLOCK_T, BLOCK_C, ONE, ACC, BLOCK) / n * (1.0 / POOL)
             u, u_largest, u_norm, u_held = _scaled(u, ACC)
-            cos = tl.sum((u / u_held) * (v / v_held))
-            prompt -= cos / T
-            du = v / v_held - tl.where(u_norm < u_held, 0.0, cos) * (u / u_held)
-            dv += u / u_held - tl.where(v_norm < v_held, 0.0, cos) * (v / v_held)
-            tl.store(d_pooled + (b * T + t) * C + c, scale / n * (du / u_held / u_largest), mask=class_in)
-            # step by step: all of them may lie further than an int32 says
-            rows += C * tiles
-        tl.store(d_prompt_colors + b * C + c, scale * (dv / v_held / v_largest), mask=class_in)
+            u_unit = u / u_held[:, None]
+            v_unit = v / v_held[:, None]
+            cos = tl.sum(u_unit * v_unit, axis=1)
+            prompt -= tl.sum(cos) / T
+            du = v_unit - tl.where(u_norm < u_held, 0.0, cos)[:, None] * u_unit
+            dv += tl.sum(u_unit - tl.where(v_norm < v_held, 0.0, cos)[:, None] * v_unit, axis=0)[None, :]
+            tl.store(
+                d_pooled + b * T * C + t * C + c, scale / n * (du / u_held[:, None] / u_largest[:, None]), mask=there
+            )
+        dv = dv / v_held[:, None] / v_largest[:, None]
+        tl.store(d_prompt_colors + b * C + c, scale * dv, mask=class_in)
         total += number(annealed, W_PROMPT, w_prompt, ANNEALED, ACC) * prompt
+        rows += T * C
     tl.store(out + PROMPT_COLUMN, prompt)
     ambiguity = tl.zeros([], ACC)
     if AMBIGUITY:
-        mass = tl.zeros([BLOCK_C], ACC)
-        for _t in range(0, T):
-            mass += _sum_classes(rows, live, tiles, C, ACC, BLOCK, BLOCK_C)
-            rows += C * tiles
-        h = tl.load(obs_entropy + c * obs_stride, mask=class_in, other=0.0).to(ACC)
+        mass = tl.zeros([BLOCK_T, BLOCK_C], ACC)
+        for first in range(0, T, BLOCK_T):
+            t = (first + steps).to(tl.int64)
+            mass += _sum_tiles(rows, t * C + c, (t < T) & class_in, K, tiles, BLOCK_T, BLOCK_C, ONE, ACC, BLOCK)
+        mass = tl.sum(mass, axis=0)[None, :]
         ambiguity = tl.sum(mass * h) / n
         w = number(annealed, W_AMBIGUITY, w_ambiguity, ANNEALED, ACC)
         total += w * ambiguity
@@ -211,21 +223,22 @@ def efe_finish_kernel(
     # every write above by every thread of this program comes before its arrival
     tl.debug_barrier()
     if tl.atomic_add(arrived, 1, sem="acq_rel") == B - 1:
-        loss_sum = tl.zeros([BLOCK_B], ACC)
-        episode_sum = tl.zeros([BLOCK_B], ACC)
+        # of each episode its loss and whether it counts, then the gradient of obs_entropy
+        columns: tl.constexpr = 2 + C if AMBIGUITY else 2
+        width: tl.constexpr = 2 * BLOCK_C if AMBIGUITY else 2
+        column = tl.arange(0, width)[None, :]
+        sums = tl.zeros([BLOCK_B, width], ACC)
         for start in range(0, B, BLOCK_B):
-            e = start + tl.arange(0, BLOCK_B)
+            e = (start + tl.arange(0, BLOCK_B)[:, None]).to(tl.int64)
+            at = totals + e * (2 + C) + column
             # past the caches: other programs wrote these
-            loss_sum += tl.load(totals + e * (2 + C), mask=e < B, other=0.0, cache_modifier=".cg")
-            episode_sum += tl.load(totals + e * (2 + C) + 1, mask=e < B, other=0.0, cache_modifier=".cg")
-        share = 1.0 / tl.maximum(tl.sum(episode_sum), 1.0)
-        tl.store(loss, tl.sum(loss_sum) * share)
+            sums += tl.load(at, mask=(e < B) & (column < columns), other=0.0, cache_modifier=".cg")
+        sums = tl.sum(sums, axis=0)[None, :]
+        loss_sum = tl.sum(tl.where(column == 0, sums, 0.0))
+        episodes = tl.sum(tl.where(column == 1, sums, 0.0))
+        share = 1.0 / tl.maximum(episodes, 1.0)
+        tl.store(loss, loss_sum * share)
         tl.store(coef + 2 * B, share)
         tl.store(coef + 2 * B + 1, 0.0)
         if AMBIGUITY:
-            dh = tl.zeros([BLOCK_C, BLOCK_B], ACC)
-            for start in range(0, B, BLOCK_B):
-                e = start + tl.arange(0, BLOCK_B)[None, :]
-                at = totals + e * (2 + C) + 2 + c[:, None]
-                dh += tl.load(at, mask=(e < B) & (c[:, None] < C), other=0.0, cache_modifier=".cg")
-            tl.store(d_obs_entropy + c, tl.sum(dh, axis=1), mask=class_in)
+            tl.store(d_obs_entropy + column - 2, sums, mask=(column >= 2) & (column < columns))

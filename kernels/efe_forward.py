@@ -39,7 +39,7 @@ def efe_forward_kernel(
     class_weight,
     annealed,  # [7]
     predicted,  # [B, P]
-    slots,  # [B, K, tiles]
+    slots,  # [B, tiles, K]
     arrived,  # [1]
     plan_stride,  # b, t, c, h, w
     target_stride,  # b, h, w
@@ -70,11 +70,10 @@ def efe_forward_kernel(
     b, tile, cell, cell_in, valid, known, label, kappa = tile_of_cells(
         target, target_stride, ignore_index, class_weight, tiles, P, W, C, CLASS_WEIGHT, FLAT, ACC, BLOCK_P
     )
-    tiles = tl.cast(tiles, tl.int64)
     count = tl.sum(valid.to(ACC))
     if (tile == 0) & (b == 0):
         tl.store(arrived, 0)
-    slots += b * (HEAD + T * C * (PROMPT + AMBIGUITY)) * tiles + tile
+    slots += (b * tiles + tile) * (HEAD + tl.cast(T, tl.int64) * (C * (PROMPT + AMBIGUITY)))
 
     plan = cells(plan + b * plan_stride[0], plan_stride[3], plan_stride[4], cell, W, FLAT)
     if AGREEMENT:
@@ -96,16 +95,23 @@ def efe_forward_kernel(
     if not (RISK or AMBIGUITY or AGREEMENT or PROMPT or STEP_WEIGHT):
         first = T - 1
         plan += tl.cast(first, tl.int64) * plan_stride[1]
-    # a tile without a cell that counts leaves only its head: the finishing pass reads no more of it
+    # a tile without a cell that counts reads nothing, and leaves zeros
+    if PROMPT or AMBIGUITY:
+        tail = tl.where(count > 0, 0, T * (C * (PROMPT + AMBIGUITY)))
+        for start in range(0, tail, BLOCK_P):
+            at = start + tl.arange(0, BLOCK_P)
+            tl.store(slots + HEAD + at, tl.zeros([BLOCK_P], ACC), mask=at < tail)
     for t in range(first, tl.where(count > 0, T, 0)):
         x = load_classes(plan, plan_stride[2], valid, C, ACC)
-        x_max, z, q, x_log2 = softmax(x, C, ACC, FAST)
+        at_label = tl.load(plan + label * plan_stride[2], mask=known, other=0.0).to(ACC)
+        if AGREEMENT:
+            # asked for here: behind the stores of this step it would be a second trip to memory
+            y = load_classes(back, back_stride[2], valid, C, ACC)
         step = (t == T - 1).to(ACC)
         if STEP_WEIGHT:
             step = tl.load(step_weight + t).to(ACC)
-        if step != 0:
-            at_label = tl.load(plan + label * plan_stride[2], mask=known, other=0.0).to(ACC)
-            nll += step * (x_max - at_label + LN_2 * x_log2)
+        x_max, z, q, x_log2 = softmax(x, C, ACC, FAST)
+        nll += tl.where(step != 0, step * (x_max - at_label + LN_2 * x_log2), 0.0)
         if t == T - 1:
             largest = x[0]
             for c in tl.static_range(1, C):
@@ -120,17 +126,17 @@ def efe_forward_kernel(
             risk += LN_2 * neg_entropy
             for c in tl.static_range(C):
                 risk -= q[c] * tl.where(q[c] == 0, 0.0, log_p[c])
-        row = slots + (HEAD + t * C) * tiles
+        row = slots + HEAD + t * C
         if PROMPT:
             for c in tl.static_range(C):
                 # cells that do not count read 0
-                tl.store(row + c * tiles, tl.sum(tl.where(x[c] == -float("inf"), 0.0, x[c] * POOL)))
-            row += T * C * tiles
+                tl.store(row + c, tl.sum(tl.where(x[c] == -float("inf"), 0.0, x[c] * POOL)))
+            row += T * C
         if AMBIGUITY:
             for c in tl.static_range(C):
-                tl.store(row + c * tiles, tl.sum(tl.where(valid, q[c], 0.0)))
+                tl.store(row + c, tl.sum(tl.where(valid, q[c], 0.0)))
         if AGREEMENT:
-            y_max, y_z, r, y_log2 = softmax(load_classes(back, back_stride[2], valid, C, ACC), C, ACC, FAST)
+            y_max, y_z, r, y_log2 = softmax(y, C, ACC, FAST)
             # twice the divergence: with s = q + r, sum q log2 q + sum r log2 r - sum s (log2 s - 1), and sum s = 2
             divergence = neg_entropy - y_log2 + 2.0
             for c in tl.static_range(C):
@@ -144,12 +150,12 @@ def efe_forward_kernel(
     cost = kappa
     if HARD_CELL:
         cost = tl.where(hard, kappa, kappa * number(annealed, FLOOR, hard_floor, ANNEALED, ACC))
-    tl.store(slots + CELLS * tiles, count)
-    tl.store(slots + HARD * tiles, tl.sum(hard.to(ACC)))
-    tl.store(slots + BAD * tiles, tl.sum((valid & (label < 0)).to(ACC)))
-    tl.store(slots + KAPPA * tiles, tl.sum(kappa))
-    tl.store(slots + CE * tiles, tl.sum(tl.where(cost == 0, 0.0, cost * nll)))
-    tl.store(slots + RISK_SUM * tiles, tl.sum(tl.where(valid, risk, 0.0)))
-    tl.store(slots + AGREEMENT_SUM * tiles, tl.sum(tl.where(valid, 0.5 * LN_2 * agreement, 0.0)))
-    tl.store(slots + ANCHOR_SUM * tiles, tl.sum(tl.where(valid, anchor_sum, 0.0)))
+    tl.store(slots + CELLS, count)
+    tl.store(slots + HARD, tl.sum(hard.to(ACC)))
+    tl.store(slots + BAD, tl.sum((valid & (label < 0)).to(ACC)))
+    tl.store(slots + KAPPA, tl.sum(kappa))
+    tl.store(slots + CE, tl.sum(tl.where(cost == 0, 0.0, cost * nll)))
+    tl.store(slots + RISK_SUM, tl.sum(tl.where(valid, risk, 0.0)))
+    tl.store(slots + AGREEMENT_SUM, tl.sum(tl.where(valid, 0.5 * LN_2 * agreement, 0.0)))
+    tl.store(slots + ANCHOR_SUM, tl.sum(tl.where(valid, anchor_sum, 0.0)))
     tl.store(predicted + b * P + cell, tl.where(valid, best, IGNORED_PREDICTION).to(tl.uint8), mask=cell_in)

@@ -59,6 +59,20 @@ def _flags(on: Sequence[bool]) -> dict[str, bool]:
     return {name.upper(): flag for name, flag in zip(TERMS, on, strict=True) if name != "ce"}
 
 
+def _finish_blocks(B: int, T: int, C: int, tiles: int, ambiguity: bool, item: int) -> dict[str, int]:
+    """Block sizes of the finishing kernel: one warp holds 64 numbers of 4 bytes a lane at a time."""
+    classes = triton.next_power_of_2(C)
+    width = 2 * classes if ambiguity else 2
+    return {
+        "ONE": tiles <= 32,
+        "BLOCK": 32,
+        "BLOCK_T": min(triton.next_power_of_2(T), max(1, 256 // (item * classes))),
+        "BLOCK_C": classes,
+        "BLOCK_B": min(triton.next_power_of_2(B), 1024 // width),
+        "num_warps": 1,
+    }
+
+
 def _device(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
@@ -98,7 +112,7 @@ def _forward(
     launch = launch_row(C, capability_of(plan.device)).forward
     tiles = triton.cdiv(H * W, launch.cells)
     tail = T * C * (flags["PROMPT"] + flags["AMBIGUITY"])
-    slots = plan.new_empty((B, HEAD.value + tail, tiles), dtype=acc)
+    slots = plan.new_empty((B, tiles, HEAD.value + tail), dtype=acc)
     totals = plan.new_empty((B, 2 + C), dtype=acc)
     arrived = plan.new_empty(1, dtype=torch.int32)
     tl_acc = tl.float64 if acc == torch.float64 else tl.float32
@@ -166,11 +180,7 @@ def _forward(
             HARD_EPISODE=hard_mode == HARD_EPISODE,
             ANNEALED=annealed is not None,
             ACC=tl_acc,
-            BLOCK=max(32, min(triton.next_power_of_2(tiles), 128)),
-            BLOCK_C=triton.next_power_of_2(C),
-            BLOCK_B=min(triton.next_power_of_2(B), 256),
-            # with fewer, ptxas spills a register or two on some architectures
-            num_warps=8,
+            **_finish_blocks(B, T, C, tiles, flags["AMBIGUITY"], acc.itemsize),
             enable_fp_fusion=True,
         )
     return outputs

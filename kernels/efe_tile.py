@@ -4,7 +4,7 @@ Formulas and edge rules are those of `reference.py`. Axes: B episodes, T plan st
 One program is a tile of BLOCK_P cells of one episode. A cell is a lane and its classes are a tuple of vectors, so
 that every reduction over classes stays in a thread's own registers.
 
-Forward of a tile writes the sums over its cells into slots of its own, [B, K, tiles], where K is the head below, then
+Forward of a tile writes the sums over its cells into slots of its own, [B, tiles, K], where K is the head below, then
 pooled logits [T, C] and probability mass [T, C] where those terms are on. float64 accumulates in float64, all else
 in float32.
 """

@@ -163,7 +163,13 @@ static_assert(sizeof(RowBatch) <= MAX_ARGUMENT, "see Batch");
 // beyond every exponent of a float64
 constexpr int NO_EXPONENT = 1 << 20;
 
-__device__ __forceinline__ double nan_max(double a, double b) { return (isnan(a) || a > b) ? a : b; }
+struct NanOrLarger {
+  __device__ __forceinline__ double operator()(double a, double b) const { return (isnan(a) || a > b) ? a : b; }
+};
+
+struct First {
+  __device__ __forceinline__ int64_t operator()(int64_t a, int64_t b) const { return a < b ? a : b; }
+};
 
 // one block adds all slots of a row: a large model has tens of thousands
 constexpr int FINISH_THREADS = 512;
@@ -176,9 +182,9 @@ __global__ void __launch_bounds__(FINISH_THREADS, 1) finish_kernel(
   __shared__ int shared_largest[FINISH_WARPS];
   __shared__ int shared_smallest[FINISH_WARPS];
   __shared__ double shared_shifted[FINISH_WARPS];
-  __shared__ double shared_max[FINISH_THREADS];
-  __shared__ int64_t shared_bad[FINISH_THREADS];
-  __shared__ int64_t shared_first[FINISH_THREADS];
+  __shared__ double shared_max[FINISH_WARPS];
+  __shared__ int64_t shared_bad[FINISH_WARPS];
+  __shared__ int64_t shared_first[FINISH_WARPS];
   const int thread = threadIdx.x;
   const int64_t begin = rows.begin[blockIdx.x];
   const int64_t end = rows.end[blockIdx.x];
@@ -198,13 +204,13 @@ __global__ void __launch_bounds__(FINISH_THREADS, 1) finish_kernel(
       largest = larger(largest, slot.exponent);
       smallest = larger(smallest, -slot.exponent);
     }
-    max_abs = nan_max(slot.max_abs, max_abs);
+    max_abs = NanOrLarger()(slot.max_abs, max_abs);
     nonfinite += slot.nonfinite;
     if (slot.nonfinite > 0 && slot.position < first) first = slot.position;
   }
-  shared_max[thread] = max_abs;
-  shared_bad[thread] = nonfinite;
-  shared_first[thread] = first;
+  max_abs = block_reduce(max_abs, shared_max, NanOrLarger());
+  nonfinite = block_sum(nonfinite, shared_bad);
+  first = block_reduce(first, shared_first, First());
   sum = block_sum(sum, shared_sum);
   largest = block_max(largest, shared_largest);
   smallest = -block_max(smallest, shared_smallest);
@@ -220,11 +226,6 @@ __global__ void __launch_bounds__(FINISH_THREADS, 1) finish_kernel(
   }
   if (thread != 0) return;
 
-  for (int other = 1; other < FINISH_THREADS; ++other) {
-    max_abs = nan_max(shared_max[other], max_abs);
-    nonfinite += shared_bad[other];
-    first = first < shared_first[other] ? first : shared_first[other];
-  }
   double scale = inv_scale.value;
   if (inv_scale.scalar != nullptr) {
     scale *= inv_scale.scalar_is_double ? *static_cast<const double*>(inv_scale.scalar)

@@ -26,6 +26,9 @@ FEATURES: tuple[str, ...] = (
     "width_out",
 )
 
+# means over the demonstrations, in the order of `SizeHead`
+SIZE_FEATURES = ("height_in", "width_in", "height_out", "width_out")
+
 RULES: dict[str, str] = {
     "shrinking": "The output is a smaller grid that keeps or sums up a part of the input.",
     "expanding": "The output is a larger grid that repeats, scales or extends the input.",

@@ -41,13 +41,13 @@ class SolveCommand:
     max_minutes: float | None = None
     """Most minutes for all tasks; the small ones come first, and those not reached get their query for an answer."""
     workers: int | None = None
-    """Processes with a thread each, one per core; the answers are the same for any number."""
+    """Processes with a thread each, on the CPU: one per core, or none on a GPU. Any number gives the same answers."""
     limit: int | None = None
     """Only the first so many tasks by id."""
     seed: int = 0
     """Seed of random weights, order and augmentation."""
     device: str = "auto"
-    """Where Qwen reads the demonstrations: auto, cpu, cuda or cuda:N."""
+    """Where Qwen reads, and without --workers where tasks are trained on side by side: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
     """Folder for submission.json, results.jsonl, score.json, solve.html; a new one in solves/."""
 

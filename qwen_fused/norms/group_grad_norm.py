@@ -35,10 +35,13 @@ if backends.has_op("group_grad_norm"):
         return None
 
 
-@torch.compiler.assume_constant_result
 def _has_kernel(name: str, device: str) -> bool:
     """Whether the op is compiled for that kind of device; to torch.compile a constant."""
     return backends.has_kernel(name, device)
+
+
+# as torch.compiler.assume_constant_result marks it, which takes a second and a half to import torch._dynamo
+_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _call(name: str, plain: Any, grads: Sequence[Tensor], *rest: Any) -> Any:

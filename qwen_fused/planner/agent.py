@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_fused.arc.episodes import COLORS, MAX_SIDE
-from qwen_fused.planner.plan_core import PlanCore, rms_norm
+from qwen_fused.planner.plan_core import PlanCore, inverse_rms
 
 VIEWS = (
     "identity",
@@ -82,8 +82,8 @@ def one_hot_views(source: Tensor, indices: Tensor) -> Tensor:
     """Gather the source grid through the views: [B, H, W] colours, [B, K, P] -> [B, K, C, P] zeros and ones."""
     flat = source.flatten(1).unsqueeze(1).expand(-1, indices.shape[1], -1)
     color = flat.gather(2, indices.clamp(min=0)).masked_fill(indices < 0, COLORS)
-    color = color.masked_fill((color < 0) | (color >= COLORS), COLORS)
-    return F.one_hot(color, COLORS + 1)[..., :COLORS].transpose(2, 3).to(torch.get_default_dtype())
+    each = torch.arange(COLORS, device=source.device).unsqueeze(1)
+    return (color.unsqueeze(2) == each).to(torch.get_default_dtype())
 
 
 def extent_mask(size: Tensor, height: int, width: int) -> Tensor:
@@ -162,8 +162,11 @@ class GridAgent(nn.Module):
 
     def read(self, states: Tensor, prompt: Tensor, copies: Tensor) -> Tensor:
         """Logits [B, T, C, H, W] of states [T, B, 1, H, W, F]: free ones plus a gated copy of the source's views."""
-        x = rms_norm(states[:, :, 0], self.readout_norm)
-        free, gate = self.readout(x).split([COLORS, copies.shape[1]], dim=-1)
+        x = states[:, :, 0]
+        # the readout of the normed state; a cell's rms is a number, and its readout is narrower than its state
+        weight = self.readout.weight * self.readout_norm
+        read = torch.addcmul(self.readout.bias, x @ weight.t(), inverse_rms(x))
+        free, gate = read.split([COLORS, copies.shape[1]], dim=-1)
         gate = (gate + self.view_preference(prompt)[:, None, None]).softmax(-1)  # [T, B, H, W, K]
         copied = torch.einsum("tbhwk,bkchw->btchw", gate, copies.to(gate.dtype))
         return free.permute(1, 0, 4, 2, 3) + self.copy_scale * copied

@@ -16,17 +16,15 @@ import torch.nn as nn
 from torch import Tensor
 
 from qwen_fused.arc.episodes import MAX_SIDE, Batch, Episode, collate
-from qwen_fused.arc.features import FEATURES
+from qwen_fused.arc.features import FEATURES, SIZE_FEATURES
 from qwen_fused.arc.symmetry import SYMMETRIES, swaps_sides, turn_back
 from qwen_fused.config import TrainConfig
-from qwen_fused.planner.agent import GridAgent
-from qwen_fused.planner.conv_agent import ConvAgent
+from qwen_fused.planner.attempts import further_attempts
 from qwen_fused.planner.evaluation_mode import evaluating
+from qwen_fused.planner.make_agent import make_agent
 from qwen_fused.planner.objective import PlanObjective, PlanScore
 from qwen_fused.planner.policy import REWARD_SCALE, Action, PolicyLoss, PromptPolicy
 from qwen_fused.qwen.prompt import PromptOutput, QwenPrompt
-
-SIZE_FEATURES = ("height_in", "width_in", "height_out", "width_out")
 
 
 @dataclass
@@ -239,23 +237,3 @@ class QwenPlanner(nn.Module):
         query = plan.back_input[0, :, :rows, :columns]
         steps = plan.back_logits[0, :, :, :h, :w]
         return [grid.cpu().numpy().astype(np.uint8) for grid in (query.argmax(0), *steps.argmax(1))]
-
-
-def make_agent(config: TrainConfig) -> GridAgent | ConvAgent:
-    """The agent of a configuration, with weights from torch's generator."""
-    agent = GridAgent if config.agent == "lines" else ConvAgent
-    return agent(channels=config.agent_channels, prompt_dim=config.prompt_dim, steps=config.plan_steps)
-
-
-def further_attempts(probabilities: np.ndarray, other: np.ndarray, count: int) -> list[np.ndarray]:
-    """Attempts after the first: another grid where there is one, then the first with a least certain cell changed."""
-    ranked = probabilities.argsort(0)[::-1]
-    first, runner_up = ranked[0].astype(np.uint8), ranked[1].astype(np.uint8)
-    grids = [] if np.array_equal(other, first) else [other]
-    ordered = np.sort(probabilities, 0)
-    doubt = (ordered[-1] - ordered[-2]).ravel().argsort()
-    for cell in doubt[: max(count - len(grids), 0)]:
-        grid = first.copy()
-        grid.flat[cell] = runner_up.flat[cell]
-        grids.append(grid)
-    return (grids + [first] * count)[:count]

@@ -116,23 +116,30 @@ def plan_core_reference(
     steps: int,
 ) -> Tensor:
     """The same in plain torch, on any device, under `torch.func` too."""
+    width = state.shape[-1]
     live = alive[:, None, :, :, None].to(state.dtype)
     scale, shift = scale[:, None, None, None], shift[:, None, None, None]
     rows, columns = live.sum(3, keepdim=True).clamp(min=1), live.sum(2, keepdim=True).clamp(min=1)
+    # what is the same for every cell goes into the matrices and the shift: a device is busy reading and writing cells
+    wz = norm[:, None] * wz
+    wc = torch.cat([norm[:, None] * wc[:width], wc[width:]])
+    shift = bias * scale + shift
     states = []
     for _ in range(steps):
-        x = rms_norm(state, norm) * live
-        z = F.relu(x @ wz + bz) * live
+        x = state * inverse_rms(state)
+        # x is 0 on dead cells, as the state is
+        z = F.relu(torch.addcmul(x @ wz, bz, live))
         a = torch.cat([x, *context(z, part, rows, columns)], -1)
-        h = F.gelu((a @ wc + bias) * scale + shift) * live
-        state = state + h @ wu
+        h = F.gelu(torch.addcmul(shift, a @ wc, scale))
+        state = torch.addcmul(state, h @ wu, live)
         states.append(state)
     return torch.stack(states)
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """x over its root mean square along the last axis, times a weight: each cell by itself, so padding never enters."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON) * weight
+def inverse_rms(x: Tensor) -> Tensor:
+    """1 / the root mean square along the last axis, which stays as 1: each cell by itself, so padding never enters."""
+    # one pass over x, where squares and their mean would be two
+    return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + EPSILON)
 
 
 def context(z: Tensor, part: int, rows: Tensor, columns: Tensor) -> list[Tensor]:
@@ -143,12 +150,13 @@ def context(z: Tensor, part: int, rows: Tensor, columns: Tensor) -> list[Tensor]
         part: c.
         rows, columns: [N, 1, H, 1, 1] and [N, 1, 1, W, 1], living cells of each.
     """
-    height, width = z.shape[2:4]
     parts = CONTEXTS if z.shape[1] == 1 else CONTEXTS + 1
     right, left, down, up, whole, line, *across = z[..., : parts * part].split(part, -1)
     near = F.pad(z[..., parts * part :], (0, 0, 1, 1, 1, 1))
-    seen = [near[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    seen += [
+    # [N, P, H, W, m, 3, 3], the nine cells in front of their features
+    around = near.unfold(2, 3, 1).unfold(3, 3, 1).movedim(4, -1).flatten(-3)
+    seen = [
+        around,
         right.cummax(3)[0],
         left.flip(3).cummax(3)[0].flip(3),
         down.cummax(2)[0],

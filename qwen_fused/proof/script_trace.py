@@ -14,7 +14,7 @@ from qwen_fused.proof import frames, kinds, modes
 from qwen_fused.proof.cut_log import CutLog
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.labels import Labels, tensors_in
-from qwen_fused.proof.trace import _Tracer
+from qwen_fused.proof.trace import Tracer
 
 # key in an autograd node's metadata for where the script called it
 SITE = "qwen_fused.site"
@@ -60,7 +60,7 @@ class GrowingLabels(Labels):
             super().add_values(tensor, values, cuts)
 
 
-class ScriptTracer(_Tracer):
+class ScriptTracer(Tracer):
     """The tracer of a proof, for a run that happens once: nothing is kept for doing it again."""
 
     def __init__(self) -> None:

@@ -63,7 +63,7 @@ def trace(
         earlier: labels of an earlier call; what that computed and this one still uses is listed as kept.
         trusted: whether a torch function of that name is to be taken at its word, as a custom operation may be.
     """
-    tracer = _Tracer(parameters, on_custom, earlier, trusted)
+    tracer = Tracer(parameters, on_custom, earlier, trusted)
     with (
         modes.uncompiled(),
         modes.on_apply(tracer.apply),
@@ -79,7 +79,7 @@ def trace(
     return tracer.trace
 
 
-class _Tracer:
+class Tracer:
     def __init__(
         self,
         parameters: Mapping[str, Tensor],

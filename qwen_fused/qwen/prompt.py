@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qwen_fused.arc.features import FEATURES, normalise
 from qwen_fused.arc.tasks import Pair
 from qwen_fused.qwen.backbone import load_backbone
+from qwen_fused.qwen.causal import causal_without_mask
 from qwen_fused.qwen.prompt_text import ADDED_TOKENS, EncodedText, PromptText
 from qwen_fused.qwen.tiny import seeded
 
@@ -198,9 +199,11 @@ class QwenPrompt(nn.Module):
         device = self._first_weight.device
         # padding is on the right and attention is causal, so no prompt ever sees a pad: without a mask SDPA takes
         # its causal kernel, which skips half of the work
+        mask = causal_without_mask(self.backbone.config, ids.shape[1])
         # transfers wait for nothing: a step on CUDA need not stop for its prompts
         tokens = torch.from_numpy(ids).to(device, non_blocking=True)
-        hidden = at_least_float32(self.backbone(input_ids=tokens, use_cache=False).last_hidden_state)
+        output = self.backbone(input_ids=tokens, attention_mask=mask, use_cache=False)
+        hidden = at_least_float32(output.last_hidden_state)
         length = torch.tensor([len(row) for row in rows]).to(device, non_blocking=True)
         if self.pooling == "last":
             return hidden[torch.arange(len(rows), device=device), length - 1]

@@ -42,14 +42,18 @@ class SolveLog:
 
     @contextmanager
     def progress(self, counts: Counts) -> Iterator[Any]:
-        """A bar over the work; gives a function to call when the counts have changed."""
+        """A bar over the work; gives a function to call when the counts have changed, or with the work under way."""
         columns = (
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(counts.describe(), total=max(counts.work, 1), completed=counts.work_done)
-            yield lambda: bar.update(task, completed=counts.work_done, description=counts.describe())
+
+            def advance(under_way: float = 0.0) -> None:
+                bar.update(task, completed=counts.work_done + under_way, description=counts.describe())
+
+            yield advance
 
 
 class Counts:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,12 +19,14 @@ from torch import Tensor
 from qwen_fused.arc.episodes import Task
 from qwen_fused.loss.efe_loss import efe_loss
 from qwen_fused.norms.group_grad_norm import GroupGradNorm
-from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.solver.examples import TrainingSet, examples, task_rng
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.sizes import size_rule
 from qwen_fused.solver.task_optimizer import TaskOptimizer
 from qwen_fused.solver.task_planner import TaskPlanner, encode_task, lines_agent, plan_loss
+
+if TYPE_CHECKING:
+    from qwen_fused.planner.model import QwenPlanner
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,12 +30,6 @@ class Examples:
     size: Tensor  # [B, 2] int64, rows and columns of the answer
     target: Tensor | None  # [B, H, W] int64, IGNORE outside the grid
 
-    def to(self, device: torch.device) -> Examples:
-        """The same on another device."""
-        cells = Cells(self.cells.inputs.to(device), self.cells.alive.to(device), self.cells.copies.to(device))
-        others = (self.symmetry.to(device), self.query_size.to(device), self.size.to(device))
-        return Examples(cells, *others, None if self.target is None else self.target.to(device))
-
 
 def task_rng(settings: SolveSettings, task_id: str) -> np.random.Generator:
     """The generator that decides everything random about a task: the same for any number of workers."""
@@ -57,6 +51,7 @@ def examples(
     symmetries: Sequence[int],
     answers: Sequence[np.ndarray] | None = None,
     canvas: tuple[int, int] | None = None,
+    device: torch.device | None = None,
 ) -> Examples:
     """Put queries, as seen through their views, on the smallest canvas that holds them and answers of the given sizes.
 
@@ -66,14 +61,19 @@ def examples(
         symmetries: which symmetry each is seen through, 0..7.
         answers: B grids; without them there is no target.
         canvas: height and width, where several tasks share one.
+        device: where they are to be; the CPU by default.
     """
-    sides = [query.shape for query in queries] + list(sizes)
-    height, width = canvas or (max(side[0] for side in sides), max(side[1] for side in sides))
-    query_size = torch.tensor([query.shape for query in queries])
-    size = torch.tensor(list(sizes))
-    cells = describe_cells(on_canvas(queries, height, width), query_size, size)
-    target = None if answers is None else on_canvas(answers, height, width)
-    return Examples(cells, torch.tensor(list(symmetries)), query_size, size, target)
+    height, width = canvas or canvas_of([*(query.shape for query in queries), *sizes])
+    query_size = torch.tensor([query.shape for query in queries]).to(device)
+    size = torch.tensor(list(sizes)).to(device)
+    cells = describe_cells(on_canvas(queries, height, width).to(device), query_size, size)
+    target = None if answers is None else on_canvas(answers, height, width).to(device)
+    return Examples(cells, torch.tensor(list(symmetries)).to(device), query_size, size, target)
+
+
+def canvas_of(sizes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
+    """Height and width of the smallest canvas that holds grids of these sizes."""
+    return max(size[0] for size in sizes), max(size[1] for size in sizes)
 
 
 class TrainingSet:
@@ -109,19 +109,17 @@ class TrainingSet:
             self.order = self.rng.permutation(len(self.pairs)).tolist()
         return self.order.pop()
 
-    def draw(self) -> tuple[list[np.ndarray], list[np.ndarray], list[int]]:
-        """The next batch: queries, answers, and the symmetry each is seen through."""
+    def draw(self) -> list[tuple[int, View]]:
+        """The next batch: which pairs, and the view that each is seen through."""
         symmetries = self.orientations[int(self.rng.integers(len(self.orientations)))]
-        queries, answers, seen = [], [], []
-        for _ in range(self.settings.batch):
-            pair = self.pairs[self.next_pair()]
-            view = self.view(symmetries[int(self.rng.integers(len(symmetries)))])
-            queries.append(view.apply(pair.input))
-            answers.append(view.apply(pair.output))  # type: ignore[arg-type]
-            seen.append(view.symmetry)
-        return queries, answers, seen
+        return [
+            (self.next_pair(), self.view(symmetries[int(self.rng.integers(len(symmetries)))]))
+            for _ in range(self.settings.batch)
+        ]
 
     def batch(self) -> Examples:
         """The next batch as the planner takes it."""
-        queries, answers, seen = self.draw()
-        return examples(queries, [answer.shape for answer in answers], seen, answers)
+        drawn = [(self.pairs[pair], view) for pair, view in self.draw()]
+        queries = [view.apply(pair.input) for pair, view in drawn]
+        answers = [view.apply(pair.output) for pair, view in drawn]  # type: ignore[arg-type]
+        return examples(queries, [answer.shape for answer in answers], [view.symmetry for _, view in drawn], answers)

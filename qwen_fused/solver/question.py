@@ -18,7 +18,7 @@ from qwen_fused.arc.tasks import Pair, Task
 from qwen_fused.common.typed_yaml import from_plain
 from qwen_fused.config import TrainConfig
 from qwen_fused.planner.evaluation_mode import evaluating
-from qwen_fused.planner.model import make_agent
+from qwen_fused.planner.make_agent import make_agent
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.task_planner import encode_task, lines_agent
 

@@ -1,6 +1,7 @@
 """Solve tasks: put each to a worker, keep what is done, and have a whole submission at any time.
 
     tasks ─► question (no answers; Qwen reads it here) ─► workers: train, vote ─► results.jsonl ─► submission.json
+                                                        ─► on CUDA chunks of tasks, side by side ─►
 
 A result is written before its task's answers are read. What a task gets depends on the planner, its demonstrations and
 test inputs, the settings and its id: not on other tasks, on workers, or on the order. Where a time limit ends the
@@ -16,11 +17,13 @@ from qwen_fused.arc.tasks import Task
 from qwen_fused.config import require
 from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.report.solve_log import Counts, SolveLog, short_time
+from qwen_fused.solver.chunks import run_chunks
 from qwen_fused.solver.folder import SUBMISSION, SolveFolder
 from qwen_fused.solver.question import Question, job_bytes, make_question
 from qwen_fused.solver.results import TaskResult, fallback
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.solution import Solution, canvas, score_task
+from qwen_fused.solver.task_planner import lines_agent
 from qwen_fused.solver.workers import COMMAND, run_workers, usable_cores
 
 # seconds between submissions while tasks are being solved
@@ -39,6 +42,7 @@ def solve_tasks(
     log: SolveLog | None = None,
     should_stop: Callable[[], object] = lambda: None,
     on_result: Callable[[int], object] = lambda done: None,
+    side_by_side: bool | None = None,
     command: Sequence[str] = COMMAND,
 ) -> Solution:
     """Answer tasks with a planner that is trained on each.
@@ -47,13 +51,15 @@ def solve_tasks(
         planner: what each task starts from; it stays as it is.
         tasks: with different ids.
         settings: what is done for a task.
-        workers: processes; by default one per core.
+        workers: processes; by default one per core, or none where tasks are solved side by side.
         max_seconds: for all tasks; those that are not reached get their query for an answer.
         folder: what is done there is not done again, and what is done here is written there.
         unusable: tasks that are in the submission though they could not be read: their numbers of test inputs.
         log: where a line per task goes.
         should_stop: asked several times a second; something true leaves what is not done.
         on_result: called with the number of tasks done, after each.
+        side_by_side: many tasks at once on the planner's device, instead of workers; by default where that is CUDA
+            and no `workers` are asked for.
         command: what to start as a worker.
 
     Raises:
@@ -63,6 +69,8 @@ def solve_tasks(
     """
     require(workers is None or workers > 0, "workers", "a number above 0", workers)
     require(max_seconds is None or max_seconds > 0, "max_seconds", "a number above 0", max_seconds)
+    if side_by_side is None:
+        side_by_side = workers is None and next(planner.agent.parameters()).is_cuda
     log = log or SolveLog(quiet=True)
     deadline = None if max_seconds is None else time.monotonic() + max_seconds
     results = folder.done(tasks) if folder else {}
@@ -79,10 +87,21 @@ def solve_tasks(
         log.say(f"Going on: {counts.describe()} already.")
     with log.progress(counts) as advance:
         submission.write()
-        count = min(workers or usable_cores(), len(left))
-        job = job_bytes(planner, settings)
         questions = make_questions(planner, left, settings)
-        for result in run_workers(job, questions, count, deadline=deadline, should_stop=should_stop, command=command):
+
+        def on_step(chunk: Sequence[Task], step: int) -> None:
+            advance(sum(map(work_of, chunk)) * step / settings.steps)
+
+        if side_by_side:
+            rows = run_chunks(
+                lines_agent(planner), questions, settings, deadline=deadline, should_stop=should_stop, on_step=on_step
+            )
+        else:
+            rows = run_workers(
+                job_bytes(planner, settings), questions, min(workers or usable_cores(), len(left)),
+                deadline=deadline, should_stop=should_stop, command=command,
+            )  # fmt: skip
+        for result in rows:
             task = by_id[result.answer.task_id]
             if folder:
                 folder.add(result)

@@ -19,6 +19,9 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 MOMENTUM = 0.9
 MATRIX_DECAY = 0.05
+# AdamW's
+BETAS = (0.9, 0.99)
+EPSILON = 1e-8
 MATRICES = ("core.look.weight", "core.mix", "core.film.weight", "core.update")
 
 
@@ -26,12 +29,14 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     """Matrices [..., m, n] with their singular values near 1, in their own type."""
     x = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT
+    x = (x if wide else x.mT).reshape(-1, min(x.shape[-2:]), max(x.shape[-2:]))
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
+        # x <- a x + (b s + c s s) x of s = x x', the sums within the products
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return x if wide else x.mT
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return (x if wide else x.mT).reshape(matrix.shape)
 
 
 class Muon(torch.optim.Optimizer):
@@ -77,7 +82,7 @@ class TaskOptimizer:
         decays = [p for p in rest if p.dim() > axes + 1]
         stays = [p for p in rest if p.dim() <= axes + 1]
         groups = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": stays, "weight_decay": 0.0}]
-        adam = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.99), fused=True)
+        adam = torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, eps=EPSILON, fused=True)
         self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [(adam, settings.lr)]
         if chosen:
             self.optimizers.append((Muon(chosen, settings.matrix_lr, MATRIX_DECAY), settings.matrix_lr))

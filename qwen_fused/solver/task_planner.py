@@ -7,19 +7,22 @@ adds to the prompt is learned with the task, so that a planner can tell up from 
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_fused.arc.episodes import MAX_SIDE, Task
-from qwen_fused.arc.features import FEATURES
+from qwen_fused.arc.features import FEATURES, SIZE_FEATURES
 from qwen_fused.arc.symmetry import swaps_sides
 from qwen_fused.loss.efe_loss import EFEWeights, efe_loss
 from qwen_fused.planner.agent import GridAgent
 from qwen_fused.planner.evaluation_mode import evaluating
-from qwen_fused.planner.model import SIZE_FEATURES, QwenPlanner
 from qwen_fused.solver.examples import Examples
+
+if TYPE_CHECKING:
+    from qwen_fused.planner.model import QwenPlanner
 
 # at test time nothing else of the loss pays
 CROSS_ENTROPY = EFEWeights(risk=0.0, ambiguity=0.0, agreement=0.0, anchor=0.0, prompt=0.0)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qwen_fused.arc.episodes import Task
-from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.solver.adapt import adapt
 from qwen_fused.solver.examples import task_rng
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.vote import vote
+
+if TYPE_CHECKING:
+    from qwen_fused.planner.model import QwenPlanner
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qwen_fused.arc.episodes import MAX_SIDE, Task
+from qwen_fused.arc.episodes import Task
 from qwen_fused.arc.symmetry import swaps_sides, turn_back
-from qwen_fused.planner.model import further_attempts
+from qwen_fused.planner.attempts import further_attempts
 from qwen_fused.solver.examples import examples
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.sizes import size_rule
@@ -60,14 +60,13 @@ def voting_views(task: Task, settings: SolveSettings, rng: np.random.Generator) 
 @torch.no_grad()
 def likely_size(model: TaskPlanner, query: np.ndarray, views: Sequence[View]) -> tuple[int, int]:
     """The size that the size head finds likeliest over the views with colours as they are."""
-    total = torch.zeros(2, MAX_SIDE)
-    for symmetry in sorted({view.symmetry for view in views}):
-        query_size = torch.tensor([View(symmetry, UNCHANGED).size(*query.shape)])
-        prompt = (model.prompts + model.offset)[symmetry : symmetry + 1]
-        logits = model.agent.size_head(prompt, query_size, model.demo_sizes[symmetry : symmetry + 1])[0]
-        log_p = logits.log_softmax(1)
-        total += log_p.flip(0) if swaps_sides(symmetry) else log_p
-    rows, columns = (total.argmax(1) + 1).tolist()
+    symmetries = sorted({view.symmetry for view in views})
+    seen = [View(symmetry, UNCHANGED).size(*query.shape) for symmetry in symmetries]
+    prompt = (model.prompts + model.offset)[symmetries]
+    query_size = torch.tensor(seen, device=prompt.device)
+    log_p = model.agent.size_head(prompt, query_size, model.demo_sizes[symmetries]).log_softmax(2)
+    upright = [log_p[k].flip(0) if swaps_sides(symmetry) else log_p[k] for k, symmetry in enumerate(symmetries)]
+    rows, columns = (torch.stack(upright).sum(0).argmax(1) + 1).tolist()
     return rows, columns
 
 
@@ -88,9 +87,14 @@ def cell_probabilities(
         plan, _ = model(batch, readouts=1)
         probability = plan[:, -1].softmax(1).numpy()
         for number, view, p in zip(chosen, seen, probability, strict=True):
-            h, w = view.size(*size)
-            found[number] = turn_back(p[view.colors, :h, :w], view.symmetry)
+            found[number] = seen_back(p, view, size)
     return np.stack([p for p in found if p is not None])
+
+
+def seen_back(probability: np.ndarray, view: View, size: tuple[int, int]) -> np.ndarray:
+    """Probabilities [C, H, W] on a canvas as a view sees them: the answer's [C, h, w], turned and coloured back."""
+    h, w = view.size(*size)
+    return turn_back(probability[view.colors, :h, :w], view.symmetry)
 
 
 def count(probabilities: np.ndarray) -> Vote:

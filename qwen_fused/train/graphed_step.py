@@ -28,10 +28,10 @@ from torch import Tensor
 
 from qwen_fused.arc.episodes import MAX_SIDE, Batch
 from qwen_fused.arc.features import FEATURES
+from qwen_fused.common.cuda_graphs import Record, Replay
 from qwen_fused.loss import checks
 from qwen_fused.norms.stats import GradStats
 from qwen_fused.train.planner_step import Backward, PlannerStep, unscaled
-from qwen_fused.train.recording import Record, Replay
 
 T = TypeVar("T")
 # sides of a canvas: the frequent ones of ARC, as between 16 and 20 a step's time hardly differs

@@ -58,13 +58,14 @@ def solve(
         run: run folder whose weights each task starts from; None starts from random weights.
         split: part of the tasks, as `load_tasks` takes it: by default evaluation, or the only part there is.
         settings: what is done for a task; by default `SolveSettings()`.
-        workers: processes with a thread each; by default one per core.
+        workers: processes with a thread each, on the CPU; by default one per core, or none where `device` is CUDA and
+            tasks are trained on side by side there.
         limit: the first so many tasks by id.
         max_minutes: for all tasks; the ones that are not reached get their query for an answer.
         out: folder for submission.json, results.jsonl, score.json, solve.log and solve.html, new or of the same solve;
             None writes nothing.
         weights: of a run, "last" or "best".
-        device: where Qwen reads: auto, cpu, cuda or cuda:N. Training on a task is on the CPU's cores.
+        device: where Qwen reads, and where tasks are trained on if no workers are asked for: auto, cpu, cuda or cuda:N.
         quiet: say nothing on the terminal.
 
     Returns:

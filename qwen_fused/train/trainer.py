@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qwen_fused.arc.episodes import Batch, Episode, collate, load_tasks, split_tasks
 from qwen_fused.arc.sampler import EpisodeSampler
+from qwen_fused.common.cuda_graphs import CudaGraphs
 from qwen_fused.common.device import resolve_device, to_host
 from qwen_fused.common.layers import group_by_number
 from qwen_fused.common.random_state import rng_state, set_rng_state
@@ -28,7 +29,6 @@ from qwen_fused.train.monitor import REMEDIES, GradientMonitor, Hint
 from qwen_fused.train.optimizer import MasterAdamW
 from qwen_fused.train.pending import SCALARS, PendingBatch
 from qwen_fused.train.planner_step import Backward, PlannerStep
-from qwen_fused.train.recording import CudaGraphs
 from qwen_fused.train.resume import fingerprint
 from qwen_fused.train.schedule import learning_rate, optimizer_groups
 from qwen_fused.train.window_state import gather_window_state, scatter_window_state

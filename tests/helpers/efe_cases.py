@@ -105,7 +105,7 @@ def assert_agrees(found: Tensor, expected: Tensor, dtype: torch.dtype, name: str
         return
     relative = {torch.float64: 1e-11, torch.float32: 1e-5}.get(dtype) or torch.finfo(dtype).eps
     scale = expected.abs().max().item()
-    error = (found.double().cpu() - expected).abs().max().item()
+    error = (found.double().cpu() - expected.cpu()).abs().max().item()
     assert error <= relative * scale + absolute, f"{name}: error {error:.3e} of {scale:.3e}"
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from qwen_fused.arc.tasks import Pair, Task
 from qwen_fused.config import TrainConfig
-from qwen_fused.planner.model import make_agent
+from qwen_fused.planner.make_agent import make_agent
 from qwen_fused.qwen.tiny import seeded
 from qwen_fused.solver import worker, workers
 from qwen_fused.solver.question import Encoded, Job

@@ -80,7 +80,11 @@ def test_one_gradient_alone(fused, wanted, absent):
     alone = {name: x.to(fused["device"]) for name, x in case.items()}
     alone[wanted].requires_grad_()
     (grad,) = torch.autograd.grad(efe_loss(**alone, weights=ALL_TERMS, backend=fused["backend"]).loss, alone[wanted])
-    assert torch.equal(grad, grads[wanted])
+    if fused["device"] == "cuda":
+        # a kernel of its own, which the compiler fuses otherwise
+        assert_agrees(grad, grads[wanted].double(), torch.float32, wanted)
+    else:
+        assert torch.equal(grad, grads[wanted])
 
 
 def test_target_out_of_range_in_a_compiled_step():

@@ -9,7 +9,7 @@ from qwen_fused.arc.episodes import IGNORE
 from qwen_fused.config import TrainConfig
 from qwen_fused.planner.agent import GridAgent
 from qwen_fused.planner.conv_agent import ConvAgent, ConvCore
-from qwen_fused.planner.model import make_agent
+from qwen_fused.planner.make_agent import make_agent
 
 D = 16
 

