@@ -254,8 +254,11 @@ def test_graphs_of_the_step_are_compared_and_refused_when_wrong(monkeypatch, cap
     assert "times as fast with graphs" in capsys.readouterr().out
     found = json.loads((tmp_path / "graph_step-fp32-own.json").read_text())
     assert set(found["rows"]) == {"eager", "graphs"} and found["apart"] < 1e-4 and len(found["shapes"]) > 0
-    monkeypatch.setattr(
-        graph_step.Loop, "window", lambda loop, real=graph_step.Loop.window: [*real(loop)[:-1], id(loop)]
-    )
+    real = graph_step.Loop.window
+
+    def wrong(loop) -> list[float]:
+        return [*real(loop)[:-1], float("nan") if loop.trainer.graphs else 1.0]
+
+    monkeypatch.setattr(graph_step.Loop, "window", wrong)
     with pytest.raises(WrongResult, match="the replayed step's loss"):
         graph_step.main()
