@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
@@ -46,6 +47,8 @@ class CudaGraphs:
             # a pool ends with the last of its graphs
             self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        # a step's autograd graph that waits for the collector would hold its parameters to the stream of that step
+        gc.collect()
         # memory that waits for other streams' work can't be looked after while recording; and what the function's first
         # run left cached is of no use to a pool
         torch.cuda.synchronize(self.device)

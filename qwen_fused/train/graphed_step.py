@@ -169,7 +169,9 @@ class GraphedStep:
     def step(self) -> GradStats:
         """`Trainer.step` behind `backward`, where Qwen has no gradient; eager where it can't be recorded."""
         trainer, groups = self.trainer, self.trainer.optimizer.param_groups
-        if self.update is None and self.failure is None:
+        # what an optimizer makes at a parameter's first step would be made anew at each replay
+        stepped = all(trainer.optimizer.state.get(p) for p in self.parameters if p.grad is not None)
+        if self.update is None and self.failure is None and stepped:
             self.update = self._try(self._record_update)
         if self.update is None:
             return trainer.step()

@@ -242,3 +242,23 @@ def test_what_is_no_result_is_not_built_on(tmp_path, capfd):
     assert cli.main(line) == 2 and path.read_text() == '{"rows": 1}'
     error = capfd.readouterr().err
     assert error.startswith("qwen-fused: ") and str(path) in error and len(error.strip().splitlines()) == 1
+
+
+def test_graphs_of_the_step_are_compared_and_refused_when_wrong(monkeypatch, capsys, tmp_path):
+    import graph_step
+    from harness import WrongResult
+
+    monkeypatch.setattr(graph_step, "WINDOW", 3)
+    monkeypatch.setattr("sys.argv", ["graph_step.py", "--cpu", "--rounds", "1", "--out", str(tmp_path)])
+    assert graph_step.main() == 0
+    assert "times as fast with graphs" in capsys.readouterr().out
+    found = json.loads((tmp_path / "graph_step-fp32-own.json").read_text())
+    assert set(found["rows"]) == {"eager", "graphs"} and found["apart"] < 1e-4 and len(found["shapes"]) > 0
+    real = graph_step.Loop.window
+
+    def wrong(loop) -> list[float]:
+        return [*real(loop)[:-1], float("nan") if loop.trainer.graphs else 1.0]
+
+    monkeypatch.setattr(graph_step.Loop, "window", wrong)
+    with pytest.raises(WrongResult, match="the replayed step's loss"):
+        graph_step.main()

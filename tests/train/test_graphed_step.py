@@ -59,14 +59,15 @@ def make(small_config, tmp_path, device: torch.device):
 
 
 def run(trainer: Trainer, batches: int) -> list[dict]:
-    rows = []
+    """Rows of batches, each read when the next one is under way, as in training."""
+    rows, pending = [], []
     for _ in range(batches):
         epoch, index = divmod(trainer.progress.step, trainer.sampler.batches_per_epoch())
-        pending = trainer.train_step(
-            trainer.sampler.batch(epoch, index), epoch, flush=trainer.sampler.ends_window(index)
-        )
-        rows.append(trainer.read(pending))
-    return rows
+        episodes = trainer.sampler.batch(epoch, index)
+        pending.append(trainer.train_step(episodes, epoch, flush=trainer.sampler.ends_window(index)))
+        rows += [trainer.read(batch) for batch in pending[:-1]]
+        del pending[:-1]
+    return rows + [trainer.read(batch) for batch in pending]
 
 
 def state(trainer: Trainer) -> list[Tensor]:
@@ -159,6 +160,42 @@ def test_waits_for_nothing(make, device):
     assert [trainer.read(batch)["step"] for batch in pending] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_replay_is_a_write_to_autograd(make, device):
+    trainer = make()
+    episodes = trainer.sampler.batch(0, 0)
+    for _ in range(4):
+        before = [p._version for p in trainer.graphs.parameters]
+        trainer.read(trainer.train_step(episodes, 1, flush=False))
+        trainer.window.discard()
+        assert all(p._version > version for p, version in zip(trainer.graphs.parameters, before, strict=True))
+    assert trainer.graphs.update is not None
+
+
+def test_an_update_is_recorded_once_the_optimizer_has_stepped(make, device):
+    """Else its moments would be made, and be zeros, at every replay."""
+    trainer = make()
+    episodes = trainer.sampler.batch(0, 0)
+    for number in range(4):
+        trainer.read(trainer.train_step(episodes, 1, flush=False))
+        trainer.window.discard()
+        if number == 0:
+            trainer.optimizer.state.clear()
+        assert (trainer.graphs.update is None) == (number < 2)
+    assert {float(entry["step"]) for p, entry in trainer.optimizer.state.items()} == {3.0}
+
+
+def test_the_anchor_hears_of_a_batch(make, device, monkeypatch):
+    """At every step, and of the batch at hand."""
+    trainer, heard = make(), torch.zeros(1, device=device)
+    monkeypatch.setattr(trainer.model.objective, "update_anchor", lambda target, solved: heard.add_(target.sum()))
+    episodes = trainer.sampler.batch(0, 0)
+    canvas = bucket_canvas([e.side for e in episodes])
+    for number in range(1, 5):
+        trainer.read(trainer.train_step(episodes, 1, flush=False))
+        trainer.window.discard()
+        assert heard.item() == number * collate(episodes, canvas=canvas).target.sum()
+
+
 def test_nothing_is_drawn_while_recording(make, device):
     trainer = make()
     episodes = trainer.sampler.batch(0, 0)
@@ -200,10 +237,13 @@ def test_a_failure_is_told_once_and_the_run_goes_on(make, device, where, precisi
     eager, broken = make(record=False, precision=precision), make(precision=precision)
     record = broken.graphs.record
 
+    def half() -> None:
+        # the scaler then takes these gradients for unscaled
+        broken.scaler.unscale_(broken.optimizer)
+        1 / 0 if device.type == "cpu" else torch.ones(3, device=device).tolist()
+
     def fail(body):
-        if (body == broken.step) == (where == "update"):
-            return record(lambda: (body(), 1 / 0 if device.type == "cpu" else torch.ones(3, device=device).tolist()))
-        return record(body)
+        return record(half if (body == broken.step) == (where == "update") else body)
 
     def told(body):
         try:
@@ -251,9 +291,9 @@ def test_a_replay_with_a_gradient_that_is_not_finite_leaves_the_weights(make, de
 def test_every_tensor_begins_where_triton_expects_it(make, device):
     """At 16 bytes, as a tensor of its own does: else a kernel would be compiled while recording."""
     trainer = make(batch_size=1)
-    for side in (5, 6):
+    for side in (7, 8):
         episodes = trainer.sampler.batch(0, 0)
-        batch = collate(episodes, canvas=(side + 1, side))
+        batch = collate(episodes, canvas=(side, side))
         tensors = StepTensors.like(batch, torch.zeros(1, 48, device=device), 32)
         for static, own in zip(integer_tensors(tensors.batch), integer_tensors(batch), strict=True):
             assert static.data_ptr() % 16 == 0 and torch.equal(static.cpu(), own) and static.stride() == own.stride()
