@@ -63,7 +63,7 @@ def test_autocast_runs_the_plan_narrow_and_keeps_the_gradient(make, precision: s
     for name in ("fp32", precision):
         torch.manual_seed(0)
         trainer, kinds = make(precision=name), set()
-        trainer.model.agent.readout.register_forward_hook(lambda m, i, o, kinds=kinds: kinds.add(o.dtype))
+        trainer.model.agent.encode.register_forward_hook(lambda m, i, o, kinds=kinds: kinds.add(o.dtype))
         torch.manual_seed(0)
         rows[name] = trainer.read(next_batch(trainer))
         assert kinds == {torch.float32 if name == "fp32" else narrow}
