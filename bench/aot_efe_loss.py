@@ -93,17 +93,17 @@ def compile_all(
     compiled: list = []
     # the launches of the architecture that is compiled for
     arch = triton.runtime.driver.active.get_current_device()
-    kernels = ("efe_forward_kernel", "efe_finish_kernel", "efe_backward_kernel")
-    real = {name: getattr(efe_loss, name) for name in kernels}
+    kernels = (efe_loss.FORWARD, efe_loss.FINISH, efe_loss.BACKWARD)
+    real = [kernel.jitted for kernel in kernels]
     try:
-        for name, kernel in real.items():
-            setattr(efe_loss, name, Recorder(kernel, compiled))
+        for kernel in kernels:
+            kernel.jitted = Recorder(kernel.jitted, compiled)
         efe_loss.capability_of = lambda device: arch
         out = efe_loss._forward(*inputs, *options)
         efe_loss._backward(out[0], *inputs, *out[3:], *options, (True,) * 5)
     finally:
-        for name, kernel in real.items():
-            setattr(efe_loss, name, kernel)
+        for kernel, jitted in zip(kernels, real, strict=True):
+            kernel.jitted = jitted
         efe_loss.capability_of = efe_launch.capability_of
     return compiled
 

@@ -11,7 +11,6 @@ What is the same for every class drops out of phi: (x - max) / ln 2 stands for l
 Cross-entropy adds k (q - delta) and the prompt its pooled gradient.
 """
 
-import triton
 import triton.language as tl
 
 from .efe_tile import (
@@ -31,9 +30,10 @@ from .efe_tile import (
     softmax,
     tile_of_cells,
 )
+from .launcher import jit_unspecialized
 
 
-@triton.jit(do_not_specialize=["ignore_index", "B", "T", "tiles"])
+@jit_unspecialized()
 def efe_backward_kernel(
     plan,
     target,
@@ -63,18 +63,18 @@ def efe_backward_kernel(
     d_plan_stride,
     d_back_stride,
     d_preference_stride,
-    ignore_index,
+    ignore_index: tl.int64,
     hard_floor: tl.float64,
     w_ce: tl.float64,
     w_risk: tl.float64,
     w_ambiguity: tl.float64,
     w_agreement: tl.float64,
     w_anchor: tl.float64,
-    B,
-    P,
-    W,
-    T,
-    tiles,
+    B: tl.int32,
+    P: tl.int32,
+    W: tl.int32,
+    T: tl.int32,
+    tiles: tl.int32,
     C: tl.constexpr,
     RISK: tl.constexpr,
     AMBIGUITY: tl.constexpr,

@@ -24,6 +24,7 @@ from .efe_tile import (
     W_RISK,
     number,
 )
+from .launcher import jit_unspecialized
 
 # a norm under this counts as this, as in F.cosine_similarity
 EPS = tl.constexpr(1.0e-8)
@@ -77,7 +78,13 @@ def _scaled(x, ACC: tl.constexpr):
     return x, largest, norm, tl.maximum(norm, tl.full([], EPS, ACC) / largest)
 
 
-@triton.jit(do_not_specialize=["B", "T", "tiles"])
+# what the launcher allocates
+OWN = (
+    "slots", "arrived", "totals", "loss", "terms", "solved", "coef", "d_pooled", "d_obs_entropy", "d_prompt_colors",
+)  # fmt: skip
+
+
+@jit_unspecialized(*OWN)
 def efe_finish_kernel(
     slots,  # [B, tiles, K]
     arrived,  # [1] 0 at the start
@@ -85,8 +92,6 @@ def efe_finish_kernel(
     obs_entropy,
     prompt_colors,
     annealed,  # [7]
-    prompt_stride,  # b, c
-    obs_stride,
     loss,
     terms,  # [B, 8]
     solved,  # [B]
@@ -94,6 +99,8 @@ def efe_finish_kernel(
     d_pooled,  # [B, T, C]
     d_obs_entropy,  # [C]
     d_prompt_colors,  # [B, C]
+    prompt_stride,  # b, c
+    obs_stride,  # c
     hard_floor: tl.float64,
     w_ce: tl.float64,
     w_risk: tl.float64,
@@ -101,9 +108,9 @@ def efe_finish_kernel(
     w_agreement: tl.float64,
     w_anchor: tl.float64,
     w_prompt: tl.float64,
-    B,
-    T,
-    tiles,
+    B: tl.int32,
+    T: tl.int32,
+    tiles: tl.int32,
     C: tl.constexpr,
     RISK: tl.constexpr,
     AMBIGUITY: tl.constexpr,
@@ -130,7 +137,7 @@ def efe_finish_kernel(
         # asked for before anything is waited for
         v = tl.load(prompt_colors + b * prompt_stride[0] + c * prompt_stride[1], mask=class_in, other=0.0).to(ACC)
     if AMBIGUITY:
-        h = tl.load(obs_entropy + c * obs_stride, mask=class_in, other=0.0).to(ACC)
+        h = tl.load(obs_entropy + c * obs_stride[0], mask=class_in, other=0.0).to(ACC)
 
     place = tl.arange(0, HEAD)[None, :]
     head = _sum_tiles(row, place, place >= 0, K, tiles, 1, HEAD, ONE, ACC, BLOCK)

@@ -1,6 +1,5 @@
 """The forward pass over the tiles: sums of every term over a tile's cells, and what each cell predicts."""
 
-import triton
 import triton.language as tl
 
 from .efe_tile import (
@@ -26,9 +25,10 @@ from .efe_tile import (
     softmax,
     tile_of_cells,
 )
+from .launcher import jit_unspecialized
 
 
-@triton.jit(do_not_specialize=["ignore_index", "T", "tiles"])
+@jit_unspecialized()
 def efe_forward_kernel(
     plan,
     target,
@@ -46,12 +46,12 @@ def efe_forward_kernel(
     back_stride,  # b, t, c, h, w
     preference_stride,  # b, c, h, w
     anchor_stride,  # c, h, w
-    ignore_index,
+    ignore_index: tl.int64,
     hard_floor: tl.float64,
-    P,
-    W,
-    T,
-    tiles,
+    P: tl.int32,
+    W: tl.int32,
+    T: tl.int32,
+    tiles: tl.int32,
     C: tl.constexpr,
     RISK: tl.constexpr,
     AMBIGUITY: tl.constexpr,

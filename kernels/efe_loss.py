@@ -1,8 +1,8 @@
-"""The expected-free-energy loss in Triton, as two custom ops: two launches forward, one backward, no host sync.
+"""The expected-free-energy loss in Triton: two launches forward, one backward, no host sync.
 
-`qwen_fused::efe_loss_triton` and its backward have the schema of the C++ ops; `qwen_fused.loss.efe_loss` gives both
-pairs their autograd. They run on CUDA tensors, and on CPU tensors where TRITON_INTERPRET=1 was set before Triton was
-imported.
+Where the extension is there this is the CUDA implementation of `qwen_fused::efe_loss` and its backward, whose node in
+torch's graph is in C++. `qwen_fused::efe_loss_triton` and its backward are the same with a node in Python, for where it
+is not, and for CPU tensors where TRITON_INTERPRET=1 was set before Triton was imported.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -20,9 +19,10 @@ from .efe_finish import efe_finish_kernel
 from .efe_forward import efe_forward_kernel
 from .efe_launch import capability_of, launch_row
 from .efe_tile import HEAD
-from .reference import COLUMNS, TERMS, accumulate_dtype
+from .launcher import INTERPRETED, Kernel
+from .reference import COLUMNS, accumulate_dtype
 
-INTERPRETED = triton.knobs.runtime.interpret
+FORWARD, FINISH, BACKWARD = map(Kernel, (efe_forward_kernel, efe_finish_kernel, efe_backward_kernel))
 
 FORWARD_SCHEMA = (
     "(Tensor plan, Tensor target, Tensor? back, Tensor? preference, Tensor? anchor, Tensor? obs_entropy, "
@@ -39,11 +39,7 @@ BACKWARD_SCHEMA = (
 )
 
 HARD_EPISODE, HARD_CELL = 0, 1
-
-
-def _is_flat(x: Tensor | None) -> bool:
-    """Whether the cells of the last two axes lie at one stride."""
-    return x is None or 1 in x.shape[-2:] or x.stride(-2) == x.shape[-1] * x.stride(-1)
+HERE = contextlib.nullcontext()
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...] | None:
@@ -54,28 +50,29 @@ def _strides(x: Tensor | None) -> tuple[int, ...] | None:
     return (*strides[:-1], strides[-2]) if x.shape[-1] == 1 else strides
 
 
-def _flags(on: Sequence[bool]) -> dict[str, bool]:
-    """The kernels' names for the terms that they compute only where on; the cross-entropy always is."""
-    return {name.upper(): flag for name, flag in zip(TERMS, on, strict=True) if name != "ce"}
+def _is_flat(strides: Sequence[tuple[int, ...] | None], H: int, W: int) -> bool:
+    """Whether the cells of every canvas lie at one stride."""
+    return H == 1 or W == 1 or all(s is None or s[-2] == W * s[-1] for s in strides)
 
 
-def _finish_blocks(B: int, T: int, C: int, tiles: int, ambiguity: bool, item: int) -> dict[str, int]:
-    """Block sizes of the finishing kernel: one warp holds 64 numbers of 4 bytes a lane at a time."""
-    classes = triton.next_power_of_2(C)
-    width = 2 * classes if ambiguity else 2
-    return {
-        "ONE": tiles <= 32,
-        "BLOCK": 32,
-        "BLOCK_T": min(triton.next_power_of_2(T), max(1, 256 // (item * classes))),
-        "BLOCK_C": classes,
-        "BLOCK_B": min(triton.next_power_of_2(B), 1024 // width),
-        "num_warps": 1,
-    }
+def _finish_blocks(B: int, T: int, C: int, tiles: int, ambiguity: bool, item: int) -> tuple[bool, int, int, int, int]:
+    """ONE and the block sizes of the finishing kernel: its warp holds 64 numbers of 4 bytes a lane at a time."""
+    classes = _power_of_2(C)
+    steps, episodes = max(1, 256 // (item * classes)), 1024 // (2 * classes if ambiguity else 2)
+    # two sizes, not one for each batch: every one is a kernel to compile
+    return tiles <= 32, 32, min(_power_of_2(T), steps), classes, min(32, episodes) if B <= 32 else episodes
+
+
+def _power_of_2(n: int) -> int:
+    """The least that is not under n."""
+    return 1 << (n - 1).bit_length()
 
 
 def _device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    """Makes a tensor's device the current one, where launches go."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return HERE
+    return torch.cuda.device(x.device)
 
 
 def _forward(
@@ -95,94 +92,73 @@ def _forward(
     hard_mode: int,
     ignore_index: int,
 ) -> tuple[Tensor, ...]:
+    if plan.dim() != 5:
+        raise ValueError(f"plan must be [B, T, C, H, W] on {plan.device}, got {tuple(plan.shape)}")
     B, T, C, H, W = plan.shape
+    _, risk, ambiguity, agreement, anchored, prompt = on
     acc = accumulate_dtype(plan, back, preference, obs_entropy, prompt_colors)
-    flags = _flags(on)
     empty = B * H * W == 0
     new = plan.new_zeros if empty else plan.new_empty
     loss, terms, coef = new((), dtype=acc), new((B, len(COLUMNS)), dtype=acc), new((B + 1, 2), dtype=acc)
     solved, predicted = new(B, dtype=torch.bool), new((B, H, W), dtype=torch.uint8)
-    d_pooled = new((B if flags["PROMPT"] else 0, T, C), dtype=acc)
-    d_obs_entropy = new(C if flags["AMBIGUITY"] else 0, dtype=acc)
-    d_prompt_colors = new((B if flags["PROMPT"] else 0, C), dtype=acc)
+    d_pooled = new((B if prompt else 0, T, C), dtype=acc)
+    d_obs_entropy = new(C if ambiguity else 0, dtype=acc)
+    d_prompt_colors = new((B if prompt else 0, C), dtype=acc)
     outputs = (loss, terms, solved, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors)
     if empty:
         return outputs
 
     launch = launch_row(C, capability_of(plan.device)).forward
-    tiles = triton.cdiv(H * W, launch.cells)
-    tail = T * C * (flags["PROMPT"] + flags["AMBIGUITY"])
-    slots = plan.new_empty((B, tiles, HEAD.value + tail), dtype=acc)
+    tiles = -(-H * W // launch.cells)
+    slots = plan.new_empty((B, tiles, HEAD.value + T * C * (prompt + ambiguity)), dtype=acc)
     totals = plan.new_empty((B, 2 + C), dtype=acc)
     arrived = plan.new_empty(1, dtype=torch.int32)
+    step_weight = None if step_weight is None else step_weight.contiguous()
+    class_weight = None if class_weight is None else class_weight.contiguous()
+    strides = (_strides(plan), _strides(target), _strides(back), _strides(preference), _strides(anchor))
+    terms_on = (C, risk, ambiguity, agreement, anchored, prompt)
     tl_acc = tl.float64 if acc == torch.float64 else tl.float32
+    fast = acc == torch.float32 and not INTERPRETED
     with _device(plan):
-        efe_forward_kernel[(B * tiles,)](
-            plan,
-            target,
-            back,
-            preference,
-            anchor,
-            None if step_weight is None else step_weight.contiguous(),
-            None if class_weight is None else class_weight.contiguous(),
-            annealed,
-            predicted,
-            slots,
-            arrived,
-            _strides(plan),
-            _strides(target),
-            _strides(back),
-            _strides(preference),
-            _strides(anchor),
-            ignore_index,
-            hard_floor,
-            H * W,
-            W,
-            T,
-            tiles,
-            C=C,
-            **flags,
-            STEP_WEIGHT=step_weight is not None,
-            CLASS_WEIGHT=class_weight is not None,
-            HARD_CELL=hard_mode == HARD_CELL,
-            ANNEALED=annealed is not None,
-            FLAT=all(map(_is_flat, (plan, target, back, preference, anchor))),
-            ACC=tl_acc,
-            FAST=acc == torch.float32 and not INTERPRETED,
-            BLOCK_P=launch.cells,
-            num_warps=launch.warps,
-            enable_fp_fusion=True,
+        FORWARD(
+            B * tiles,
+            (plan, target, back, preference, anchor, step_weight, class_weight, annealed, predicted, slots, arrived),
+            strides,
+            (ignore_index, hard_floor, H * W, W, T, tiles),
+            (
+                *terms_on,
+                step_weight is not None,
+                class_weight is not None,
+                hard_mode == HARD_CELL,
+                annealed is not None,
+                _is_flat(strides, H, W),
+                tl_acc,
+                fast,
+                launch.cells,
+            ),
+            launch.warps,
         )
-        efe_finish_kernel[(B,)](
-            slots,
-            arrived,
-            totals,
-            obs_entropy,
-            prompt_colors,
-            annealed,
-            None if prompt_colors is None else prompt_colors.stride(),
-            None if obs_entropy is None else obs_entropy.stride(0),
-            loss,
-            terms,
-            solved,
-            coef,
-            d_pooled,
-            d_obs_entropy,
-            d_prompt_colors,
-            hard_floor,
-            *weights,
+        FINISH(
             B,
-            T,
-            tiles,
-            C=C,
-            **flags,
-            USE_CE=on[0],
-            HARD_EPISODE=hard_mode == HARD_EPISODE,
-            ANNEALED=annealed is not None,
-            ACC=tl_acc,
-            **_finish_blocks(B, T, C, tiles, flags["AMBIGUITY"], acc.itemsize),
-            enable_fp_fusion=True,
-        )
+            (
+                slots, arrived, totals, obs_entropy, prompt_colors, annealed, loss, terms, solved, coef, d_pooled,
+                d_obs_entropy, d_prompt_colors,
+            ),
+            (
+                None if prompt_colors is None else prompt_colors.stride(),
+                None if obs_entropy is None else obs_entropy.stride(),
+            ),
+            (hard_floor, *weights, B, T, tiles),
+            (
+                *terms_on,
+                on[0],
+                hard_mode == HARD_EPISODE,
+                annealed is not None,
+                tl_acc,
+                *_finish_blocks(B, T, C, tiles, ambiguity, acc.itemsize),
+            ),
+            1,
+        )  # fmt: skip
     return outputs
 
 
@@ -211,79 +187,74 @@ def _backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     B, T, C, H, W = plan.shape
+    _, risk, ambiguity, agreement, anchored, prompt = on
     acc = accumulate_dtype(plan, back, preference, obs_entropy, prompt_colors)
-    flags = _flags(on)
-    preference_used = flags["RISK"] or flags["ANCHOR"]
-    used = (True, flags["AGREEMENT"], preference_used, flags["AMBIGUITY"], flags["PROMPT"])
+    used = (True, agreement, risk or anchored, ambiguity, prompt)
     inputs = (plan, back, preference, obs_entropy, prompt_colors)
-    wanted = tuple(need and use for need, use in zip(needs, used, strict=True))
+    wanted = tuple([need and use for need, use in zip(needs, used, strict=True)])
     empty = B * H * W == 0
-    d_plan, d_back, d_preference, d_obs_entropy, d_prompt_colors = grads = tuple(
-        (torch.zeros_like(x) if empty else torch.empty_like(x)) if want and x is not None else plan.new_empty(0)
-        for x, want in zip(inputs, wanted, strict=True)
+    like = torch.zeros_like if empty else torch.empty_like
+    grads = tuple(
+        [like(x) if want and x is not None else plan.new_empty(0) for x, want in zip(inputs, wanted, strict=True)]
     )
     if empty or not any(wanted):
         return grads
 
+    d_plan, d_back, d_preference, d_obs_entropy, d_prompt_colors = grads
     # the small ones are written in order, where empty_like may have kept a transposed one's strides
     small = [x if x.is_contiguous() else x.new_empty(x.shape) for x in (d_obs_entropy, d_prompt_colors)]
+    obs_entropy = None if obs_entropy is None else obs_entropy.contiguous()
+    step_weight = None if step_weight is None else step_weight.contiguous()
+    class_weight = None if class_weight is None else class_weight.contiguous()
     launch = launch_row(C, capability_of(plan.device)).backward
-    tiles = triton.cdiv(H * W, launch.cells)
-    canvases = (plan, target, back, preference, anchor, d_plan, d_back, d_preference)
+    tiles = -(-H * W // launch.cells)
+    strides = [_strides(x) for x in (plan, target, back, preference, anchor)]
+    strides += [_strides(x) if want else None for x, want in zip(grads[:3], wanted, strict=False)]
     with _device(plan):
-        efe_backward_kernel[(B * tiles,)](
-            plan,
-            target,
-            back,
-            preference,
-            anchor,
-            None if obs_entropy is None else obs_entropy.contiguous(),
-            None if step_weight is None else step_weight.contiguous(),
-            None if class_weight is None else class_weight.contiguous(),
-            annealed,
-            predicted,
-            grad,
-            coef,
-            d_pooled,
-            obs_entropy_share,
-            prompt_colors_share,
-            d_plan,
-            d_back,
-            d_preference,
-            *small,
-            *(_strides(x) if x is None or x.dim() > 1 else None for x in canvases),
-            ignore_index,
-            hard_floor,
+        BACKWARD(
+            B * tiles,
+            (
+                plan, target, back, preference, anchor, obs_entropy, step_weight, class_weight, annealed, predicted,
+                grad, coef, d_pooled, obs_entropy_share, prompt_colors_share, d_plan, d_back, d_preference, *small,
+            ),
+            strides,
             # the cross-entropy has no flag of its own
-            weights[0] if on[0] else 0.0,
-            *weights[1:5],
-            B,
-            H * W,
-            W,
-            T,
-            tiles,
-            C=C,
-            **flags,
-            STEP_WEIGHT=step_weight is not None,
-            CLASS_WEIGHT=class_weight is not None,
-            HARD_CELL=hard_mode == HARD_CELL,
-            ANNEALED=annealed is not None,
-            D_PLAN=wanted[0],
-            D_BACK=wanted[1],
-            D_PREFERENCE=wanted[2],
-            D_OBS_ENTROPY=wanted[3],
-            D_PROMPT_COLORS=wanted[4],
-            FLAT=all(_is_flat(x) for x in canvases if x is None or x.dim() > 1),
-            ACC=tl.float64 if acc == torch.float64 else tl.float32,
-            FAST=acc == torch.float32 and not INTERPRETED,
-            BLOCK_P=launch.cells,
-            num_warps=launch.warps,
-            enable_fp_fusion=True,
-        )
+            (ignore_index, hard_floor, weights[0] if on[0] else 0.0, *weights[1:5], B, H * W, W, T, tiles),
+            (
+                C,
+                risk,
+                ambiguity,
+                agreement,
+                anchored,
+                prompt,
+                step_weight is not None,
+                class_weight is not None,
+                hard_mode == HARD_CELL,
+                annealed is not None,
+                *wanted,
+                _is_flat(strides, H, W),
+                tl.float64 if acc == torch.float64 else tl.float32,
+                acc == torch.float32 and not INTERPRETED,
+                launch.cells,
+            ),
+            launch.warps,
+        )  # fmt: skip
     for gradient, written in zip((d_obs_entropy, d_prompt_colors), small, strict=True):
         if gradient is not written:
             gradient.copy_(written)
     return grads
+
+
+def implement(device: str) -> torch.library.Library:
+    """Make this the implementation of `qwen_fused::efe_loss` and its backward for as long as what comes back is kept.
+
+    Args:
+        device: dispatch key, as "CUDA".
+    """
+    library = torch.library.Library("qwen_fused", "IMPL")
+    library.impl("efe_loss", _forward, device, allow_override=True)
+    library.impl("efe_loss_backward", _backward, device, allow_override=True)
+    return library
 
 
 torch.library.custom_op("qwen_fused::efe_loss_triton", _forward, mutates_args=(), schema=FORWARD_SCHEMA)

@@ -76,6 +76,12 @@ TRITON_ERROR = _why_no_triton()
 HAS_TRITON = TRITON_ERROR is None
 
 
+def _launches() -> str:
+    from qwen_fused.kernels.launcher import NOT_DIRECT
+
+    return f"by its own launcher: {NOT_DIRECT}" if NOT_DIRECT else "past its own launcher"
+
+
 def describe() -> dict[str, str]:
     """What was built, what is used here and why not the rest, for `qwen-fused info`; every value is one line."""
     cuda = torch.cuda.is_available()
@@ -97,7 +103,7 @@ def describe() -> dict[str, str]:
         report["extension for CUDA"] = (
             f"not built: set CUDA_HOME to a CUDA {torch.version.cuda} toolkit, then {build_command()}"
         )
-    report["triton"] = "there" if HAS_TRITON else f"missing: {TRITON_ERROR}"
+    report["triton"] = f"there, launches {_launches()}" if HAS_TRITON else f"missing: {TRITON_ERROR}"
     fallback = "plain torch"
     report["gradient norms on the CPU"] = "C++ extension" if has_kernel("group_grad_norm", "cpu") else fallback
     report["loss on the CPU"] = "C++ extension" if has_kernel("efe_loss", "cpu") else "reference"

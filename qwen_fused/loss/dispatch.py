@@ -21,11 +21,12 @@ COMPILED = backends.has_kernel("efe_loss", "cpu")
 if COMPILED:
     register_fakes("efe_loss")
 if backends.HAS_TRITON:
-    # registers the op and its backward
+    # registers the op with a node in Python, and its backward
     from qwen_fused.kernels import efe_loss as triton_loss
 
     register_fakes("efe_loss_triton")
     register_autograd("efe_loss_triton")
+    ON_CUDA = triton_loss.implement("CUDA") if COMPILED else None
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
 TRITON_CLASSES = 16
@@ -91,7 +92,8 @@ def run_op(
     # in the order of the schema, as torch takes a third of a small call to find arguments by their names
     tensors = (*[inputs[name] for name in ARGUMENTS], annealed)
     options = (on, weights, hard_floor, HARD_MODE[hard_mode], ignore_index)
-    name = "efe_loss" if backend == "cpp" else "efe_loss_triton"
+    on_cuda = inputs["plan"].is_cuda  # type: ignore[union-attr]
+    name = "efe_loss" if backend == "cpp" or (COMPILED and on_cuda) else "efe_loss_triton"
     if transforms.active():
         return transforms.call(name, tensors, options)
     return getattr(torch.ops.qwen_fused, name)(*tensors, *options)

@@ -1,10 +1,11 @@
 """The fused loss: public function, its weights, and what it returns.
 
-efe_loss      -> qwen_fused::efe_loss (csrc/ops.cpp), or qwen_fused::efe_loss_triton: one schema, autograd.py
+efe_loss      -> qwen_fused::efe_loss (csrc/ops.cpp), whose node is csrc/loss/efe_autograd.cpp
   forward  CPU   csrc/loss/efe_loss_cpu.cpp: levels/forward.inc.h tile by tile, then efe_finish.h
-           CUDA  kernels/efe_loss.py: efe_forward.py, then efe_finish.py
-  backward CPU   csrc/loss/efe_autograd.cpp, efe_loss_cpu.cpp: levels/backward.inc.h
+           CUDA  kernels/efe_loss.py: efe_forward.py, then efe_finish.py, launched by launcher.py
+  backward CPU   csrc/loss/efe_loss_cpu.cpp: levels/backward.inc.h
            CUDA  kernels/efe_loss.py: efe_backward.py
+without the extension, CUDA -> qwen_fused::efe_loss_triton: the same kernels, and a node in Python, autograd.py
 """
 
 from __future__ import annotations

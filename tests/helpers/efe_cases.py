@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qwen_fused.kernels.reference import TERMS
 from qwen_fused.loss.autograd import HARD_MODE
+from qwen_fused.loss.dispatch import COMPILED
 from qwen_fused.loss.efe_loss import EFEOutput, EFEWeights, efe_loss
 
 # every term on, no two weights alike, so that a swapped or dropped term shows
@@ -147,4 +148,6 @@ def op_arguments(case: dict, hard_mode: str = "cell") -> tuple:
 
 
 def op_name(fused: dict) -> str:
-    return "efe_loss" if fused["backend"] == "cpp" else "efe_loss_triton"
+    """The op that the public function calls."""
+    compiled = fused["backend"] == "cpp" or (COMPILED and fused["device"] == "cuda")
+    return "efe_loss" if compiled else "efe_loss_triton"

@@ -59,8 +59,8 @@ class Grids(list):
 
 def test_no_grid_is_too_small_for_many_episodes(monkeypatch):
     grids = Grids()
-    for kernel in ("efe_forward_kernel", "efe_finish_kernel", "efe_backward_kernel"):
-        monkeypatch.setattr(efe_loss, kernel, grids)
+    for kernel in (efe_loss.FORWARD, efe_loss.FINISH, efe_loss.BACKWARD):
+        monkeypatch.setattr(kernel, "jitted", grids)
     inputs = (torch.zeros(70_000, 1, 2, 1, 1), torch.zeros(70_000, 1, 1, dtype=torch.long), *(None,) * 8)
     on = (True, False, False, False, False, False)
     options = (on, (1.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0.5, 2, -100)
