@@ -29,6 +29,7 @@ from .efe_tile import (
     preferred,
     softmax,
     tile_of_cells,
+    unpacked,
 )
 from .launcher import jit_unspecialized
 
@@ -118,12 +119,16 @@ def efe_backward_kernel(
         right = tl.load(predicted + b * P + cell, mask=cell_in, other=0).to(tl.int64) == label
         cost = tl.where(right, cost * number(annealed, FLOOR, hard_floor, ANNEALED, ACC), cost)
 
+    plan_stride = unpacked(plan_stride)
     plan = cells(plan + b * plan_stride[0], plan_stride[3], plan_stride[4], cell, W, FLAT)
     if D_PLAN:
+        d_plan_stride = unpacked(d_plan_stride)
         d_plan = cells(d_plan + b * d_plan_stride[0], d_plan_stride[3], d_plan_stride[4], cell, W, FLAT)
     if AGREEMENT:
+        back_stride = unpacked(back_stride)
         back = cells(back + b * back_stride[0], back_stride[3], back_stride[4], cell, W, FLAT)
     if D_BACK:
+        d_back_stride = unpacked(d_back_stride)
         d_back = cells(d_back + b * d_back_stride[0], d_back_stride[3], d_back_stride[4], cell, W, FLAT)
     if RISK or ANCHOR:
         p, log_p = preferred(preference, preference_stride, b, cell, W, valid, C, FLAT, ACC, FAST)
@@ -195,6 +200,7 @@ def efe_backward_kernel(
 
     if D_PREFERENCE:
         if ANCHOR:
+            anchor_stride = unpacked(anchor_stride)
             anchor = cells(anchor, anchor_stride[1], anchor_stride[2], cell, W, FLAT)
             log_a = load_classes(anchor, anchor_stride[0], valid, C, ACC)
             phi = ()
@@ -202,6 +208,7 @@ def efe_backward_kernel(
             for c in tl.static_range(C):
                 phi = phi + (tl.where(p[c] == 0, 0.0, log_p[c] - log_a[c]),)
                 mean += p[c] * phi[c]
+        d_preference_stride = unpacked(d_preference_stride)
         d_preference = cells(
             d_preference + b * d_preference_stride[0], d_preference_stride[2], d_preference_stride[3], cell, W, FLAT
         )

@@ -23,6 +23,7 @@ from .efe_tile import (
     W_PROMPT,
     W_RISK,
     number,
+    unpacked,
 )
 from .launcher import jit_unspecialized
 
@@ -135,8 +136,10 @@ def efe_finish_kernel(
     class_in = c < C
     if PROMPT:
         # asked for before anything is waited for
+        prompt_stride = unpacked(prompt_stride)
         v = tl.load(prompt_colors + b * prompt_stride[0] + c * prompt_stride[1], mask=class_in, other=0.0).to(ACC)
     if AMBIGUITY:
+        obs_stride = unpacked(obs_stride)
         h = tl.load(obs_entropy + c * obs_stride[0], mask=class_in, other=0.0).to(ACC)
 
     place = tl.arange(0, HEAD)[None, :]

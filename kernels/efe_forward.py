@@ -24,6 +24,7 @@ from .efe_tile import (
     preferred,
     softmax,
     tile_of_cells,
+    unpacked,
 )
 from .launcher import jit_unspecialized
 
@@ -75,13 +76,16 @@ def efe_forward_kernel(
         tl.store(arrived, 0)
     slots += (b * tiles + tile) * (HEAD + tl.cast(T, tl.int64) * (C * (PROMPT + AMBIGUITY)))
 
+    plan_stride = unpacked(plan_stride)
     plan = cells(plan + b * plan_stride[0], plan_stride[3], plan_stride[4], cell, W, FLAT)
     if AGREEMENT:
+        back_stride = unpacked(back_stride)
         back = cells(back + b * back_stride[0], back_stride[3], back_stride[4], cell, W, FLAT)
     anchor_sum = tl.zeros([BLOCK_P], ACC)
     if RISK or ANCHOR:
         p, log_p = preferred(preference, preference_stride, b, cell, W, valid, C, FLAT, ACC, FAST)
     if ANCHOR:
+        anchor_stride = unpacked(anchor_stride)
         anchor = cells(anchor, anchor_stride[1], anchor_stride[2], cell, W, FLAT)
         log_a = load_classes(anchor, anchor_stride[0], valid, C, ACC)
         for c in tl.static_range(C):

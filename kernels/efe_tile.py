@@ -47,6 +47,15 @@ FLOOR = tl.constexpr(len(reference.TERMS))
 
 
 @triton.jit
+def unpacked(packed):
+    """Strides of what `launcher.Kernel` hands over."""
+    strides = ()
+    for i in tl.static_range(len(packed)):
+        strides = strides + (packed[i] >> 2,)
+    return strides
+
+
+@triton.jit
 def cells(ptr, stride_h, stride_w, cell, W, FLAT: tl.constexpr):
     """Pointers to the cells of a canvas: one multiplication where its rows follow each other without a gap."""
     if FLAT:
@@ -139,6 +148,7 @@ def tile_of_cells(
     tile = (tl.program_id(0) % tiles).to(tl.int64)
     cell = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     cell_in = cell < P
+    target_stride = unpacked(target_stride)
     target = cells(target + b * target_stride[0], target_stride[1], target_stride[2], cell, W, FLAT)
     valid, known, label, kappa = labels(target, cell_in, ignore_index, class_weight, C, CLASS_WEIGHT, ACC)
     return b, tile, cell, cell_in, valid, known, label, kappa
@@ -152,6 +162,7 @@ def preferred(
 
     In nats: the largest numbers there are, times log2(e), would be infinite.
     """
+    stride = unpacked(stride)
     preference = cells(preference + b * stride[0], stride[2], stride[3], cell, W, FLAT)
     y = load_classes(preference, stride[1], valid, C, ACC)
     y_max, y_z, p, y_log2 = softmax(y, C, ACC, FAST)

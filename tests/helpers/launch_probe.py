@@ -47,28 +47,66 @@ def plain(argument: object) -> object:
     return argument if isinstance(argument, (int, float, bool, type(None))) else str(argument)
 
 
-def variants() -> int:
-    """Kernels that a run on ARC tasks can meet: every canvas, batches of 1 to 64; nothing is compiled."""
+class Made:
+    """Stands for a compiled kernel."""
 
-    class Made:
-        """Stands for a compiled kernel."""
+    run, function, packed_metadata = staticmethod(lambda *arguments: None), 0, ()
 
-        run, function, packed_metadata = staticmethod(lambda *arguments: None), 0, ()
 
-    class Jitted:
-        """Stands for a jitted one."""
+class Watch(dict):
+    """Stands for a jitted kernel and for what was compiled of it: what Triton would tell apart, by the launcher's key.
 
-        def __getitem__(self, grid):
-            return lambda *arguments, **options: Made
+    As the latter it never finds anything, so that every launch is one of Triton's own.
+    """
 
+    def __init__(self, jitted):
+        super().__init__()
+        self.bind = jitted.create_binder()[-1]
+        self.told: set[str] = set()
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *arguments, **options):
+        # of each argument its type, and what is known of its value
+        self.last = repr(self.bind(*arguments, **options, debug=False)[1:])
+        self.told.add(self.last)
+        return Made
+
+    def get(self, key):
+        return None
+
+    def __setitem__(self, key, compiled):
+        super().setdefault(key, set()).add(self.last)
+
+
+def views(tensors: tuple) -> list[tuple]:
+    """The same sizes in memory of other orders: what a caller may hand over."""
+    plan, target, back, preference, *others = tensors
+    last = plan.movedim(2, -1).contiguous().movedim(-1, 2)
+    wide = torch.empty(*plan.shape[:3], plan.shape[3] + 1, 2 * plan.shape[4])[..., : plan.shape[3], : plan.shape[4]]
+    one = plan[:1].expand(plan.shape)
+    narrow = torch.empty(plan.shape[0], 3 * plan.shape[2])[:, ::3]
+    return [(x, target, y, preference, *others) for x, y in ((last, back), (wide, last), (one, wide))] + [
+        (plan, target, back, preference[:1].expand(preference.shape), *others[:2], narrow, *others[3:])
+    ]
+
+
+def variants() -> tuple[int, int]:
+    """Kernels that a run on ARC tasks can meet, every canvas, batches of 1 to 64; keys that stand for more than one."""
+    watched = []
     for kernel in KERNELS:
-        kernel.jitted = Jitted()
-        kernel.compiled.clear()
+        kernel.jitted = kernel.compiled = Watch(kernel.jitted)
+        watched.append(kernel.compiled)
     for B in (1, 2, 3, 8, 16, 31, 32, 33, 64):
         for H in range(1, 31):
             for W in range(1, 31):
                 forward_backward(inputs(B, 5, 10, H, W))
-    return sum(len(kernel.compiled) for kernel in KERNELS)
+    met = sum(len(kernel.told) for kernel in watched)
+    for H, W in ((1, 1), (1, 7), (4, 4), (16, 16), (30, 30)):
+        for tensors in views(inputs(16, 5, 10, H, W)):
+            forward_backward(tensors)
+    return met, sum(len(told) > 1 for kernel in watched for told in kernel.values())
 
 
 def main() -> None:
@@ -91,7 +129,7 @@ def main() -> None:
     far = torch.empty(45_000).as_strided((1, 5, 10, 30, 30), (2**31, 9000, 900, 30, 1))
     forward_backward((far, *inputs(1, 5, 10, 30, 30)[1:]))
     found["far"] = [len(kernel.compiled) for kernel in KERNELS], len(driver.launches)
-    found["variants"] = variants()
+    found["variants"], found["ambiguous"] = variants()
     print(json.dumps(found))
 
 

@@ -83,6 +83,11 @@ def test_few_kernels_serve_every_canvas_and_batch():
     assert probe()["variants"] <= 4
 
 
+def test_a_key_stands_for_one_kernel():
+    """By what Triton itself would tell apart, memory of any order included: else a kernel runs that was made for others."""
+    assert probe()["ambiguous"] == 0
+
+
 def test_another_triton_launches_by_itself(monkeypatch):
     from qwen_fused.kernels import launcher
 
