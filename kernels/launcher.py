@@ -3,8 +3,8 @@
 Triton looks at every argument of every launch, to see what it may specialise a kernel for, and makes strings of what it
 finds: more time than a small kernel takes. The kernels here specialise nothing by themselves. What one was compiled for
 are the types of its pointers and its constants, which are the key; whatever else is worth knowing is a constant too.
-Numbers in a tuple Triton specialises whatever it is told, for 1 and for multiples of 16: strides travel as 4 s + 2, which
-is neither, and kernels take them apart (`unpacked` in efe_tile.py).
+Numbers in a tuple Triton specialises whatever it is told, for 1 and for multiples of 16: strides travel as 4 s + 2,
+which is neither, and kernels take them apart (`unpacked` in efe_tile.py).
 
 The first launch of a key is Triton's, later ones call what it compiled. That asks for some of Triton's internals: where
 the line that launches is not the one known here, where a profiler hooks launches, and under the interpreter, Triton

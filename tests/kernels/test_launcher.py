@@ -84,7 +84,7 @@ def test_few_kernels_serve_every_canvas_and_batch():
 
 
 def test_a_key_stands_for_one_kernel():
-    """By what Triton itself would tell apart, memory of any order included: else a kernel runs that was made for others."""
+    """By what Triton itself would tell apart, memory of any order included: else one runs that was made for others."""
     assert probe()["ambiguous"] == 0
 
 

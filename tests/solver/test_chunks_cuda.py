@@ -16,7 +16,7 @@ from forked_workers import StandIn, make_task
 from qwen_fused.solver import captured
 from qwen_fused.solver.adapt import adapt
 from qwen_fused.solver.adapt_many import TrainingStep, adapt_many
-from qwen_fused.solver.chunks import free, run_chunks
+from qwen_fused.solver.chunks import cell_bytes, free, run_chunks
 from qwen_fused.solver.folder import solve_folder
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.solve import make_questions, solve_tasks
@@ -93,7 +93,9 @@ def test_with_too_little_memory_chunks_are_halved():
     questions = list(make_questions(planner, tasks, settings))
     sizes: list[int] = []
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + 600 * 2**20) / total)
+    # half of what the chunk of all sixteen is thought to take
+    needed = cell_bytes(planner.agent, settings) * 16 * 30 * 30
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + needed / 2) / total)
     try:
         rows = list(
             run_chunks(
