@@ -9,13 +9,15 @@ solutions. Several sources are joined with commas. What can't be used is left ou
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from qwen_fused.arc.grid_json import load_json
 from qwen_fused.arc.tasks import Task, TaskCollection, asked_inputs, parse_task, short
 
 SPLITS = ("training", "evaluation")
@@ -261,10 +263,13 @@ def _as_pair(item: Any) -> dict[str, Any] | None:
     if isinstance(item, dict) and "input" in item and "output" in item:
         return item
     # BARC's: [input, output], each a list of rows
-    grids = isinstance(item, list) and len(item) == 2 and all(isinstance(grid, list) for grid in item)
-    if grids and all(grid and isinstance(grid[0], list) for grid in item):
+    if isinstance(item, list) and len(item) == 2 and all(_looks_like_grid(grid) for grid in item):
         return {"input": item[0], "output": item[1]}
     return None
+
+
+def _looks_like_grid(item: Any) -> bool:
+    return isinstance(item, np.ndarray) or (isinstance(item, list) and bool(item) and isinstance(item[0], list))
 
 
 def _id_of(content: Any, otherwise: str) -> str:
@@ -305,6 +310,6 @@ def _with_answers(task: Any, answers: Any, where: str, note: Note) -> Any:
 
 def _parsed(source: str, text: bytes) -> Any:
     try:
-        return json.loads(text)
+        return load_json(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: is not JSON ({error})") from error

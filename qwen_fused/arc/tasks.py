@@ -105,7 +105,12 @@ def asked_inputs(content: Any) -> int:
 
 
 def parse_grid(value: Any) -> np.ndarray:
-    """Turn a list of rows into a read-only [h, w] uint8 grid; ValueError says what is wrong with it."""
+    """Turn a list of rows into a read-only [h, w] uint8 grid; ValueError says what is wrong with it.
+
+    An array is one that `load_json` has found good.
+    """
+    if isinstance(value, np.ndarray):
+        return value
     if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
         raise ValueError(f"must be a list of rows, got {short(value)}")
     if not value or not value[0]:
@@ -141,7 +146,7 @@ def _member(pair: Any, key: str) -> np.ndarray:
 
 def short(value: Any) -> str:
     """A JSON value in a few words, for a sentence about it."""
-    if isinstance(value, list):
+    if isinstance(value, (list, np.ndarray)):
         return f"a list of {len(value)}"
     if isinstance(value, dict):
         return f"an object with {len(value)} keys"
