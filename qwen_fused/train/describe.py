@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from qwen_fused.arc.episodes import leave_one_out, test_episodes
+from qwen_fused.arc.split import spread
 from qwen_fused.report.run_log import RunLog
 from qwen_fused.train.resume import Continuation
 from qwen_fused.train.trainer import Trainer
+
+# of more tasks than these, some are counted: 10,000 would take nine seconds
+TASKS_COUNTED = 500
 
 
 def describe_run(trainer: Trainer, log: RunLog, run: Continuation | None) -> None:
@@ -14,6 +18,8 @@ def describe_run(trainer: Trainer, log: RunLog, run: Continuation | None) -> Non
         log.say(f"Left out: {sentence}")
     if len(trainer.skipped) > 10:
         log.say(f"Left out: {len(trainer.skipped) - 10} more.")
+    for sentence in trainer.notes:
+        log.say(sentence)
     sizes = ", ".join(f"{name} {sum(p.numel() for _, p in ps):,}" for name, ps in trainer.groups.items())
     log.say(
         f"Run {trainer.folder} on {trainer.device} ({trainer.config.precision}): "
@@ -33,8 +39,8 @@ def describe_truncation(trainer: Trainer) -> str | None:
     """How many prompts have no room for all of their demonstrations, and the flag to change; None where all have."""
     prompt_text = trainer.model.prompt.prompt_text
     parts = {
-        "training": [episode for task in trainer.training for episode in leave_one_out(task)],
-        "held-out": test_episodes(trainer.held_out),
+        "training": [episode for task in spread(trainer.training, TASKS_COUNTED) for episode in leave_one_out(task)],
+        "held-out": test_episodes(spread(trainer.held_out, TASKS_COUNTED)),
     }
     lost = {name: prompt_text.truncation(e.demonstrations for e in episodes) for name, episodes in parts.items()}
     if not any(truncation.truncated_prompts for truncation in lost.values()):

@@ -129,9 +129,9 @@ def read_tasks(tasks: str | Path | Sequence[Task], split: str | None, limit: int
         collection = TaskCollection(tuple(sorted(tasks, key=lambda task: task.id)))
     if limit is None:
         return collection
-    chosen = sorted([*(task.id for task in collection.tasks), *collection.unusable])[:limit]
-    unusable = {task_id: count for task_id, count in collection.unusable.items() if task_id in chosen}
-    return TaskCollection(tuple(t for t in collection.tasks if t.id in chosen), collection.skipped, unusable)
+    chosen = set(sorted(task.id for task in (*collection.tasks, *collection.unusable))[:limit])
+    kept = (tuple(t for t in part if t.id in chosen) for part in (collection.tasks, collection.unusable))
+    return TaskCollection(next(kept), collection.skipped, next(kept))
 
 
 def open_planner(run: str | Path | None, weights: str, seed: int, device: str) -> tuple[QwenPlanner, str]:

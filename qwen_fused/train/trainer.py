@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qwen_fused.arc.episodes import Batch, Episode, collate, load_tasks, split_tasks
+from qwen_fused.arc.episodes import Batch, Episode, collate, load_tasks
 from qwen_fused.arc.sampler import EpisodeSampler
+from qwen_fused.arc.split import divide
 from qwen_fused.common.device import resolve_device, to_host
 from qwen_fused.common.layers import group_by_number
 from qwen_fused.common.random_state import rng_state, set_rng_state
@@ -73,7 +74,8 @@ class Trainer:
         self.device = resolve_device(self.ranks.device(config.device))
         collection = load_tasks(config.dataset)
         self.skipped = collection.skipped
-        self.training, self.held_out = split_tasks(collection.tasks, config.val_fraction, config.split_seed)
+        division = divide(collection.tasks, config.val_fraction, config.split_seed, config.held_out)
+        self.training, self.held_out, self.notes = division.training, division.held_out, division.notes
         self.fingerprint = fingerprint(self.training, self.held_out)
         self.sampler = EpisodeSampler(
             self.training,

@@ -153,7 +153,7 @@ def test_best_weights_are_chosen_by_held_out_tasks(small_config, tmp_path):
     trainer, log = Trainer(small_config(), tmp_path), RunLog(tmp_path)
     held_out = {e.task_id for e in test_episodes(trainer.held_out)}
     assert held_out and not held_out & {t.id for t in trainer.training}
-    result = validate(trainer, log)
+    result = validate(trainer, log).result
     assert {r.task_id for r in result.records} == held_out
     assert trainer.progress.best_accuracy == result.cell_accuracy
     written = (tmp_path / "checkpoints" / "best.safetensors").stat().st_mtime_ns
