@@ -49,8 +49,9 @@ class QwenSettings:
 
     qwen: str = "tiny"
     """Backbone: tiny (random weights, true architecture, no download), a local folder, or a hub name."""
-    max_prompt_tokens: int = 512
-    """Whole demonstration pairs are dropped from the end of a longer prompt."""
+    max_prompt_tokens: int | None = None
+    """Most tokens of a prompt; a longer one loses its largest demonstration pairs. By default 512 for tiny, and 2048
+    for any other Qwen: docs/performance.md has what each data set loses."""
     pooling: Literal["mean", "last"] = "mean"
     """How Qwen's hidden states become one vector."""
     prompt_window: int = 10
@@ -183,7 +184,7 @@ class TrainConfig(
     def __post_init__(self) -> None:
         check_types(self)
         positive = (
-            "batch_size epochs max_prompt_tokens prompt_window prompt_visits prompt_dim agent_channels plan_steps "
+            "batch_size epochs prompt_window prompt_visits prompt_dim agent_channels plan_steps "
             "policy_hidden qwen_lr agent_lr policy_lr clip delta_scale log_every checkpoint_every keep_checkpoints "
             "max_eval_tasks"
         )
@@ -204,13 +205,18 @@ class TrainConfig(
             "sdpa or eager in float32 (flash_attention_2 needs --qwen-dtype bfloat16 or --precision bf16)",
             self.attention,
         )  # fmt: skip
-        for name in ("max_batches", "max_minutes"):
+        for name in ("max_batches", "max_minutes", "max_prompt_tokens"):
             value = getattr(self, name)
             require(value is None or value > 0, name, "a number above 0", value)
         if self.shard_qwen:
             # a scaler looks for overflows in each process's own shard; adapters are small, and of another type
             require(self.precision != "fp16", "precision", "fp32 or bf16 with shard_qwen", self.precision)
             require(self.lora_rank == 0, "lora_rank", "0 with shard_qwen", self.lora_rank)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Most tokens of a prompt: as said, or this Qwen's default."""
+        return self.max_prompt_tokens or (512 if self.qwen == "tiny" else 2048)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to config.yaml."""

@@ -52,6 +52,7 @@ def run_eval(arguments: Sequence[str]) -> int:
     model = load_model(config.run, config.weights, resolve_device(config.device))
     collection, name = tasks_of_run(config.run, model.config, config.dataset, config.split)
     tell_left_out(collection)
+    tell_cut(model, collection.tasks)
     answer = adapted_evaluation if config.ttt_steps else plain_evaluation
     answered = answer(model, collection.tasks, config.ttt_steps)
     left_out = tuple(record for task in collection.unusable for record in copied(task))
@@ -75,6 +76,16 @@ def tell_left_out(collection: TaskCollection) -> None:
     if collection.unusable:
         ids = names([task.id for task in collection.unusable])
         print(f"{len(collection.unusable)} tasks can't be asked: their queries stand for their answers: {ids}")
+
+
+def tell_cut(model: Any, tasks: Sequence[Task]) -> None:
+    """Say how many prompts have no room for all of their demonstrations."""
+    from qwen_fused.qwen.prompt_text import describe_cut
+
+    text = model.prompt.prompt_text
+    told = describe_cut({"these": text.truncation(task.train for task in tasks)}, text.max_tokens)
+    if told:
+        print(told.replace("a larger --max-prompt-tokens", "a run with a larger --max-prompt-tokens"))
 
 
 def tasks_of_run(run: Path, trained: TrainConfig, dataset: str | None, split: str | None) -> tuple[TaskCollection, str]:

@@ -206,7 +206,7 @@ def check_memory(config: TrainConfig, device: torch.device) -> str:
     """
     arguments = dict(
         batch_size=config.batch_size,
-        max_prompt_tokens=config.max_prompt_tokens,
+        max_prompt_tokens=config.prompt_tokens,
         lora_rank=config.lora_rank,
         gradient_checkpointing=config.gradient_checkpointing,
         dtype=getattr(torch, config.qwen_dtype),

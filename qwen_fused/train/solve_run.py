@@ -17,6 +17,7 @@ from qwen_fused.arc.tasks import Task, TaskCollection
 from qwen_fused.common.device import resolve_device
 from qwen_fused.config import TrainConfig, error_prefix, require
 from qwen_fused.planner.model import QwenPlanner
+from qwen_fused.qwen.prompt_text import describe_cut
 from qwen_fused.qwen.tiny import seeded
 from qwen_fused.report.solve_log import SolveLog
 from qwen_fused.solver.folder import RESULTS, SUBMISSION, SolveFolder, solve_folder
@@ -85,6 +86,10 @@ def solve(
             log.say(f"Left out: {sentence}")
         log.say(described)
         log.say(describe_tasks(tasks, split, collection, settings))
+        text = planner.prompt.prompt_text
+        cut = describe_cut({"these": text.truncation(task.train for task in collection.tasks)}, text.max_tokens)
+        if cut:
+            log.say(cut)
         try:
             solution = solve_tasks(
                 planner,
