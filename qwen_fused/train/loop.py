@@ -20,6 +20,7 @@ from qwen_fused.report.trackers import tracker_names
 from qwen_fused.train.checkpoint import list_checkpoints
 from qwen_fused.train.clock import Clock
 from qwen_fused.train.describe import describe_run
+from qwen_fused.train.located import located
 from qwen_fused.train.monitor import out_of_memory
 from qwen_fused.train.pending import PendingBatch
 from qwen_fused.train.prove_trainer import prove_trainer
@@ -38,7 +39,7 @@ def train(config: TrainConfig) -> Path:
             a file could not be written.
         Interrupted: SIGINT, SIGTERM or SIGHUP, after a checkpoint was written.
     """
-    trackers = tracker_names(config.trackers)
+    trackers, config = tracker_names(config.trackers), located(config)
     with process_group() as ranks, ranks.silenced() as scratch:
         run = open_run(config) if config.resume else None
         folder = scratch or (run.folder if run else new_run_folder(config.out))
