@@ -14,6 +14,12 @@ from qwen_fused.common.files import write_atomic
 from qwen_fused.common.typed_yaml import check_types, from_plain, read_mapping, to_plain
 from qwen_fused.loss.efe_loss import EFEWeights
 
+# beyond these a run would be busy for minutes, or out of memory, before it says a word
+LARGEST = {
+    "batch_size": 65_536, "prompt_window": 65_536, "prompt_dim": 16_384, "agent_channels": 4096, "plan_steps": 1000,
+    "policy_hidden": 65_536,
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
@@ -199,6 +205,8 @@ class TrainConfig(
         for name in shares.split():
             require(0 <= getattr(self, name) <= 1, name, "a number in [0, 1]", getattr(self, name))
         require(0 <= self.val_fraction < 1, "val_fraction", "a number in [0, 1)", self.val_fraction)
+        for name, most in LARGEST.items():
+            require(getattr(self, name) <= most, name, f"a number of at most {most}", getattr(self, name))
         half = self.qwen_dtype == "bfloat16" or self.precision != "fp32"
         require(
             half or self.attention != "flash_attention_2", "attention",

@@ -20,6 +20,7 @@ from qwen_fused.cli.eval_command import run_eval
 from qwen_fused.cli.flags import Source, parse, parse_over_source, train_config
 from qwen_fused.cli.prove_script import run_prove_script
 from qwen_fused.cli.solve_command import run_solve
+from qwen_fused.common.typed_yaml import nearest
 from qwen_fused.config import TrainConfig
 
 EXIT_CODES = """\
@@ -216,13 +217,23 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not sys.stderr.isatty():
+        # read when transformers and the hub's client are imported: no bars of theirs in a log
+        for library in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+            os.environ.setdefault(library, "1")
+    if arguments[:1] in (["--version"], ["-V"]):
+        from qwen_fused import __version__
+
+        print(f"qwen-fused {__version__}")
+        return 0
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: qwen-fused COMMAND [flags], with --help after a command for its flags\n")
+        print("usage: qwen-fused COMMAND [flags], with --help after a command for its flags; --version\n")
         print("\n".join(f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items()))
         print(f"\n{EXIT_CODES}")
         return 0 if arguments else 2
     if arguments[0] not in COMMANDS:
-        print(f"qwen-fused: command must be one of {', '.join(COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
+        known = f"command must be one of {', '.join(COMMANDS)}"
+        print(f"qwen-fused: {known}, got {arguments[0]!r}{nearest(arguments[0], COMMANDS)}", file=sys.stderr)
         return 2
     try:
         return COMMANDS[arguments[0]][0](arguments[1:])

@@ -143,8 +143,19 @@ def enable_checkpointing(backbone: PreTrainedModel, *, use_reentrant: bool = Fal
     enable({"use_reentrant": use_reentrant})
 
 
+def check_lora_rank(rank: int, config: PretrainedConfig) -> None:
+    """Refuse a rank above the hidden width, which would keep the machine busy for minutes and gain nothing."""
+    if not 0 <= rank <= config.hidden_size:
+        raise ValueError(f"lora_rank must be from 0 to {config.hidden_size}, the width of this Qwen, got {rank}")
+
+
 def add_lora(backbone: PreTrainedModel, rank: int) -> PeftModel:
-    """Freeze `backbone` and put trainable low-rank adapters on its linear layers, both factors non-zero."""
+    """Freeze `backbone` and put trainable low-rank adapters on its linear layers, both factors non-zero.
+
+    Raises:
+        ValueError: the rank is more than the backbone is wide, where an adapter has more than the weight it adapts.
+    """
+    check_lora_rank(rank, backbone.config)
     # the task lets peft's Auto classes load the saved adapters
     config = LoraConfig(
         r=rank,

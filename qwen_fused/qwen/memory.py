@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModel, PretrainedConfig
 
 from qwen_fused.config import TrainConfig
-from qwen_fused.qwen.backbone import load_config
+from qwen_fused.qwen.backbone import check_lora_rank, load_config
 from qwen_fused.qwen.prompt_text import ADDED_TOKENS
 from qwen_fused.qwen.tiny import byte_tokenizer, tiny_config
 
@@ -109,6 +109,7 @@ def estimate_memory(
         ValueError: as `load_backbone`.
     """
     config = tiny_config(len(byte_tokenizer(ADDED_TOKENS))) if qwen == "tiny" else load_config(qwen)
+    check_lora_rank(lora_rank, config)
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=dtype)
     weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize

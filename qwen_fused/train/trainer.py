@@ -101,7 +101,7 @@ class Trainer:
         self.norms = GroupGradNorm({**self.groups, "qwen": _by_layer(self.groups["qwen"])})
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.progress = Progress()
-        self.monitor = GradientMonitor()
+        self.monitor = GradientMonitor(qwen_lr=config.qwen_lr)
         self.hints: list[Hint] = []
         self.layer_norms: dict[str, float] = {}
 
