@@ -134,6 +134,9 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
     config, progress = trainer.config, trainer.progress
     per_epoch = trainer.sampler.batches_per_epoch()
     last = min(trainer.total_batches, config.max_batches or trainer.total_batches)
+    soon = range(progress.step, min(last, progress.step + trainer.sampler.window))
+    if not progress.qwen and not any(trainer.sampler.ends_window(step % per_epoch) for step in soon):
+        log.say(short_of_a_window(last, config.prompt_window))
     clock = Clock(config.max_minutes)
     pending: deque[PendingBatch] = deque()
     if progress.step == 0:
@@ -165,7 +168,17 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
                 log.say(f"Stopping after {config.max_minutes:g} minutes, at batch {progress.step} of {last}.")
                 break
         log_done(trainer, log, pending)
+    if not progress.qwen and progress.step < last:
+        log.say(short_of_a_window(progress.step, config.prompt_window))
     save(trainer, log)
+
+
+def short_of_a_window(batches: int, window: int) -> str:
+    """That Qwen does not step in so few batches. It isn't made to: a longer run goes on from here, bit for bit."""
+    return (
+        f"Qwen does not step: the run has {batches} batches, and its prompt window {window}. A --prompt-window of at "
+        f"most {batches} lets it."
+    )
 
 
 def save(trainer: Trainer, log: RunLog) -> Path:
