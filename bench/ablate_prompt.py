@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen_fused.arc.episodes import Episode, load_tasks, split_tasks, test_episodes
+from qwen_fused.arc.episodes import Episode, load_tasks, test_episodes
+from qwen_fused.arc.split import divide
 from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.qwen.prompt import PromptOutput
 from qwen_fused.solver.evaluate import evaluate
@@ -79,8 +80,8 @@ def main() -> None:
     for run in arguments.runs:
         model = load_model(run).eval()
         config = model.config
-        training, held_out = split_tasks(load_tasks(config.dataset).tasks, config.val_fraction, config.split_seed)
-        episodes = test_episodes(held_out if arguments.split == "validation" else training[::4])
+        division = divide(load_tasks(config.dataset).tasks, config.val_fraction, config.split_seed, config.held_out)
+        episodes = test_episodes(division.held_out if arguments.split == "validation" else division.training[::4])
         for way, found in rows.items():
             found.append(figures(model, episodes, way, config.batch_size))
     print(f"{arguments.split}, {len(episodes)} test inputs, {len(arguments.runs)} runs (their seeds in order)")

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 from solve_recipe import side
 
-from qwen_fused.arc.episodes import Task, load_tasks, split_tasks
+from qwen_fused.arc.episodes import Task, load_tasks
+from qwen_fused.arc.split import split_tasks
 from qwen_fused.config import TrainConfig
 from qwen_fused.loss.cross_entropy import CE_ONLY, efe_loss
 from qwen_fused.planner.agent import GridAgent

@@ -21,7 +21,8 @@ import torch
 from machine import device_name, output_of
 from safetensors.torch import load_file
 
-from qwen_fused.arc.episodes import Task, load_tasks, split_tasks
+from qwen_fused.arc.episodes import Task, load_tasks
+from qwen_fused.arc.split import split_tasks
 from qwen_fused.config import TrainConfig
 from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.solver import adapt

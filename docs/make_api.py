@@ -20,6 +20,7 @@ import mdformat
 
 import qwen_fused
 from qwen_fused.cli import main as cli
+from qwen_fused.cli.eval_command import EvalConfig
 from qwen_fused.cli.prove_script import ProveScriptConfig
 from qwen_fused.cli.solve_command import SolveCommand
 from qwen_fused.config import TrainConfig
@@ -34,7 +35,7 @@ HANDED_OUT = (PendingStats, Rung, Finding, Cut, Frame)
 FLAGS = {
     "train": cli.TrainCommand,
     "solve": SolveCommand,
-    "eval": cli.EvalConfig,
+    "eval": EvalConfig,
     "export": cli.ExportConfig,
     "prove": cli.ProveCommand,
     "prove-script": ProveScriptConfig,

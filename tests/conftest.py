@@ -15,6 +15,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from kaggle_files import write_kaggle
 from small_runs import SMALL, write_small_qwen, write_small_tasks
 
 # Triton reads this when it is imported; its kernels then run on CPU tensors
@@ -121,6 +122,12 @@ def small_arc(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def kaggle(tmp_path_factory) -> Path:
+    """A folder as Kaggle hands it out: six tasks, whose answers are known as evaluation and unknown as test."""
+    return write_kaggle(tmp_path_factory.mktemp("kaggle"))
+
+
+@pytest.fixture(scope="session")
 def small_qwen(tmp_path_factory) -> Path:
     """A folder with a Qwen of four layers, a quarter as wide as the tiny one."""
     return write_small_qwen(tmp_path_factory.mktemp("qwen"))
@@ -155,7 +162,8 @@ def unevaluated(monkeypatch) -> None:
 @pytest.fixture(scope="session")
 def held_out():
     """The default held-out tasks of arc1."""
-    from qwen_fused.arc.episodes import load_tasks, split_tasks
+    from qwen_fused.arc.reader import load_tasks
+    from qwen_fused.arc.split import split_tasks
 
     return split_tasks(load_tasks("arc1").tasks, 0.1, 0)[1]
 

@@ -5,8 +5,6 @@ Axes: B episodes, H W canvas.
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,8 +31,6 @@ __all__ = [
     "leave_one_out",
     "leave_out",
     "load_tasks",
-    "shared_tasks",
-    "split_tasks",
     "test_episodes",
 ]
 
@@ -83,56 +79,6 @@ class Episode:
             query=apply(self.query),
             answer=apply_known(self.answer),
         )
-
-
-def split_tasks(tasks: Iterable[Task], fraction: float, seed: int) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
-    """Divide whole tasks into training and held-out ones.
-
-    Tasks are ranked by a hash of seed and id, so the order of loading changes nothing, and a task that comes
-    or goes moves hardly any other.
-
-    Args:
-        tasks: tasks with different ids.
-        fraction: share to hold out, in [0, 1); rounded to whole tasks, at least one unless it is 0.
-        seed: which division.
-
-    Returns:
-        (training, held-out), each sorted by id.
-
-    Raises:
-        ValueError: an id comes twice, the fraction is out of range, or no training task would remain.
-    """
-    tasks = sorted(tasks, key=lambda task: task.id)
-    twice = [task_id for task_id, count in Counter(task.id for task in tasks).items() if count > 1]
-    if twice:
-        raise ValueError(f"tasks must have different ids, got {twice[0]} more than once")
-    if not 0 <= fraction < 1:
-        raise ValueError(f"fraction must be in [0, 1), got {fraction}")
-    count = max(1, round(fraction * len(tasks))) if fraction else 0
-    if count >= len(tasks):
-        raise ValueError(f"fraction must leave a task to train on, got {fraction} of {len(tasks)} tasks")
-    # python's own hash() differs from process to process
-    ranked = sorted(tasks, key=lambda task: hashlib.sha256(f"{seed}:{task.id}".encode()).digest())
-    held_out = {task.id for task in ranked[:count]}
-    return (
-        tuple(task for task in tasks if task.id not in held_out),
-        tuple(task for task in tasks if task.id in held_out),
-    )
-
-
-def shared_tasks(training: Iterable[Task], evaluation: Iterable[Task]) -> tuple[str, ...]:
-    """Ids of evaluation tasks that have a pair in common with the training tasks, under whatever name.
-
-    Scores on them say nothing: of ARC-AGI-1's 400 evaluation tasks 376 are in ARC-AGI-2's training set, and one
-    is in ARC-AGI-1's own (070dd51e, there called 40853293).
-    """
-
-    def pairs_of(task: Task) -> set[tuple]:
-        known = ((pair.input, pair.output) for pair in task.train + task.test if pair.output is not None)
-        return {(a.shape, a.tobytes(), b.shape, b.tobytes()) for a, b in known}
-
-    seen = set().union(*map(pairs_of, training))
-    return tuple(sorted(task.id for task in evaluation if pairs_of(task) & seen))
 
 
 def test_episodes(tasks: Iterable[Task]) -> list[Episode]:

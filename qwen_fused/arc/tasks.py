@@ -11,8 +11,8 @@ What is wrong is left out and said in one sentence that names file, task and pai
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -45,8 +45,8 @@ class TaskCollection:
 
     tasks: tuple[Task, ...]
     skipped: tuple[str, ...] = ()
-    unusable: Mapping[str, int] = field(default_factory=dict)
-    """Test inputs of each task that was left out though it has some: a submission names it all the same."""
+    unusable: tuple[Task, ...] = ()
+    """Tasks that were left out though they ask something, without demonstrations: a submission names them too."""
 
 
 def parse_task(task_id: str, content: Any, *, source: str, note: Callable[[str], None], min_pairs: int = 2) -> Task:
@@ -98,14 +98,35 @@ def parse_task(task_id: str, content: Any, *, source: str, note: Callable[[str],
     return Task(task_id, tuple(train), tuple(test))
 
 
-def asked_inputs(content: Any) -> int:
-    """How many test inputs a task's JSON content has, whether it can be used or not."""
+def asked_alone(task_id: str, content: Any) -> Task | None:
+    """What a task asks that can't be used: its test pairs, a black cell in place of an input that is no grid.
+
+    None where it asks nothing.
+    """
     test = content.get("test") if isinstance(content, dict) else None
-    return len(test) if isinstance(test, list) else 0
+    if not isinstance(test, list) or not test:
+        return None
+
+    def member(pair: Any, key: str) -> np.ndarray | None:
+        try:
+            return _member(pair, key)
+        except ValueError:
+            return None
+
+    queries = [member(pair, "input") for pair in test]
+    black = np.zeros((1, 1), np.uint8)
+    black.flags.writeable = False
+    pairs = (Pair(black if q is None else q, member(pair, "output")) for q, pair in zip(queries, test, strict=True))
+    return Task(task_id, (), tuple(pairs))
 
 
 def parse_grid(value: Any) -> np.ndarray:
-    """Turn a list of rows into a read-only [h, w] uint8 grid; ValueError says what is wrong with it."""
+    """Turn a list of rows into a read-only [h, w] uint8 grid; ValueError says what is wrong with it.
+
+    An array is one that `load_json` has found good.
+    """
+    if isinstance(value, np.ndarray):
+        return value
     if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
         raise ValueError(f"must be a list of rows, got {short(value)}")
     if not value or not value[0]:
@@ -141,7 +162,7 @@ def _member(pair: Any, key: str) -> np.ndarray:
 
 def short(value: Any) -> str:
     """A JSON value in a few words, for a sentence about it."""
-    if isinstance(value, list):
+    if isinstance(value, (list, np.ndarray)):
         return f"a list of {len(value)}"
     if isinstance(value, dict):
         return f"an object with {len(value)} keys"

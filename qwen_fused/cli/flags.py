@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +34,36 @@ class Source:
 
 def parse(config_class: type[C], command: str, arguments: Sequence[str], default: C | None = None) -> C:
     """Parse one command's flags into its configuration."""
+    if issubclass(config_class, TrainConfig) and {"-h", "--help"} & set(arguments):
+        print(grouped_help(config_class, command), end="")
+        raise SystemExit(0)
     options: dict[str, Any] = {"default": default} if default is not None else {}
     return tyro.cli(config_class, prog=f"qwen-fused {command}", args=list(arguments), **options)
+
+
+def grouped_help(config_class: type, command: str) -> str:
+    """The help of a command that has the flags of a run, under a line for each group of settings."""
+    written = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding or "utf-8")
+    with contextlib.redirect_stdout(written), contextlib.suppress(SystemExit):
+        tyro.cli(config_class, prog=f"qwen-fused {command}", args=["--help"])
+    written.seek(0)
+    # by flag, the docstring of its class of settings
+    titles = {
+        "--" + name.replace("_", "-"): (settings.__doc__ or "").split("\n")[0]
+        for settings in config_class.__mro__
+        if dataclasses.is_dataclass(settings)
+        for name in settings.__dict__.get("__annotations__", {})
+    }
+    lines, title = [], None
+    for line in written.read().splitlines():
+        flag = line.strip("│ ").split(" ")[0].rstrip(",")
+        if titles.get(flag, title) != title:
+            title = titles[flag]
+            # in a box where the terminal has letters for one
+            left, rule, right = ("├─ ", "─", "┤") if line.startswith("│") else (" - ", "-", "-")
+            lines.append(f"{left}{title} ".ljust(len(line) - 1, rule) + right)
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def parse_over_source(command_class: type[T], command: str, arguments: Sequence[str]) -> T:

@@ -16,10 +16,12 @@ from typing import Annotated, Literal
 
 import tyro
 
+from qwen_fused.cli.eval_command import run_eval
 from qwen_fused.cli.flags import Source, parse, parse_over_source, train_config
 from qwen_fused.cli.prove_script import run_prove_script
 from qwen_fused.cli.solve_command import run_solve
-from qwen_fused.config import TrainConfig, require
+from qwen_fused.common.typed_yaml import nearest
+from qwen_fused.config import TrainConfig
 
 EXIT_CODES = """\
 exit codes
@@ -28,25 +30,6 @@ exit codes
   2    a flag, a setting or a file is wrong: stderr says which, nothing was started
   129  hung up, 130 interrupted, 143 terminated: a checkpoint was written, --resume goes on
   141  whoever read the output has gone"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Evaluate a run's weights on ARC tasks and write a submission."""
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Run folder."""
-    dataset: str | None = None
-    """Other tasks than the run's own: arc1, arc2, a folder of tasks, a task file, a Kaggle challenges file."""
-    split: str | None = None
-    """The run's held-out tasks (validation, the default), its training tasks' test pairs (training), or its dataset's
-    evaluation set (evaluation); of --dataset any part that is there, by default evaluation or the only one."""
-    ttt_steps: int = 0
-    """Steps of training on each task before it is answered, as `qwen-fused solve` does; 0: as the weights are."""
-    weights: Literal["last", "best"] = "last"
-    """The newest checkpoint, or the best one on the held-out tasks."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +76,7 @@ class ShowConfig:
     run: Path | None = None
     """Run folder whose model answers; without one the task alone is drawn."""
     dataset: str | None = None
-    """Where the task is: arc1, arc2, a folder of task JSON, or one JSON file; the run's dataset, or arc1."""
+    """Where the task is: arc1, arc2, a folder or a file, as for eval; the run's dataset, or arc1."""
     weights: Literal["last", "best"] = "last"
     """The newest checkpoint, or the best one on the held-out tasks."""
     png: Path | None = None
@@ -122,31 +105,6 @@ def run_train(arguments: Sequence[str]) -> int:
     except TrainingStopped as stopped:
         print(f"qwen-fused: {stopped}", file=sys.stderr)
         return 1
-    return 0
-
-
-def run_eval(arguments: Sequence[str]) -> int:
-    """`qwen-fused eval`."""
-    config = parse(EvalConfig, "eval", arguments)
-    require(config.ttt_steps >= 0, "ttt_steps", "a number of at least 0", config.ttt_steps)
-    from qwen_fused.arc.episodes import test_episodes
-    from qwen_fused.arc.scoring import write_submission
-    from qwen_fused.cli.solve_command import adapted_evaluation, tasks_of_run
-    from qwen_fused.common.device import resolve_device
-    from qwen_fused.solver.evaluate import evaluate
-    from qwen_fused.train.saved import load_model
-
-    model = load_model(config.run, config.weights, resolve_device(config.device))
-    trained = model.config
-    tasks, name = tasks_of_run(config.run, trained, config.dataset, config.split)
-    if config.ttt_steps:
-        result = adapted_evaluation(model, tasks, config.ttt_steps)
-    else:
-        result = evaluate(model, test_episodes(tasks), batch_size=trained.batch_size)
-    path = config.run / f"submission-{name}.json"
-    write_submission(path, tasks, result.predictions)
-    score = result.describe() if result.scored else "not scored: no answer is known"
-    print(f"{name}: {score}\nSubmission: {path}")
     return 0
 
 
@@ -219,10 +177,11 @@ def run_show(arguments: Sequence[str]) -> int:
     task = find_task(dataset, config.task)
     if config.run is not None:
         from qwen_fused.common.device import resolve_device
+        from qwen_fused.common.files import safe_name
         from qwen_fused.train.saved import load_model
 
         model = load_model(config.run, config.weights, resolve_device(config.device))
-        png = png or config.run / "show" / f"{task.id}.png"
+        png = png or config.run / "show" / f"{safe_name(task.id)}.png"
         png.parent.mkdir(exist_ok=True)
     rows = describe_task(task, model)
     print_rows(rows, Console(highlight=False))
@@ -258,13 +217,23 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not sys.stderr.isatty():
+        # read when transformers and the hub's client are imported: no bars of theirs in a log
+        for library in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+            os.environ.setdefault(library, "1")
+    if arguments[:1] in (["--version"], ["-V"]):
+        from qwen_fused import __version__
+
+        print(f"qwen-fused {__version__}")
+        return 0
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: qwen-fused COMMAND [flags], with --help after a command for its flags\n")
+        print("usage: qwen-fused COMMAND [flags], with --help after a command for its flags; --version\n")
         print("\n".join(f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items()))
         print(f"\n{EXIT_CODES}")
         return 0 if arguments else 2
     if arguments[0] not in COMMANDS:
-        print(f"qwen-fused: command must be one of {', '.join(COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
+        known = f"command must be one of {', '.join(COMMANDS)}"
+        print(f"qwen-fused: {known}, got {arguments[0]!r}{nearest(arguments[0], COMMANDS)}", file=sys.stderr)
         return 2
     try:
         return COMMANDS[arguments[0]][0](arguments[1:])

@@ -17,7 +17,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
         # the graphs of a window's prompts would be many times the weights
         "window_mode": "recompute",
-        "max_prompt_tokens": 1024,
         "qwen_lr": 2e-5,
         "warmup_batches": 100,
     },
@@ -30,7 +29,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
         # the graphs of a window's prompts would be many times the weights
         "window_mode": "recompute",
-        "max_prompt_tokens": 1024,
         "qwen_lr": 1e-4,
         "warmup_batches": 100,
     },

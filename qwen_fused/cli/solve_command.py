@@ -6,17 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from qwen_fused.arc.episodes import load_tasks, shared_tasks, split_tasks
-from qwen_fused.arc.scoring import Evaluation
-from qwen_fused.arc.tasks import Task
 from qwen_fused.cli.flags import parse
-from qwen_fused.config import TrainConfig, error_prefix
-
-OWN_SPLITS = ("validation", "training", "evaluation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,41 +72,3 @@ def run_solve(arguments: Sequence[str]) -> int:
         print(f"qwen-fused: {stopped}", file=sys.stderr)
         return 1
     return 0
-
-
-def tasks_of_run(run: Path, trained: TrainConfig, dataset: str | None, split: str | None) -> tuple[Sequence[Task], str]:
-    """The tasks that `qwen-fused eval` is about, and a name for them.
-
-    Args:
-        run, trained: the run, and its configuration.
-        dataset: other tasks than the run's.
-        split: of these or of the run's own; None is its held-out tasks, or of `dataset` what `load_tasks` takes then.
-    """
-    with error_prefix(f"run {run}"):
-        known = load_tasks(trained.dataset).tasks
-    if dataset is not None:
-        tasks = load_tasks(dataset, split).tasks
-        name = "-".join(filter(None, (Path(dataset).stem, split)))
-    else:
-        name = split or "validation"
-        if name not in OWN_SPLITS:
-            raise ValueError(f"split must be one of {', '.join(OWN_SPLITS)} without --dataset, got {name!r}")
-        if name != "evaluation":
-            held_out = split_tasks(known, trained.val_fraction, trained.split_seed)
-            return held_out[0 if name == "training" else 1], name
-        with error_prefix(f"run {run}"):
-            tasks = load_tasks(trained.dataset, "evaluation").tasks
-    shared = shared_tasks(known, tasks)
-    if shared:
-        print(f"{len(shared)} of these {len(tasks)} tasks share a pair with a training task: {', '.join(shared)}")
-    return tasks, name
-
-
-def adapted_evaluation(model: Any, tasks: Sequence[Task], steps: int) -> Evaluation:
-    """Answers after so many steps of training on each task; a line for each is printed."""
-    from qwen_fused.report.solve_log import SolveLog
-    from qwen_fused.solver.settings import SolveSettings
-    from qwen_fused.solver.solve import solve_tasks
-
-    settings = SolveSettings(steps=steps, seed=model.config.seed)
-    return solve_tasks(model, tasks, settings, log=SolveLog()).evaluation

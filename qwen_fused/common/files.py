@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +37,18 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file as a whole, in place of what was there."""
     with atomic_replace(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def safe_name(name: str) -> str:
+    """The name itself where it is a plain file name, else the plain part of it and a hash: never a way out of a folder.
+
+    Args:
+        name: anything, as the ids of tasks are.
+    """
+    if re.fullmatch(r"\w[\w.-]{0,59}", name):
+        return name
+    plain = re.sub(r"[^\w-]+", "_", name).strip("_-")[:40]
+    return f"{plain or 'task'}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 def remove_partial(folder: Path) -> None:

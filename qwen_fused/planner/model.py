@@ -49,7 +49,7 @@ class QwenPlanner(nn.Module):
         self.prompt = QwenPrompt(
             config.qwen,
             dim=config.prompt_dim,
-            max_prompt_tokens=config.max_prompt_tokens,
+            max_prompt_tokens=config.prompt_tokens,
             pooling=config.pooling,
             lora_rank=config.lora_rank,
             gradient_checkpointing=config.gradient_checkpointing,

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,7 +25,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from qwen_fused.qwen.tiny import seeded, tiny_qwen
 
-FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 SAMPLE_TEXT = "in:\n0123456789\n"
 
@@ -91,7 +92,11 @@ def load_config(qwen: str) -> PretrainedConfig:
     if getattr(config, "auto_map", None):
         raise ValueError(f"qwen: {qwen!r} asks for code of its own (auto_map in config.json), which is never run")
     if config.model_type not in FAMILIES:
-        raise ValueError(f"qwen must be one of the types {', '.join(FAMILIES)}, got {config.model_type!r} in {qwen!r}")
+        # Qwen3.5 as published, and Qwen-VL: a text model beside one for pictures
+        text = getattr(config.get_text_config(), "model_type", None)
+        alone = f"; its text model is {text!r}: save it alone, with the tokenizer" if text in FAMILIES else ""
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"qwen must be one of the types {known}, got {config.model_type!r} in {qwen!r}{alone}")
     return config
 
 
@@ -143,8 +148,19 @@ def enable_checkpointing(backbone: PreTrainedModel, *, use_reentrant: bool = Fal
     enable({"use_reentrant": use_reentrant})
 
 
+def check_lora_rank(rank: int, config: PretrainedConfig) -> None:
+    """Refuse a rank above the hidden width, which would keep the machine busy for minutes and gain nothing."""
+    if not 0 <= rank <= config.hidden_size:
+        raise ValueError(f"lora_rank must be from 0 to {config.hidden_size}, the width of this Qwen, got {rank}")
+
+
 def add_lora(backbone: PreTrainedModel, rank: int) -> PeftModel:
-    """Freeze `backbone` and put trainable low-rank adapters on its linear layers, both factors non-zero."""
+    """Freeze `backbone` and put trainable low-rank adapters on its linear layers, both factors non-zero.
+
+    Raises:
+        ValueError: the rank is more than the backbone is wide, where an adapter has more than the weight it adapts.
+    """
+    check_lora_rank(rank, backbone.config)
     # the task lets peft's Auto classes load the saved adapters
     config = LoraConfig(
         r=rank,
@@ -189,7 +205,7 @@ def load_backbone(
         The backbone in train mode and the tokenizer.
 
     Raises:
-        ValueError: one sentence: nothing at that path, no such name or no network, not a Qwen2/2.5/3, weights
+        ValueError: one sentence: nothing at that path, no such name or no network, not one of FAMILIES, weights
             or tokenizer missing, an attention that this machine does not have.
     """
     if lora_rank < 0:
@@ -212,9 +228,31 @@ def load_backbone(
     return adapted.train(), tokenizer
 
 
+def with_head(backbone: PreTrainedModel, qwen: str) -> PreTrainedModel | None:
+    """A causal model of a trained backbone and the language-model head that its base has in weights of its own.
+
+    None where there is none: the head is tied to the embedding, and follows from the backbone, or `qwen` has no head.
+    """
+    if qwen == "tiny" or backbone.config.tie_word_embeddings:
+        return None
+    source, _ = _source(qwen)
+    with quiet("transformers"):
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=backbone.dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    model, loading = found
+    if any(name.startswith("lm_head") for name in loading["missing_keys"]):
+        return None
+    setattr(model, model.base_model_prefix, backbone)
+    return model
+
+
 def save_backbone(
-    backbone: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str
-) -> None:
+    backbone: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path | str,
+    head_of: str = "tiny",
+) -> bool:
     """Save a trained backbone for plain transformers, or its LoRA adapters for plain peft, and the tokenizer.
 
     Adapters name the base that they belong to; the tiny Qwen, which is nowhere else, is saved beside them.
@@ -223,12 +261,20 @@ def save_backbone(
         backbone: as `load_backbone` gives it.
         tokenizer: likewise.
         folder: made if missing.
+        head_of: Qwen that the backbone was loaded from, whose untied language-model head is saved too.
+
+    Returns:
+        Whether a language model can be loaded from there: its head is saved, tied, or in the adapters' base.
     """
     folder = Path(folder)
     tokenizer.save_pretrained(folder)
-    if not isinstance(backbone, PeftModel) or backbone.active_peft_config.base_model_name_or_path:
+    if not isinstance(backbone, PeftModel):
+        whole = with_head(backbone, head_of)
+        (backbone if whole is None else whole).save_pretrained(str(folder))
+        return whole is not None or backbone.config.tie_word_embeddings
+    if backbone.active_peft_config.base_model_name_or_path:
         backbone.save_pretrained(str(folder))
-        return
+        return True
     config = backbone.active_peft_config
     base: Any = backbone.get_base_model()
     plain = {name.replace(".base_layer", ""): value for name, value in base.state_dict().items() if "lora_" not in name}
@@ -239,3 +285,4 @@ def save_backbone(
         backbone.save_pretrained(str(folder))
     finally:
         config.base_model_name_or_path = ""
+    return False

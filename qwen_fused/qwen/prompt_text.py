@@ -7,14 +7,15 @@
     out:
     ...
 
-With Qwen's tokenizer and with the byte-level one a cell is one token. A text that is too long loses whole pairs from
-its end, and a first pair that alone is too long keeps the top of its input and the top of its output.
+With Qwen's tokenizer and with the byte-level one a cell is one token. A text that is too long keeps as many whole pairs
+as it has room for: it loses its largest ones. Where none fits whole, the smallest keeps the top of its input and the
+top of its output.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,8 +69,35 @@ class Truncation:
 
     prompts: int
     truncated_prompts: int
+    pairs: int
     dropped_pairs: int  # left out whole
     longest: int  # tokens of the longest text, had it all its pairs
+
+
+def describe_cut(lost: Mapping[str, Truncation], max_tokens: int) -> str | None:
+    """What the prompts of each set lose, by its name, and the flag to change; None where none loses anything."""
+    if not any(truncation.truncated_prompts for truncation in lost.values()):
+        return None
+    known = {name: t for name, t in lost.items() if t.prompts}
+    shares = " and ".join(f"{t.truncated_prompts} of {t.prompts} {name} prompts" for name, t in known.items())
+    return (
+        f"Cut to {max_tokens} tokens: {shares}, without {sum(t.dropped_pairs for t in lost.values())} of their "
+        f"{sum(t.pairs for t in lost.values())} demonstration pairs. The longest has "
+        f"{max(t.longest for t in lost.values())} tokens; a larger --max-prompt-tokens keeps more, for more time and "
+        "memory."
+    )
+
+
+def fitting(lengths: Sequence[int], room: int) -> list[int]:
+    """As many of these as fit into `room` together, in their order; the shortest one where none does."""
+    ranked = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    chosen: list[int] = []
+    for index in ranked:
+        room -= lengths[index]
+        if chosen and room < 0:
+            break
+        chosen.append(index)
+    return sorted(chosen)
 
 
 def grid_text(grid: np.ndarray) -> str:
@@ -121,6 +149,7 @@ class PromptText:
         return Truncation(
             prompts=len(texts),
             truncated_prompts=sum(text.truncated for text in texts),
+            pairs=sum(map(len, episodes)),
             dropped_pairs=sum(text.dropped_pairs for text in texts),
             longest=max((text.full_length for text in texts), default=0),
         )
@@ -128,15 +157,11 @@ class PromptText:
     def _text(self, pairs: Sequence[EncodedPair]) -> EncodedText:
         features = np.stack([pair.features for pair in pairs]).mean(0, dtype=np.float32)
         rule = self.rule_ids[rule_sentence(features)]
-        pieces, room, shown = [rule], self.max_tokens - len(rule), 0
-        for pair in pairs:
-            if shown > 0 and len(pair) > room:
-                break
-            pieces += pair.truncated(room)
-            room -= len(pair)
-            shown += 1
+        room = self.max_tokens - len(rule)
+        shown = fitting([len(pair) for pair in pairs], room)
+        pieces = [rule, *(ids for index in shown for ids in pairs[index].truncated(room))]
         full_length = len(rule) + sum(map(len, pairs))
-        return EncodedText(np.concatenate(pieces), features, full_length, len(pairs) - shown)
+        return EncodedText(np.concatenate(pieces), features, full_length, len(pairs) - len(shown))
 
     def _pairs(self, demonstrations: Sequence[Sequence[Pair]]) -> list[list[EncodedPair]]:
         """Every pair from the cache, the new ones tokenised in one call."""

@@ -17,7 +17,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
+
+from qwen_fused.report.fonts import families
 
 # css variable -> its light value; the dark ones are in report.html
 INK = {
@@ -33,7 +35,7 @@ INK = {
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qwen-fused",
-    "font.family": "sans-serif",
+    "font.family": families(),
     "font.size": 9,
     "axes.edgecolor": INK["rule"],
     "axes.labelcolor": INK["muted"],
@@ -155,6 +157,7 @@ def plot_chart(axes: Axes, chart: Chart, metrics: Mapping[str, np.ndarray]) -> N
     axes.set_axisbelow(True)
     axes.tick_params(which="both", length=0)
     axes.set_xlabel("batch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(shown) > 1:
         axes.legend(
             loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2, handlelength=1.2

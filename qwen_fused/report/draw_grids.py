@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 from qwen_fused.report.curves import INK, STYLE
+from qwen_fused.report.fonts import drawable
 
 # a caption, a grid, and the table its numbers are colours of
 CaptionedGrid = tuple[str, np.ndarray, np.ndarray]
@@ -85,7 +86,7 @@ def plot_grids(axes: Axes, title: str, row: Sequence[CaptionedGrid]) -> None:
     layout = Layout(row)
     gap, tallest = layout.gap, layout.tallest
     axes.set_axis_off()
-    axes.text(gap / 2, -2 * gap, title, fontsize=9, va="center", parse_math=False)
+    axes.text(gap / 2, -2 * gap, drawable(title), fontsize=9, va="center", parse_math=False)
     left = gap / 2
     for (caption, grid, colors), slot in zip(row, layout.slots, strict=True):
         h, w = grid.shape

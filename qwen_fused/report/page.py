@@ -23,6 +23,7 @@ from qwen_fused.common.files import write_atomic
 from qwen_fused.report import curves, draw_grids, heatmaps
 from qwen_fused.report.answers import Example, read_examples
 from qwen_fused.report.run_files import (
+    PROMPTS,
     read_evaluation,
     read_file,
     read_gradients,
@@ -96,6 +97,7 @@ def write_report(run_dir: str | Path) -> Path:
         window=curves.mean_window(len(metrics["step"])),
         recent=_recent(len(metrics["step"])),
         tiles=_tiles(metrics, evaluation),
+        cut=read_file(run_dir / PROMPTS, {}).get("told"),
         truncated=_mean(metrics.get("truncated", np.zeros(0))),
         course=_course(metrics),
         evaluation=evaluation,

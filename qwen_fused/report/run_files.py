@@ -26,6 +26,8 @@ EVALUATION_KEYS = [
     "copy_cell_accuracy",
     "copy_solved",
 ]
+# what prompts lose to the most tokens that they may have: {"told": a sentence or null, set: counts}
+PROMPTS = "prompts.json"
 RUNG_MARKS = {True: ("ok", "✓"), False: ("bad", "✗"), None: ("open", "–")}
 
 

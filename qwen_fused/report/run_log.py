@@ -6,8 +6,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +155,18 @@ class RunLog:
         with suppress(OSError):
             self._log.close()
 
-    @contextmanager
-    def progress(self, total: int, done: int, title: str) -> Iterator[Any]:
+    def progress(self, total: int, done: int, title: str) -> AbstractContextManager[Callable[[int], object]]:
         """A bar over `total` batches, `done` of them already; gives a function to call with the batches done."""
-        columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
-            task: TaskID = bar.add_task(title, total=total, completed=done)
-            yield lambda completed: bar.update(task, completed=completed)
+        return progress_bar(self.console, total, done, title)
+
+
+@contextmanager
+def progress_bar(console: Console, total: int, done: int, title: str) -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal, and nothing elsewhere; gives a function to call with what is done."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task: TaskID = bar.add_task(title, total=total, completed=done)
+        yield lambda completed: bar.update(task, completed=completed)
 
 
 def log_line(metrics: dict[str, Any]) -> str:

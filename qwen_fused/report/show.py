@@ -12,7 +12,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from qwen_fused.arc.episodes import SPLITS, Task, load_tasks, test_episodes
+from qwen_fused.arc.episodes import Task, test_episodes
+from qwen_fused.arc.reader import load_tasks, splits_of
 from qwen_fused.arc.scoring import cell_accuracy
 from qwen_fused.common.typed_yaml import nearest
 from qwen_fused.planner.model import QwenPlanner
@@ -34,12 +35,20 @@ def find_task(dataset: str, task_id: str) -> Task:
     Raises:
         ValueError: there is none; the message has the nearest id.
     """
-    # a folder may have no evaluation split
-    splits = SPLITS if dataset in ("arc1", "arc2") else SPLITS[:1]
-    tasks = {task.id: task for split in splits for task in load_tasks(dataset, split).tasks}
+    tasks: dict[str, Task] = {}
+    sentences: list[str] = []
+    # tasks that lie together are no split
+    for split in splits_of(dataset) or (None,):
+        loaded = load_tasks(dataset, split, min_pairs=1)
+        sentences += loaded.skipped
+        for task in loaded.tasks:
+            # of two splits the one that knows the answers
+            known = tasks.setdefault(task.id, task)
+            tasks[task.id] = task if all(pair.output is None for pair in known.test) else known
     if task_id not in tasks:
+        why = next((f": {sentence}" for sentence in sentences if f", task {task_id}:" in sentence), "")
         raise ValueError(
-            f"task must be one of the {len(tasks)} tasks of {dataset}, got {task_id!r}{nearest(task_id, tasks)}"
+            f"task must be one of the {len(tasks)} tasks of {dataset}, got {task_id!r}{why or nearest(task_id, tasks)}"
         )
     return tasks[task_id]
 

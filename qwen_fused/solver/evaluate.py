@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,13 @@ class Predictor(Protocol):
         """For each episode at least one grid and at most `attempts`, best first."""
 
 
-def evaluate(model: Predictor, episodes: Sequence[Episode], *, batch_size: int = 16) -> Evaluation:
+def evaluate(
+    model: Predictor,
+    episodes: Sequence[Episode],
+    *,
+    batch_size: int = 16,
+    on_done: Callable[[int], object] = lambda done: None,
+) -> Evaluation:
     """Ask for two attempts at every episode and score them.
 
     The model gets `episode.without_answer()` and batches that do not depend on any answer. If it is an nn.Module it
@@ -29,6 +35,7 @@ def evaluate(model: Predictor, episodes: Sequence[Episode], *, batch_size: int =
         model: see Predictor.
         episodes: with or without answers.
         batch_size: episodes in a call of predict.
+        on_done: called with the number of episodes answered, after each batch.
 
     Raises:
         ValueError: batch_size is out of range, or the model returned something that is no answer.
@@ -47,6 +54,7 @@ def evaluate(model: Predictor, episodes: Sequence[Episode], *, batch_size: int =
                 raise ValueError(f"predict must answer {len(chosen)} episodes, got {len(answers)} answers")
             for number, grids in zip(chosen, answers, strict=True):
                 attempts[number] = _checked(grids, questions[number])
+            on_done(len(attempts))
     return Evaluation(
         tuple(
             Record(

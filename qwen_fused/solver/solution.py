@@ -67,33 +67,26 @@ class Solution:
 
     def to_dict(self) -> dict[str, Any]:
         """score.json: the evaluation's summary, the sizes, and each task's share of test inputs right or null."""
-        right: dict[str, list[bool | None]] = {}
-        for record in self.evaluation.records:
-            right.setdefault(record.task_id, []).append(None if record.score is None else record.score.any)
-        by_task = {
-            task_id: None if None in found else sum(map(bool, found)) / len(found) for task_id, found in right.items()
-        }
         return {
             **self.evaluation.summary(),
             "unanswered": list(self.unanswered),
             "seconds_a_task": round(self.seconds, 3) if self.seconds == self.seconds else None,
             "sizes": self.by_size(),
-            "by_task": by_task,
+            "by_task": self.evaluation.by_task(),
         }
 
-    def write_submission(self, path: Path, unusable: Mapping[str, int] | None = None) -> None:
+    def write_submission(self, path: Path) -> None:
         """Every task's two attempts in the official format.
 
         Args:
             path: file to write.
-            unusable: test inputs of tasks that could not be read, by id: they get one black cell.
         """
         attempts = {
             (task.id, index): grids
             for task in self.tasks
             for index, grids in enumerate(self.result(task).answer.attempts)
         }
-        write_submission(path, self.tasks, attempts, unusable)
+        write_submission(path, self.tasks, attempts)
 
     def write_score(self, path: Path) -> None:
         """`to_dict` as JSON.

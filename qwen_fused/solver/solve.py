@@ -11,7 +11,7 @@ training, the clock decides too.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from qwen_fused.arc.tasks import Task
 from qwen_fused.config import require
@@ -38,7 +38,7 @@ def solve_tasks(
     workers: int | None = None,
     max_seconds: float | None = None,
     folder: SolveFolder | None = None,
-    unusable: Mapping[str, int] | None = None,
+    unusable: Sequence[Task] = (),
     log: SolveLog | None = None,
     should_stop: Callable[[], object] = lambda: None,
     on_result: Callable[[int], object] = lambda done: None,
@@ -54,7 +54,7 @@ def solve_tasks(
         workers: processes; by default one per core, or none where tasks are solved side by side.
         max_seconds: for all tasks; those that are not reached get their query for an answer.
         folder: what is done there is not done again, and what is done here is written there.
-        unusable: tasks that are in the submission though they could not be read: their numbers of test inputs.
+        unusable: tasks that could not be read: their queries stand for their answers.
         log: where a line per task goes.
         should_stop: asked several times a second; something true leaves what is not done.
         on_result: called with the number of tasks done, after each.
@@ -79,11 +79,12 @@ def solve_tasks(
         if task.id in results:
             counts.add(work_of(task), solved(task, results[task.id]), before=True)
     by_id = {task.id: task for task in tasks}
-    solution = Solution(tuple(tasks), results, folder.path if folder else None)
-    submission = Submission(solution, unusable)
+    results |= {task.id: fallback(task, "it could not be read") for task in unusable}
+    solution = Solution((*tasks, *unusable), results, folder.path if folder else None)
+    submission = Submission(solution)
     # the small ones first: most is solved where the time is short
     left = sorted((task for task in tasks if task.id not in results), key=lambda task: (work_of(task), task.id))
-    if results:
+    if counts.done:
         log.say(f"Going on: {counts.describe()} already.")
     with log.progress(counts) as advance:
         submission.write()
@@ -130,15 +131,15 @@ def make_questions(
 class Submission:
     """submission.json of a solve that is under way, whole from its first moment on."""
 
-    def __init__(self, solution: Solution, unusable: Mapping[str, int] | None):
-        self.solution, self.unusable = solution, unusable
+    def __init__(self, solution: Solution):
+        self.solution = solution
         self.path = solution.folder / SUBMISSION if solution.folder else None
         self.written = -1e9
 
     def write(self, *, every: float = 0.0) -> None:
         """Write it, if it was last written so many seconds ago."""
         if self.path is not None and time.monotonic() - self.written >= every:
-            self.solution.write_submission(self.path, self.unusable)
+            self.solution.write_submission(self.path)
             self.written = time.monotonic()
 
 

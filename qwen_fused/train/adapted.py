@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from qwen_fused.arc.scoring import Evaluation
+from qwen_fused.arc.split import spread
+from qwen_fused.arc.tasks import Task
 from qwen_fused.report.run_log import RunLog
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.solve import solve_tasks
 from qwen_fused.solver.task_planner import lines_agent
+from qwen_fused.solver.workers import usable_cores
 from qwen_fused.train.signals import Interrupted, catch_signals
 from qwen_fused.train.trainer import Trainer
 
 
-def evaluate_adapted(trainer: Trainer, before: Evaluation, log: RunLog) -> dict[str, Any] | None:
+def evaluate_adapted(
+    trainer: Trainer, tasks: Sequence[Task], before: Evaluation, log: RunLog, max_seconds: float | None = None
+) -> dict[str, Any] | None:
     """Train a copy of the planner on each held-out task for `ttt_seconds` and answer it; None where that is left out.
 
     Args:
         trainer: after its last batch; its weights stay as they are.
+        tasks: held-out tasks.
         before: the same tasks, answered without.
         log: gets a line.
+        max_seconds: for all of them; where they would take longer, fewer are trained on, spread evenly.
 
     Returns:
         `Evaluation.to_dict()`, and mean seconds a task.
@@ -38,11 +46,16 @@ def evaluate_adapted(trainer: Trainer, before: Evaluation, log: RunLog) -> dict[
     if trainer.sharded:
         log.say("Held-out tasks are not trained on: Qwen is in shards here. `qwen-fused eval --ttt-steps` does that.")
         return None
+    if max_seconds is not None:
+        most = max(1, int(max_seconds * usable_cores() / seconds))
+        tasks = spread(tasks, most)
+        ids = {task.id for task in tasks}
+        before = Evaluation(tuple(record for record in before.records if record.task_id in ids))
     settings = SolveSettings(task_seconds=seconds, seed=trainer.config.seed)
-    with catch_signals() as signalled, log.progress(len(trainer.held_out), 0, "training on each task") as advance:
+    with catch_signals() as signalled, log.progress(len(tasks), 0, "training on each task") as advance:
         try:
             solution = solve_tasks(
-                trainer.model, trainer.held_out, settings, should_stop=signalled, on_result=lambda done: advance(done)
+                trainer.model, tasks, settings, should_stop=signalled, on_result=lambda done: advance(done)
             )
         except RuntimeError as error:
             # a run is whole without it
@@ -52,7 +65,7 @@ def evaluate_adapted(trainer: Trainer, before: Evaluation, log: RunLog) -> dict[
             raise Interrupted(number)
     after = solution.evaluation
     log.say(
-        f"Held-out tasks after {seconds:g} s of training on each: {len(after.solved_tasks)} of {len(trainer.held_out)} "
+        f"Held-out tasks after {seconds:g} s of training on each: {len(after.solved_tasks)} of {len(tasks)} "
         f"solved (before {len(before.solved_tasks)}), pass@2 {after.pass_at_2:.4f} (before {before.pass_at_2:.4f}), "
         f"cells {after.cell_accuracy:.4f} (before {before.cell_accuracy:.4f}), {solution.seconds:.1f} s a task"
         + (f", {len(solution.unanswered)} without an answer" if solution.unanswered else "")

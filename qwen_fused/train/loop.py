@@ -20,6 +20,7 @@ from qwen_fused.report.trackers import tracker_names
 from qwen_fused.train.checkpoint import list_checkpoints
 from qwen_fused.train.clock import Clock
 from qwen_fused.train.describe import describe_run
+from qwen_fused.train.located import located
 from qwen_fused.train.monitor import out_of_memory
 from qwen_fused.train.pending import PendingBatch
 from qwen_fused.train.prove_trainer import prove_trainer
@@ -38,7 +39,7 @@ def train(config: TrainConfig) -> Path:
             a file could not be written.
         Interrupted: SIGINT, SIGTERM or SIGHUP, after a checkpoint was written.
     """
-    trackers = tracker_names(config.trackers)
+    trackers, config = tracker_names(config.trackers), located(config)
     with process_group() as ranks, ranks.silenced() as scratch:
         run = open_run(config) if config.resume else None
         folder = scratch or (run.folder if run else new_run_folder(config.out))
@@ -133,6 +134,9 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
     config, progress = trainer.config, trainer.progress
     per_epoch = trainer.sampler.batches_per_epoch()
     last = min(trainer.total_batches, config.max_batches or trainer.total_batches)
+    soon = range(progress.step, min(last, progress.step + trainer.sampler.window))
+    if not progress.qwen and not any(trainer.sampler.ends_window(step % per_epoch) for step in soon):
+        log.say(short_of_a_window(last, config.prompt_window))
     clock = Clock(config.max_minutes)
     pending: deque[PendingBatch] = deque()
     if progress.step == 0:
@@ -164,7 +168,17 @@ def run_batches(trainer: Trainer, log: RunLog) -> None:
                 log.say(f"Stopping after {config.max_minutes:g} minutes, at batch {progress.step} of {last}.")
                 break
         log_done(trainer, log, pending)
+    if not progress.qwen and progress.step < last:
+        log.say(short_of_a_window(progress.step, config.prompt_window))
     save(trainer, log)
+
+
+def short_of_a_window(batches: int, window: int) -> str:
+    """That Qwen does not step in so few batches. It isn't made to: a longer run goes on from here, bit for bit."""
+    return (
+        f"Qwen does not step: the run has {batches} batches, and its prompt window {window}. A --prompt-window of at "
+        f"most {batches} lets it."
+    )
 
 
 def save(trainer: Trainer, log: RunLog) -> Path:

@@ -17,8 +17,8 @@ import torch
 REMEDIES = {
     "no gradient": "{group} is not in the loss graph: run `qwen-fused prove`, which names the line that cuts it",
     "dead layers": "these layers get no gradient though others do: `qwen-fused prove --json FILE` has every layer",
-    "not finite": "lower --qwen-lr to a fifth (5e-5 to 1e-5), and look at the first bad tensor, which the norms name",
-    "exploding": "lower --qwen-lr to a fifth (5e-5 to 1e-5)",
+    "not finite": "{lower}, and look at the first bad tensor, which the norms name",
+    "exploding": "{lower}",
     "flat": "check the weighted mask (mask ratio {mask_ratio}), the clipping and the learning rate (qwen {lr_qwen})",
     "no reward": "the policy changes nothing: look at its delta and its gate",
     "no graph": "each operation is launched by itself from here on, as with --cuda-graphs off",
@@ -67,12 +67,14 @@ class GradientMonitor:
         patience: batches that a gradient or a reward may be zero, and the length over which losses are averaged.
         explodes_at: loss, averaged over a fifth of the patience, over its lowest such average so far.
         flat_within: relative spread of the averages of three periods of `patience` batches that counts as flat.
+        qwen_lr: the learning rate that was asked for, which advice starts from.
     """
 
     group: str = "qwen"
     patience: int = 100
     explodes_at: float = 3.0
     flat_within: float = 0.005
+    qwen_lr: float | None = None
     layers_zero_for: dict[str, int] = field(default_factory=dict)
     total_zero_for: int = 0
 
@@ -159,7 +161,10 @@ class GradientMonitor:
     def _remedy(self, symptom: str, metrics: Mapping[str, float | None]) -> str:
         figures = {name: metrics.get(name) for name in ("mask_ratio", "lr_qwen")}
         written = {name: "not given" if value is None else f"{value:.3g}" for name, value in figures.items()}
-        return REMEDIES[symptom].format(group=self.group, **written)
+        # the flag is the peak, whatever the schedule makes of it
+        fifth = "lower the learning rate to a fifth"
+        lower = fifth if self.qwen_lr is None else f"lower --qwen-lr from {self.qwen_lr:g} to {self.qwen_lr / 5:g}"
+        return REMEDIES[symptom].format(group=self.group, lower=lower, **written)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on counting."""

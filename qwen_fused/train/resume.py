@@ -22,12 +22,13 @@ from qwen_fused.arc.episodes import Task
 from qwen_fused.common.files import remove_partial
 from qwen_fused.config import TrainConfig
 from qwen_fused.train.checkpoint import list_checkpoints, read_state
+from qwen_fused.train.located import located
 
 MAY_CHANGE = frozenset(
     {
         "max_batches", "max_minutes", "device", "cuda_graphs", "prove", "on_nonfinite", "log_every", "checkpoint_every",
-        "keep_checkpoints", "eval_every", "ttt_seconds", "out", "resume", "resume_changed", "trackers",
-        "shard_qwen",
+        "keep_checkpoints", "eval_every", "max_eval_tasks", "ttt_seconds", "out", "resume", "resume_changed",
+        "trackers", "shard_qwen",
     }
 )  # fmt: skip
 # versions whose runs this one continues: norms are nearer the truth since 0.3, so clipped gradients differ in last bits
@@ -81,7 +82,8 @@ def open_run(config: TrainConfig) -> Continuation:
     """
     assert config.resume is not None
     folder = run_folder(config.resume)
-    saved = load_run_config(folder)
+    # runs before 0.4 kept paths as they were given
+    saved = located(load_run_config(folder))
     checkpoint, state, notes = read_newest_state(config.resume)
     if state is not None and not set(STATE_KEYS) <= set(state):
         raise ValueError(f"resume must be a run's step-*.safetensors, got {checkpoint}, which holds weights only")

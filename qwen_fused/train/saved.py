@@ -58,6 +58,7 @@ def export_qwen(run: Path, folder: Path, weights: str = "last") -> str:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder must be new or empty, got {folder}, which has something in it")
     model = load_model(run, weights)
-    save_backbone(model.prompt.backbone, model.prompt.tokenizer, folder)
+    if not save_backbone(model.prompt.backbone, model.prompt.tokenizer, folder, head_of=model.config.qwen):
+        print(f"Without a language-model head: {model.config.qwen} has none. What is exported makes hidden states.")
     loader = "peft.AutoPeftModelForFeatureExtraction" if model.config.lora_rank else "transformers.AutoModel"
     return f'{loader}.from_pretrained("{folder}")'

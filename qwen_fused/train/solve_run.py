@@ -17,6 +17,7 @@ from qwen_fused.arc.tasks import Task, TaskCollection
 from qwen_fused.common.device import resolve_device
 from qwen_fused.config import TrainConfig, error_prefix, require
 from qwen_fused.planner.model import QwenPlanner
+from qwen_fused.qwen.prompt_text import describe_cut
 from qwen_fused.qwen.tiny import seeded
 from qwen_fused.report.solve_log import SolveLog
 from qwen_fused.solver.folder import RESULTS, SUBMISSION, SolveFolder, solve_folder
@@ -86,6 +87,10 @@ def solve(
             log.say(f"Left out: {sentence}")
         log.say(described)
         log.say(describe_tasks(tasks, split, collection, settings))
+        text = planner.prompt.prompt_text
+        cut = describe_cut({"these": text.truncation(task.train for task in collection.tasks)}, text.max_tokens)
+        if cut:
+            log.say(cut)
         try:
             solution = solve_tasks(
                 planner,
@@ -130,9 +135,9 @@ def read_tasks(tasks: str | Path | Sequence[Task], split: str | None, limit: int
         collection = TaskCollection(tuple(sorted(tasks, key=lambda task: task.id)))
     if limit is None:
         return collection
-    chosen = sorted([*(task.id for task in collection.tasks), *collection.unusable])[:limit]
-    unusable = {task_id: count for task_id, count in collection.unusable.items() if task_id in chosen}
-    return TaskCollection(tuple(t for t in collection.tasks if t.id in chosen), collection.skipped, unusable)
+    chosen = set(sorted(task.id for task in (*collection.tasks, *collection.unusable))[:limit])
+    kept = (tuple(t for t in part if t.id in chosen) for part in (collection.tasks, collection.unusable))
+    return TaskCollection(next(kept), collection.skipped, next(kept))
 
 
 def open_planner(run: str | Path | None, weights: str, seed: int, device: str) -> tuple[QwenPlanner, str]:

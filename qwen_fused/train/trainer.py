@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qwen_fused.arc.episodes import Batch, Episode, collate, load_tasks, split_tasks
+from qwen_fused.arc.episodes import Batch, Episode, collate, load_tasks
 from qwen_fused.arc.sampler import EpisodeSampler
+from qwen_fused.arc.split import divide
 from qwen_fused.common.cuda_graphs import CudaGraphs
 from qwen_fused.common.device import resolve_device, to_host
 from qwen_fused.common.layers import group_by_number
@@ -75,7 +76,8 @@ class Trainer(PlannerStep):
         self.device = resolve_device(self.ranks.device(config.device))
         collection = load_tasks(config.dataset)
         self.skipped = collection.skipped
-        self.training, self.held_out = split_tasks(collection.tasks, config.val_fraction, config.split_seed)
+        division = divide(collection.tasks, config.val_fraction, config.split_seed, config.held_out)
+        self.training, self.held_out, self.notes = division.training, division.held_out, division.notes
         self.fingerprint = fingerprint(self.training, self.held_out)
         self.sampler = EpisodeSampler(
             self.training,
@@ -102,7 +104,7 @@ class Trainer(PlannerStep):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.graphs = GraphedStep(self, CudaGraphs(self.device).record) if wants_graphs(self) else None
         self.progress = Progress()
-        self.monitor = GradientMonitor()
+        self.monitor = GradientMonitor(qwen_lr=config.qwen_lr)
         self.hints: list[Hint] = []
         self.layer_norms: dict[str, float] = {}
 

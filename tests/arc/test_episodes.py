@@ -9,33 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_tasks import make_tasks
 
-from qwen_fused.arc.episodes import IGNORE, Episode, Pair, augment, collate, leave_one_out, split_tasks, test_episodes
-
-
-def test_split_holds_out_whole_tasks_whatever_the_order():
-    tasks = make_tasks(50)
-    training, held_out = split_tasks(tasks, 0.1, 0)
-    assert len(held_out) == 5
-    assert sorted(task.id for task in training + held_out) == [task.id for task in tasks]
-    again = split_tasks(tasks[::-1], 0.1, 0)
-    assert [task.id for task in again[1]] == [task.id for task in held_out]
-    assert [task.id for task in split_tasks(tasks, 0.1, 1)[1]] != [task.id for task in held_out]
-    # the same in every process: python's own hash() would not be
-    assert [int(task.id[4:]) for task in held_out] == [1, 2, 25, 36, 44]
-    # growing the held-out part only adds to it
-    assert {task.id for task in held_out} < {task.id for task in split_tasks(tasks, 0.3, 0)[1]}
-
-
-def test_split_edges():
-    tasks = make_tasks(4)
-    assert split_tasks(tasks, 0.0, 0) == (tuple(tasks), ())
-    assert len(split_tasks(tasks, 0.01, 0)[1]) == 1
-    with pytest.raises(ValueError, match="fraction must leave a task to train on, got"):
-        split_tasks(tasks, 0.99, 0)
-    with pytest.raises(ValueError, match="different ids, got task001"):
-        split_tasks([*tasks, tasks[1]], 0.5, 0)
-    with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\), got 1.0"):
-        split_tasks(tasks, 1.0, 0)
+from qwen_fused.arc.episodes import IGNORE, Episode, Pair, augment, collate, leave_one_out, test_episodes
 
 
 def test_without_answer_keeps_the_question():

@@ -98,7 +98,10 @@ def test_folders_of_folders_load(tmp_path):
     assert ids(tmp_path) == ["above", "inner", "last"] and splits_of(str(tmp_path)) == ()
     put(tmp_path / "other" / "inner.json", TASK)
     (sentence,) = load_tasks(str(tmp_path)).skipped
-    assert "task inner: an earlier file has a task of this name" in sentence and "other" in sentence
+    assert "task inner: an earlier file has the same task; it is left out" in sentence and "other" in sentence
+    put(tmp_path / "more" / "inner.json", {**TASK, "train": TASK["train"][::-1]})
+    assert ids(tmp_path) == ["above", "inner", "inner-2", "last"]
+    assert "another task of this name; it is called inner-2 here" in load_tasks(str(tmp_path)).skipped[0]
 
 
 def test_what_holds_no_task_is_named_once(tmp_path):
@@ -112,6 +115,22 @@ def test_what_holds_no_task_is_named_once(tmp_path):
     assert (
         "line 2: must hold a task, got a list of 1" in loaded.skipped[1] and "line 3: is not JSON" in loaded.skipped[2]
     )
+
+
+def test_what_lies_beside_tasks_is_named(tmp_path):
+    put(tmp_path / "a.json", TASK)
+    for name in ("README.md", "sub/b.json.txt", ".git/config", "c.JSON", "LICENSE"):
+        put(tmp_path / name, "{}")
+    (sentence,) = load_tasks(str(tmp_path)).skipped
+    assert sentence == f"{tmp_path}: not read, as it is beside the tasks: LICENSE, README.md, c.JSON and 1 more"
+
+
+def test_answers_that_nobody_asks_for_are_named(tmp_path):
+    put(tmp_path / "arc-agi_test_challenges.json", {"x": hidden()})
+    for name in ("arc-agi_evaluation_solutions.json", "sample_submission.json"):
+        put(tmp_path / name, {"x": [[[5]]]})
+    (sentence,) = load_tasks(str(tmp_path), None).skipped
+    assert sentence.endswith("not read, as it is beside the tasks: arc-agi_evaluation_solutions.json")
 
 
 def test_tasks_that_lie_together_are_no_evaluation_split(tmp_path):
@@ -136,6 +155,10 @@ def test_several_sources_are_one_data_set(tmp_path):
     first, second = put(tmp_path / "a.json", TASK), put(tmp_path / "b.json", TASK)
     assert ids(f"{first}, {second}") == ["a", "b"]
     assert len(ids(f"arc1,{second}")) == 401
+    # of sources without that split nothing is in it; without a split each gives what it has
+    loaded = load_tasks(f"arc1,{second}", "evaluation")
+    assert len(loaded.tasks) == 400 and 'b.json has no split "evaluation"' in loaded.skipped[0]
+    assert len(ids(f"arc1,{second}", None)) == 401
     # a comma in a name is a name
     assert ids(put(tmp_path / "c,d.json", TASK)) == ["c,d"]
 
@@ -150,14 +173,17 @@ def test_one_demonstration_is_enough_to_answer(tmp_path):
     file = put(tmp_path / "a.json", {"x": TASK, "y": {**TASK, "train": TASK["train"][:1]}})
     loaded = load_tasks(str(file))
     assert [task.id for task in loaded.tasks] == ["x"] and "two are needed" in loaded.skipped[0]
-    assert loaded.unusable == {"y": 1}
+    (left_out,) = loaded.unusable
+    assert left_out.id == "y" and left_out.train == () and left_out.test[0].output.tolist() == [[5]]
     assert ids(file, min_pairs=1) == ["x", "y"]
 
 
 def test_a_task_that_is_left_out_still_counts_its_inputs(tmp_path):
     wrong = {"train": [], "test": [{"input": [[1, 2]]}, {"input": "?"}]}
     loaded = load_tasks(str(put(tmp_path / "a.json", {"good": TASK, "wrong": wrong, "empty": {"train": []}})))
-    assert loaded.unusable == {"wrong": 2}
+    (left_out,) = loaded.unusable
+    # a query that is no grid is a black cell
+    assert left_out.id == "wrong" and [pair.input.tolist() for pair in left_out.test] == [[[1, 2]], [[0]]]
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+import qwen_fused
 from qwen_fused.cli.main import main
 from qwen_fused.common.typed_yaml import from_plain
 from qwen_fused.config import TrainConfig
@@ -236,3 +239,53 @@ def test_help_does_not_load_transformers():
     code = "import sys; from qwen_fused.cli.main import main; main(['--help']); print('transformers' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip().endswith("False")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_flags_of_a_run_are_in_groups(encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "90"}
+    line = [sys.executable, "-m", "qwen_fused", "prove", "--help"]
+    said = subprocess.run(line, env=environment, capture_output=True, check=True).stdout.decode(encoding)
+    places = [
+        said.index(text)
+        for text in (
+            "Where a configuration starts", "--preset", "Which episodes train", "--dataset", "--held-out",
+            "The backbone, and how", "--qwen ", "Widths of prompt", "--agent-channels", "What a plan is scored by",
+            "--hard-mode", "Learning rates and clipping", "--clip", "What a step runs on", "--backend",
+            "The run folder", "--trackers",
+        )
+    ]  # fmt: skip
+    assert places == sorted(places)
+
+
+def test_version_and_a_slip_in_a_command(capsys):
+    assert main(["--version"]) == 0 and capsys.readouterr().out == f"qwen-fused {qwen_fused.__version__}\n"
+    assert main(["evla"]) == 2
+    assert capsys.readouterr().err.endswith("got 'evla'; did you mean eval?\n")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--lora-rank 100000", "--agent-channels 9999999", "--plan-steps 10000000", "--prompt-dim 99999999"]
+)
+def test_no_flag_keeps_the_program_busy(flag, tmp_path, capsys):
+    started = time.monotonic()
+    try:
+        code = main(["train", *flag.split(), "--out", str(tmp_path / "runs"), "--device", "cpu"])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2 and flag.split()[0].strip("-").replace("-", "_") in capsys.readouterr().err
+    assert time.monotonic() - started < 20 and not list((tmp_path / "runs").glob("*"))
+
+
+def test_piped_output_has_no_bars(tmp_path, small_qwen):
+    """transformers draws a bar while weights load, on stderr too."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")}
+    code = (
+        "import sys; from qwen_fused.cli import main as cli\n"
+        "def load(arguments):\n"
+        "    from qwen_fused.qwen.backbone import load_backbone; load_backbone(arguments[0]); return 0\n"
+        "cli.COMMANDS['load'] = (load, ''); sys.exit(cli.main(['load', sys.argv[1]]))"
+    )
+    line = [sys.executable, "-c", code, str(small_qwen)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "" and "%" not in done.stderr and "Loading" not in done.stderr

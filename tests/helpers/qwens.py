@@ -8,8 +8,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
@@ -26,6 +28,10 @@ SMALL = dict(
     max_position_embeddings=4096,
 )
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+DEEPER = {**SMALL, "num_hidden_layers": 4}
+LINEAR = dict(
+    head_dim=16, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8
+)
 CONFIGS = {
     "qwen2": lambda: Qwen2Config(**SMALL),
     # what sets Qwen2.5-0.5B apart: tied embeddings, a larger rotary base, dormant sliding windows
@@ -35,6 +41,9 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=16, rope_theta=1e6),
     "qwen2_moe": lambda: Qwen2MoeConfig(**SMALL, **EXPERTS, shared_expert_intermediate_size=32),
     "qwen3_moe": lambda: Qwen3MoeConfig(**SMALL, **EXPERTS, head_dim=16),
+    # three layers of linear attention before one of the other; routed experts
+    "qwen3_next": lambda: Qwen3NextConfig(**DEEPER, **EXPERTS, **LINEAR, shared_expert_intermediate_size=32),
+    "qwen3.5": lambda: Qwen3_5TextConfig(**DEEPER, **LINEAR, tie_word_embeddings=True),
 }
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

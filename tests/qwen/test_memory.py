@@ -71,6 +71,16 @@ def test_estimate_is_what_torch_keeps(case, tmp_path):
     assert estimate.activations == pytest.approx(kept, rel=0.12)
 
 
+@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3.5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_layers_are_not_underrated(kind, dtype, tmp_path):
+    """Routed experts and linear attention keep more than the layers that were counted: at most what is said."""
+    save_qwen(tmp_path, kind)
+    estimate = estimate_memory(str(tmp_path), batch_size=BATCH, max_prompt_tokens=TOKENS, dtype=dtype)
+    kept, _ = kept_for_backward(load_backbone(str(tmp_path), dtype=dtype)[0])
+    assert 0.6 * estimate.activations < kept < 1.05 * estimate.activations
+
+
 def test_retained_graphs_count_by_batch():
     one, ten = (estimate_memory(retained_batches=n) for n in (1, 10))
     assert ten.activations == 10 * one.activations and ten.weights == one.weights

@@ -10,7 +10,7 @@ from demonstrations import DEMONSTRATIONS, pair, text_of
 from qwen_fused.arc.episodes import Pair
 from qwen_fused.arc.features import RULES
 from qwen_fused.qwen.prompt import QwenPrompt
-from qwen_fused.qwen.prompt_text import ADDED_TOKENS, INPUT, OUTPUT, PromptText, Truncation, grid_text
+from qwen_fused.qwen.prompt_text import ADDED_TOKENS, INPUT, OUTPUT, PromptText, Truncation, fitting, grid_text
 from qwen_fused.qwen.tiny import byte_tokenizer
 
 
@@ -50,7 +50,7 @@ def test_rejects_missing_demonstrations(demonstrations, message):
         make().encode(demonstrations)
 
 
-def test_whole_pairs_are_dropped_from_the_end():
+def test_as_many_whole_pairs_are_kept_as_fit():
     # a rule and its newline are two tokens, a pair of 4 x 5 grids 2 + 2 * 24
     prompt = QwenPrompt(dim=16, max_prompt_tokens=2 + 2 * 50)
     pairs = [pair(seed) for seed in range(4)]
@@ -67,17 +67,35 @@ def test_whole_pairs_are_dropped_from_the_end():
     changed = [*pairs[:3], pair(99)]
     got, want = prompt([changed]), prompt([pairs])
     assert torch.equal(got.text_embedding, want.text_embedding) and not torch.equal(got.control, want.control)
-    # a short pair after a dropped one does not take its place
-    (text,) = prompt.prompt_text.encode([[pairs[0], pair(9, 6, 6), pair(9, 1, 1)]])
-    assert text.dropped_pairs == 2
+    # the largest is the one that goes, wherever it stands, and the others keep their order
+    small, large = pair(9, 1, 1), pair(9, 6, 6)
+    several = [[pairs[0], large, small], [large, pairs[0], small], [pairs[0], small]]
+    first, second, both = prompt.prompt_text.encode(several)
+    assert [t.dropped_pairs for t in (first, second, both)] == [1, 1, 0]
+    rule = len(both.ids) - 50 - 6
+    assert first.ids[rule:].tolist() == second.ids[rule:].tolist() == both.ids[rule:].tolist()
 
 
-def test_a_first_pair_too_long_keeps_the_top_of_both_grids():
+@pytest.mark.parametrize(
+    ("lengths", "room", "shown"),
+    [
+        ([3, 9, 2], 5, [0, 2]),
+        ([9, 8], 5, [1]),
+        ([5], 5, [0]),
+        ([4, 4, 4], 8, [0, 1]),
+        ([1, 5, 1, 5, 1], 9, [0, 1, 2, 4]),
+    ],
+)
+def test_fitting(lengths, room, shown):
+    assert fitting(lengths, room) == shown
+
+
+def test_where_no_pair_fits_the_smallest_keeps_the_top_of_both_grids():
     text = make(100)
-    long = pair(0, 30, 30, output=(30, 14))
-    cut, short = text.encode([[long, pair(1, 1, 1)], [pair(1, 1, 1)]])
+    long, longer = pair(0, 30, 30, output=(30, 14)), pair(1, 30, 30)
+    cut, short = text.encode([[longer, long], [long, pair(1, 1, 1)]])
     assert (len(cut.ids), cut.dropped_pairs, cut.truncated) == (100, 1, True)
-    assert (len(short.ids), short.dropped_pairs, short.truncated) == (2 + 6, 0, False)
+    assert (len(short.ids), short.dropped_pairs, short.truncated) == (2 + 6, 1, True)
     before, after = text.tokenizer.decode(cut.ids).split(OUTPUT)
     assert (INPUT + grid_text(long.input)).startswith(before.split("\n", 1)[1]) and len(before) > 60
     assert grid_text(long.output).startswith(after) and len(after) > 20
@@ -91,8 +109,8 @@ def test_truncation_is_counted_over_prompts():
     pairs = [pair(seed) for seed in range(4)]
     episodes = [pairs, pairs[:2], pairs[:3], [pair(0, 30, 30)]]
     full = 2 + 2 + 2 * 30 * 31
-    assert text.truncation(episodes) == Truncation(4, 3, 2 + 1, full)
-    assert text.truncation([]) == Truncation(0, 0, 0, 0)
+    assert text.truncation(episodes) == Truncation(4, 3, 4 + 2 + 3 + 1, 2 + 1, full)
+    assert text.truncation([]) == Truncation(0, 0, 0, 0, 0)
 
 
 def test_nothing_is_tokenised_twice(monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from demonstrations import DEMONSTRATIONS
 from peft import AutoPeftModelForFeatureExtraction
 from qwens import qwen_tokenizer, save_qwen
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from qwen_fused.cli.main import main
 from qwen_fused.qwen.prompt import QwenPrompt
@@ -26,6 +26,10 @@ CASES = {
     "qwen2.5, LoRA": ("qwen2.5", qwen_tokenizer, "--lora-rank 2 --gradient-checkpointing"),
     "qwen3, bf16": ("qwen3", qwen_tokenizer, "--qwen-dtype bfloat16 --window-mode retain"),
     "qwen3, eager": ("qwen3", byte_tokenizer, "--attention eager --precision bf16 --prompt-window 1"),
+    "qwen2_moe": ("qwen2_moe", byte_tokenizer, ""),
+    "qwen3_moe, LoRA": ("qwen3_moe", byte_tokenizer, "--lora-rank 2"),
+    "qwen3_next, checkpointing": ("qwen3_next", byte_tokenizer, "--gradient-checkpointing"),
+    "qwen3.5, bf16": ("qwen3.5", qwen_tokenizer, "--qwen-dtype bfloat16"),
     "qwen2.5, LoRA on bf16": ("qwen2.5", byte_tokenizer, "--lora-rank 2 --qwen-dtype bfloat16 --pooling last"),
 }
 
@@ -74,7 +78,10 @@ def test_trains_and_exports(case, few_arc, tmp_path, capsys):
     assert not torch.equal(before, want)
 
 
-@pytest.mark.parametrize("case", ["qwen2, bytes", "qwen2.5, LoRA", "qwen3, eager"])
+@pytest.mark.parametrize(
+    "case",
+    ["qwen2, bytes", "qwen2.5, LoRA", "qwen3, eager", "qwen2_moe", "qwen3_moe, LoRA", "qwen3_next, checkpointing"],
+)
 def test_is_proved(case, few_arc, tmp_path, capsys):
     kind, tokenizer, more = CASES[case]
     save_qwen(tmp_path / "qwen", kind, tokenizer())
@@ -124,3 +131,35 @@ def test_export_of_no_run(tmp_path, capsys):
     assert main(["export", str(tmp_path), str(tmp_path / "to")]) == 2
     assert "run must be a run folder with a config.yaml" in capsys.readouterr().err
     assert not (tmp_path / "to").exists()
+
+
+def test_an_untied_head_is_exported_and_a_missing_one_told(few_arc, tmp_path, capsys):
+    """A head of its own goes with the trained backbone; a base that has none is no language model afterwards."""
+    base = save_qwen(tmp_path / "base", "qwen3")
+    assert not base.config.tie_word_embeddings
+    for name in ("base", "headless"):
+        assert main(["train", "--no-prove", *flags(few_arc, tmp_path / name, tmp_path / f"runs-{name}")]) == 0
+        (run,) = (tmp_path / f"runs-{name}").iterdir()
+        capsys.readouterr()
+        assert main(["export", str(run), str(tmp_path / f"to-{name}")]) == 0
+        assert ("Without a language-model head" in capsys.readouterr().out) == (name == "headless")
+        if name == "base":
+            # what the first one hands on without its head
+            load_model(run).prompt.backbone.save_pretrained(tmp_path / "headless")
+            AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "headless")
+    (run,) = (tmp_path / "runs-base").iterdir()
+    trained = load_model(run).prompt.backbone.eval()
+    found, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "to-base", output_loading_info=True)
+    assert not loading["missing_keys"] and torch.equal(found.lm_head.weight, base.lm_head.weight)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        want = base.lm_head(trained(input_ids=ids).last_hidden_state)
+        torch.testing.assert_close(found.eval()(input_ids=ids).logits, want)
+
+
+def test_a_model_with_pictures_is_told_its_text_model(tmp_path):
+    from transformers import Qwen3_5Config
+
+    Qwen3_5Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="got 'qwen3_5' in .*; its text model is 'qwen3_5_text': save it alone"):
+        QwenPrompt(str(tmp_path))

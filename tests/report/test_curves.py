@@ -82,3 +82,10 @@ def test_readings_match_the_drawing():
     assert all(abs(mean[s] - v) < 1e-3 for s, v in zip(read["steps"], read["means"]["loss"], strict=True))
     assert read["limits"][0] < 1 and read["limits"][1] > 1000
     assert 0 < read["box"][0] < read["box"][1] < 1
+
+
+def test_a_short_run_has_batches_in_whole_numbers():
+    figure = curves.draw_chart(curves.CHARTS[0], {"step": np.array([1.0, 2, 3]), "loss": np.array([3.0, 2, 1])})
+    (axes,) = figure.axes
+    ticks = axes.get_xticks()
+    assert len(ticks) and (ticks == ticks.round()).all()

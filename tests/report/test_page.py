@@ -115,7 +115,9 @@ def test_truncated_prompts_are_told_with_the_flag_to_change(tmp_path, held_out):
     rows.append({key: value for key, value in metrics_row(5).items() if key != "truncated"})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = Page(write_report(folder)).text.replace("\u00a0", " ")
-    assert "18.8 % of all prompts had no room for each demonstration: a larger --max-prompt-tokens keeps more." in page
+    assert "18.8 % of the batches' prompts had no room for each demonstration. A larger --max-prompt-tokens" in page
+    (folder / "prompts.json").write_text(json.dumps({"told": "Cut to 512 tokens: 3 of 9 training prompts."}))
+    assert "each demonstration. Cut to 512 tokens: 3 of 9 training prompts." in Page(write_report(folder)).text
 
 
 def test_examples_say_what_was_solved(tmp_path, held_out):

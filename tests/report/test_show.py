@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from qwen_fused.arc.episodes import load_tasks
 from qwen_fused.cli.main import main
+from qwen_fused.common.files import safe_name
 from qwen_fused.report.draw_grids import ARC_COLORS
 from qwen_fused.report.show import Row, describe_task, find_task, print_rows
 
@@ -104,3 +106,28 @@ def test_bad_names_get_one_sentence(small_arc, task, tmp_path, capsys):
         assert main(line) == 2
         error = capsys.readouterr().err
         assert says in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "task_id", ["a/b", "../../escape", "日本", "", 'quote"x', "nul\0x", "<b>", "[bold]x[/]", "x" * 300]
+)
+def test_a_picture_never_leads_out_of_its_folder(tmp_path, task_id):
+    name = safe_name(task_id)
+    assert (tmp_path / f"{name}.png").resolve().parent == tmp_path.resolve()
+    (tmp_path / f"{name}.png").touch()
+    assert name != safe_name(task_id + " ") and safe_name(task_id) == name
+
+
+def test_plain_ids_keep_their_names():
+    assert [safe_name(name) for name in ("0d3d703e", "größe", "a-b_c.2")] == ["0d3d703e", "größe", "a-b_c.2"]
+
+
+def test_finds_a_task_of_any_split(kaggle, tmp_path):
+    """What eval finds, show finds; of two splits the one that knows the answers."""
+    first = min(json.loads((kaggle / "arc-agi_test_challenges.json").read_text()))
+    assert find_task(str(kaggle), first).test[0].output is not None
+    pair = {"input": [[1]], "output": [[2]]}
+    (tmp_path / "own.json").write_text(json.dumps({"one": {"train": [pair], "test": [pair]}, "none": {"train": []}}))
+    assert len(find_task(str(tmp_path / "own.json"), "one").train) == 1
+    with pytest.raises(ValueError, match='got .none.: .*task none: "train" must be a list of pairs'):
+        find_task(str(tmp_path / "own.json"), "none")

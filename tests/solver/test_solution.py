@@ -69,11 +69,10 @@ def test_a_task_without_a_row_or_with_a_broken_one_has_its_query(tmp_path):
     done, never, broken = make_task("task2"), make_task("task3", tests=2), make_task("task4")
     found = replace(solution(done, failed=[broken]), tasks=(done, never, broken))
     assert found.unanswered == ("task3", "task4") and found.seconds == 2.0
-    found.write_submission(tmp_path / "submission.json", {"broken": 2})
+    found.write_submission(tmp_path / "submission.json")
     submission = json.loads((tmp_path / "submission.json").read_text())
-    assert sorted(submission) == ["broken", "task2", "task3", "task4"]
+    assert sorted(submission) == ["task2", "task3", "task4"]
     assert submission["task3"] == [{f"attempt_{k}": pair.input.tolist() for k in (1, 2)} for pair in never.test]
-    assert submission["broken"] == [{"attempt_1": [[0]], "attempt_2": [[0]]}] * 2
     assert submission["task2"][0]["attempt_1"] == done.test[0].output.tolist()
 
 

@@ -27,14 +27,14 @@ HINTS = {name: hint for name, hint in typing.get_type_hints(TrainConfig).items()
 # read from the docstrings of TrainConfig and not from its code
 ABOVE_0 = """batch_size epochs max_batches max_minutes max_prompt_tokens prompt_window prompt_visits prompt_dim
     agent_channels plan_steps policy_hidden delta_scale qwen_lr agent_lr policy_lr clip log_every checkpoint_every
-    keep_checkpoints"""
+    keep_checkpoints max_eval_tasks"""
 AT_LEAST_0 = "seed split_seed lora_rank warmup_batches eval_every weight_decay reversibility ttt_seconds"
 SHARES = "augment hard_floor objective_share size_warmup size_weight final_lr early_step_weight"
 RULES = {
     **dict.fromkeys(ABOVE_0.split(), lambda x: x > 0),
     **dict.fromkeys(AT_LEAST_0.split(), lambda x: x >= 0),
     **dict.fromkeys(SHARES.split(), lambda x: 0 <= x <= 1),
-    "val_fraction": lambda x: 0 < x < 1,
+    "val_fraction": lambda x: 0 <= x < 1,
     # what torch and numpy can be seeded with
     "seed": lambda x: 0 <= x < 2**63,
     "split_seed": lambda x: 0 <= x < 2**63,

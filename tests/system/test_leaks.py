@@ -17,11 +17,10 @@ from qwen_fused.arc.episodes import (
     augment,
     leave_one_out,
     load_tasks,
-    shared_tasks,
-    split_tasks,
     test_episodes,
 )
 from qwen_fused.arc.sampler import EpisodeSampler
+from qwen_fused.arc.split import shared_tasks, split_tasks
 
 
 @pytest.fixture(scope="module")

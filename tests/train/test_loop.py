@@ -153,7 +153,7 @@ def test_best_weights_are_chosen_by_held_out_tasks(small_config, tmp_path):
     trainer, log = Trainer(small_config(), tmp_path), RunLog(tmp_path)
     held_out = {e.task_id for e in test_episodes(trainer.held_out)}
     assert held_out and not held_out & {t.id for t in trainer.training}
-    result = validate(trainer, log)
+    result = validate(trainer, log).result
     assert {r.task_id for r in result.records} == held_out
     assert trainer.progress.best_accuracy == result.cell_accuracy
     written = (tmp_path / "checkpoints" / "best.safetensors").stat().st_mtime_ns
@@ -213,3 +213,17 @@ def test_symptom_is_told_in_the_log(small_config, unevaluated, monkeypatch):
 def test_run_folders_never_collide(tmp_path):
     folders = [new_run_folder(tmp_path) for _ in range(3)]
     assert len(set(folders)) == 3 and all(f.is_dir() for f in folders)
+
+
+@pytest.mark.parametrize("window, batches, told", [(10, 3, 1), (3, 3, 0), (10, 12, 0)])
+def test_a_run_in_which_qwen_cannot_step_says_so(small_config, unevaluated, window, batches, told):
+    run = train(small_config(prompt_window=window, max_batches=batches))
+    said = (run / "train.log").read_text()
+    assert said.count(f"Qwen does not step: the run has {batches} batches, and its prompt window {window}.") == told
+    steps = [row["qwen_grad"] for row in read_lines(run / "metrics.jsonl")]
+    assert any(steps) != bool(told)
+
+
+def test_minutes_too_few_for_a_window_are_told_at_the_end(small_config, unevaluated):
+    run = train(small_config(prompt_window=10, max_minutes=1e-6))
+    assert "Qwen does not step: the run has 1 batches, and its prompt window 10." in (run / "train.log").read_text()

@@ -56,9 +56,14 @@ def test_hint_comes_back_after_the_symptom_has_gone():
 
 
 def test_exploding_loss():
-    hints = run(GradientMonitor(), 200, loss=lambda s: 4.0 if s < 100 else 4.0 * 1.1 ** (s - 100))
+    def exploding(s: int) -> float:
+        return 4.0 if s < 100 else 4.0 * 1.1 ** (s - 100)
+
+    hints = run(GradientMonitor(qwen_lr=1e-3), 200, loss=exploding)
     assert [hint.symptom for hint in hints] == ["exploding"]
-    assert 110 < hints[0].step < 130 and "1e-5" in hints[0].remedy
+    # a fifth of what was asked for, not of somebody else's rate
+    assert 110 < hints[0].step < 130 and hints[0].remedy == "lower --qwen-lr from 0.001 to 0.0002"
+    assert run(GradientMonitor(), 200, loss=exploding)[0].remedy == "lower the learning rate to a fifth"
 
 
 def test_one_bad_batch_is_no_explosion():
