@@ -10,7 +10,6 @@ from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.held_state import AttributeMark
 from qwen_fused.proof.moves import Noise, has_nonzero, scales_of
 from qwen_fused.proof.nonzero import zeros
-from qwen_fused.proof.real_parts import real_parts
 from qwen_fused.proof.subject import Gradients, Subject
 from qwen_fused.proof.trusted_ops import differentiate
 
@@ -54,5 +53,4 @@ def perturb(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], s
     noise = Noise(0)
     for name, gradient in gradients.items():
         if has_nonzero(gradient):
-            data = real_parts(parameters[name].data)
-            data.add_(noise.like(parameters[name]).mul_(0.02 * scales[name]).to(data.dtype))
+            noise.add_to(parameters[name].data, 0.02 * scales[name])

@@ -80,7 +80,7 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace, l
     masters = {name: master.clone() for name, master in masters_of(subject).items()}
     with _after_warm_up(subject, step, gradients):
         _step_watched(subject, step, gradients, alive)
-    counts = {name: int((subject.named[name].data != before[name]).sum()) for name in alive}
+    counts = {name: int(torch.count_nonzero(subject.named[name].data != before[name])) for name in alive}
     measure_movement(step, counts, gradients.of, before, trace.half)
     # an optimizer may make its masters in its first step
     step.master_only = tuple(
