@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from qwen_fused.proof.cuts import Trace
+from qwen_fused.proof.gradients import is_written_to
 from qwen_fused.proof.held_state import AttributeMark
 from qwen_fused.proof.moves import Noise, has_nonzero, scales_of
 from qwen_fused.proof.nonzero import zeros
@@ -33,7 +34,9 @@ class PerturbedPoint:
             zero_before = zeros(gradients.of)
             perturb(subject.trainable, gradients.of, scales)
             self.values = {name: p.data.clone() for name, p in subject.trainable.items()}
-            self.at = differentiate(subject, first)
+            # a copy of each is slow, and for nothing where nobody's code comes near them
+            theirs = subject.own_backward or gradients.erased or gradients.stepped or is_written_to(subject.trainable)
+            self.at = differentiate(subject, first, take=not theirs)
             subject.snapshot.clear_gradients()
             still_zero = [name for name in zero_before if name in zeros(self.at.gradients.of)]
             if not still_zero or len(still_zero) == len(zero_before) or number == PERTURBATIONS - 1:
