@@ -15,6 +15,7 @@ from qwen_fused.proof import frames, kinds, modes
 from qwen_fused.proof.frames import Site
 from qwen_fused.proof.moves import has_nonzero
 from qwen_fused.proof.optimizers import watching_steps
+from qwen_fused.proof.reducers import among_processes, finish_reduction
 
 
 @dataclass
@@ -91,6 +92,8 @@ def deliver(
             hook.remove()
         for leaf, grad in others:
             leaf.grad = grad
+    if found.error is None and not found.stepped:
+        finish_reduction(trainable[name] for name in found.of)
     if not found.stepped:
         found.erased = tuple(n for n in named if n in found.of and _is_gone(named[n].grad, found.of[n]))
         found.erased_at = watch.site
@@ -101,8 +104,7 @@ def deliver(
 
 def is_written_to(trainable: Mapping[str, Tensor]) -> bool:
     """Whether gradients may be changed once they are delivered: by hooks, or where processes share them."""
-    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return shared or any(getattr(p, "_post_accumulate_grad_hooks", None) for p in trainable.values())
+    return among_processes() or any(getattr(p, "_post_accumulate_grad_hooks", None) for p in trainable.values())
 
 
 def _keep(found: Gradients, name: str, take: bool) -> Callable[[Tensor], None]:
