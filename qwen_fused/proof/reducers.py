@@ -43,7 +43,5 @@ def _waiting_wrappers() -> Iterator[DistributedDataParallel]:
 
     Those that were told take a gradient that comes late for a fault of their own.
     """
-    for found in gc.get_objects():
-        if issubclass(type(found), DistributedDataParallel):
-            if not (found.find_unused_parameters or found.static_graph):
-                yield found
+    wrappers = (found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel))
+    yield from (found for found in wrappers if not (found.find_unused_parameters or found.static_graph))

@@ -38,17 +38,18 @@ def sft(folder, cls=None, callbacks=(), **changes):
     )  # fmt: skip
 
 
-def dpo(folder, callbacks=()):
+def dpo(folder, callbacks=(), **changes):
     rows = {"prompt": TEXTS, "chosen": [f" {n}" for n in range(24)], "rejected": [" no"] * 24}
-    args = trl.DPOConfig(output_dir=str(folder), **SETTINGS)
+    args = trl.DPOConfig(output_dir=str(folder), **{**SETTINGS, **changes})
     return trl.DPOTrainer(
         model=model(), ref_model=model(), args=args, train_dataset=datasets.Dataset.from_dict(rows),
         processing_class=byte_tokenizer(), callbacks=list(callbacks),
     )  # fmt: skip
 
 
-def grpo(folder, callbacks=()):
-    args = trl.GRPOConfig(output_dir=str(folder), num_generations=4, max_completion_length=4, **SETTINGS)
+def grpo(folder, callbacks=(), **changes):
+    given = dict(num_generations=4, max_completion_length=4) | SETTINGS | changes
+    args = trl.GRPOConfig(output_dir=str(folder), **given)
     return trl.GRPOTrainer(
         model=model(), args=args, train_dataset=datasets.Dataset.from_dict({"prompt": TEXTS}),
         reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],

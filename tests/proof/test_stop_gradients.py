@@ -1,0 +1,72 @@
+"""A gradient stopped on purpose beside a way that connects is a note, however much of it would flow the other way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qwen_fused as qf
+
+X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+Y = torch.randint(0, 3, (16,), generator=torch.Generator().manual_seed(1))
+
+
+def mlp(inputs: int = 6, outputs: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 16), nn.Tanh(), nn.Linear(16, outputs))
+
+
+def q_learning():
+    net = mlp()
+
+    def loss():
+        with torch.no_grad():
+            target = 1 + 0.9 * net(X.roll(1, 0)).max(1).values
+        return F.mse_loss(net(X).gather(1, Y[:, None])[:, 0], target)
+
+    return net, loss
+
+
+def siamese():
+    net = nn.ModuleDict({"encoder": mlp(6, 8), "predictor": mlp(8, 8)})
+
+    def loss():
+        one, other = net.encoder(X), net.encoder(X + 0.1 * X.roll(1, 0))
+        there = F.cosine_similarity(net.predictor(one), other.detach()).mean()
+        return -(there + F.cosine_similarity(net.predictor(other), one.detach()).mean())
+
+    return net, loss
+
+
+def codebook():
+    net = nn.ModuleDict({"encoder": mlp(6, 4), "codes": nn.Embedding(8, 4), "decoder": mlp(4, 6)})
+
+    def loss():
+        z = net.encoder(X)
+        code = net.codes(torch.cdist(z, net.codes.weight).argmin(1))
+        through = z + (code - z).detach()
+        return F.mse_loss(net.decoder(through), X) + F.mse_loss(code, z.detach()) + F.mse_loss(z, code.detach()) / 4
+
+    return net, loss
+
+
+def actor_critic():
+    net = nn.ModuleDict({"body": mlp(6, 8), "policy": nn.Linear(8, 3), "value": nn.Linear(8, 1)})
+
+    def loss():
+        hidden = net.body(X)
+        value = net.value(hidden)[:, 0]
+        chosen = torch.distributions.Categorical(logits=net.policy(hidden)).log_prob(Y)
+        return -(chosen * (Y - value).detach()).mean() + F.mse_loss(value, Y.float())
+
+    return net, loss
+
+
+@pytest.mark.parametrize("make", [q_learning, siamese, codebook, actor_critic], ids=lambda make: make.__name__)
+def test_is_proved_with_a_note(make) -> None:
+    torch.manual_seed(0)
+    net, loss = make()
+    report = qf.prove(loss, net, torch.optim.Adam(net.parameters(), 1e-3))
+    assert report.verdict == "proved", report
+    assert any("detach" in note or "no_grad" in note for note in report.notes), report
