@@ -262,3 +262,25 @@ def test_graphs_of_the_step_are_compared_and_refused_when_wrong(monkeypatch, cap
     monkeypatch.setattr(graph_step.Loop, "window", wrong)
     with pytest.raises(WrongResult, match="the replayed step's loss"):
         graph_step.main()
+
+
+def test_cost_of_a_proof_is_told_and_refused_when_the_loop_is_broken():
+    import proof_cost
+    from harness import WrongResult
+
+    def small(cut: bool = False) -> proof_cost.Loop:
+        net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        x = torch.ones(3, 4)
+
+        def loss() -> torch.Tensor:
+            hidden = net[1](net[0](x))
+            return net[2](hidden.detach() if cut else hidden).square().mean()
+
+        return proof_cost.Loop(net, optimizer, loss)
+
+    found = proof_cost.cost("small", small, 2)
+    assert found.in_steps > 1 and found.weight_mb == 100e-6
+    assert str(found).startswith("small: a step")
+    with pytest.raises(WrongResult, match="gradient broken"):
+        proof_cost.cost("cut", lambda: small(cut=True), 1)

@@ -1,6 +1,6 @@
 """What one proof costs: time in training steps, peak memory in the model's weights; CPU, one thread.
 
-    python bench/bench_proof.py [--rounds 3] [--half-billion]
+    python bench/proof_cost.py [--rounds 3] [--half-billion]
 
 A GPT-2 of 124 million parameters with AdamW on one sequence of 32 tokens; with --half-billion Qwen2.5-0.5B's shape once
 too, which takes 16 GiB. CPU seconds of the process, step and proof in turns: the figure is the median over rounds of a
