@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,4 +34,5 @@ def located_dataset(dataset: str) -> str:
 def absolute(path: str) -> str:
     """The path from the root, if there is something; else what it was, for whoever reads it to say so."""
     found = Path(path).expanduser()
-    return str(found.resolve()) if path and found.exists() else path
+    # False, and no error, where the folders above it are closed
+    return str(found.resolve()) if path and os.path.exists(found) else path
