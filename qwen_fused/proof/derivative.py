@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from qwen_fused.proof.moves import Moves, Noise, Values, scales_of
 from qwen_fused.proof.real_parts import inner, real_parts
+from qwen_fused.proof.verdict import Estimate, Verdict
 
 # relative deviation that counts as agreement, by the type that autograd computed in
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
@@ -28,36 +28,6 @@ JUDGED_BELOW = 0.1
 # by the type of the evaluations: smallest and largest step, relative to the parameters' size, and the relative change
 # of the loss to aim at, near the cube root of its precision, where rounding and bending are alike
 STEPS = {torch.float64: (1e-7, 1e-2, 6e-6), torch.float32: (1e-4, 3e-1, 2.5e-3), torch.bfloat16: (1e-2, 3e-1, 5e-2)}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """How far the measured derivative is from autograd's at one pair of steps, relative to the gradient's scale."""
-
-    step: float
-    deviation: float
-    error: float
-
-
-@dataclass
-class Verdict:
-    """What one direction showed.
-
-    Args:
-        ok: agreement, or None where it could not be judged.
-        deviation: measured minus autograd's derivative, relative to the root of the summed squares of all shares.
-        resolution: the smallest relative deviation that would have been seen.
-        ratio: measured over autograd's derivative.
-        shares: parameter name -> its part of autograd's derivative, relative to the same scale.
-        reason: why it was not judged, or how it was.
-    """
-
-    ok: bool | None
-    deviation: float
-    resolution: float
-    ratio: float
-    shares: dict[str, float] = field(default_factory=dict)
-    reason: str = ""
 
 
 class Directions:
@@ -102,6 +72,8 @@ class Directions:
         self._along: dict[str, Tensor] = {}
         self._shares: dict[str, float] = {}
         self._here: float | None = None
+        # a step along the first direction and the loss at both its ends, whose mean `_here` is meanwhile
+        self._ends: tuple[float, tuple[float, float]] | None = None
         self.tolerance = TOLERANCE.get(coarse, TOLERANCE[torch.bfloat16])
         fine = wide or coarse
         self.first, self.last, self.target = STEPS.get(fine, STEPS[torch.bfloat16])
@@ -131,13 +103,17 @@ class Directions:
         if scale == 0:
             return Verdict(None, math.nan, math.nan, math.nan, reason="the gradient is zero")
         floor = self.noise * abs(loss) + nondeterminism
-        first = min(max(self.target * abs(loss) / scale, self.first), self.last)
+        first, ends = self._first_step(loss, scale), None
+        if self._ends is not None and number == 0 and not only:
+            first, ends = self._ends
         shares = {name: share / scale for name, share in shares.items()}
-        deviation, slope = self._deviation(first, weights, scale)
+        deviation, slope = self._deviation(first, weights, scale, ends)
         rounding = floor / (first * scale)
         if abs(deviation) <= self.tolerance and rounding <= self.tolerance:
             # two ways to the same number: no error estimate can make that plainer
             return Verdict(True, deviation, self.tolerance + rounding, 1 + deviation * scale / slope, shares)
+        if self._ends is not None:
+            loss = self.here(exactly=True)
         estimates: list[Estimate] = []
         for start in (first, first / 8, min(4 * first, 2 * self.last), first / 64):
             estimates.append(self._estimate(start, weights, scale, floor))
@@ -165,7 +141,7 @@ class Directions:
         scale = math.sqrt(sum(share * share for share in shares.values()))
         if not scale:
             return math.nan
-        step = min(max(self.target * abs(self.here()) / scale, self.first), self.last)
+        step = self._first_step(self.here(), scale)
         deviation = self._deviation(step, weights, scale)[0] * scale
         return deviation / max(abs(slope + deviation), abs(slope))
 
@@ -179,7 +155,7 @@ class Directions:
         scale = math.sqrt(sum(share * share for share in shares.values()))
         if not scale:
             return False
-        step = min(max(self.target * abs(self.here()) / scale, self.first), self.last)
+        step = self._first_step(self.here(), scale)
         return abs(self._deviation(step, weights, scale)[0]) > 2 * self.tolerance
 
     def _settled(self, estimates: list[Estimate]) -> bool:
@@ -190,10 +166,25 @@ class Directions:
         one, other = (e.deviation for e in usable)
         return abs(one - other) <= 0.3 * max(abs(one), abs(other))
 
-    def here(self) -> float:
-        """The loss at the point itself."""
-        if self._here is None:
-            self._here = self.moves.loss_at(0.0, {}, {})
+    def here(self, exactly: bool = False) -> float:
+        """The loss at the point itself; once `between` was asked its mean, unless it is wanted exactly."""
+        if self._here is None or (exactly and self._ends is not None):
+            self._here, self._ends = self.moves.loss_at(0.0, {}, {}), None
+        return self._here
+
+    def between(self, loss: float) -> float:
+        """About the loss at the point: the mean of the two that `check` needs for the first direction anyway.
+
+        Args:
+            loss: about what it is.
+        """
+        weights = self._weights(0, self.parameters.keys())
+        scale = math.sqrt(sum(share * share for share in self._predict(self.last / 10, weights)[1].values()))
+        if not scale or not math.isfinite(scale):
+            return self.here()
+        step = self._first_step(loss, scale)
+        ends = self._loss_at(step, weights), self._loss_at(-step, weights)
+        self._here, self._ends = sum(ends) / 2, (step, ends)
         return self._here
 
     def restore(self) -> None:
@@ -204,14 +195,20 @@ class Directions:
         """Make a direction, once, and each parameter's share of the slope along it."""
         if number == self._number:
             return
-        self._along, self._number = {}, number
+        self._number = number
         noise = Noise(self.seed * 7919 + number)
-        for name, parameter in self.parameters.items():
-            along = real_parts(self.gradients[name]).float()
-            size = max(_size_of(along), torch.finfo(torch.float32).tiny)
+        for name in self.parameters:
+            gradient = self.gradients[name]
+            parts = real_parts(gradient)
+            if name not in self._along:
+                along = torch.empty(parts.shape, dtype=torch.float32, device=parts.device)
+                self._along[name] = torch.view_as_complex(along) if gradient.is_complex() else along
+            # over the direction before it, which nobody needs any more
+            mixed = real_parts(self._along[name]).copy_(parts)
             # the gradient at its own size, what stands out of it cut off, half and half with noise
-            mixed = (along / size).clamp_(-3, 3).add_(noise.like(parameter)).mul_(0.5 * self.scales[name])
-            self._along[name] = torch.view_as_complex(mixed) if parameter.is_complex() else mixed
+            mixed.div_(max(_size_of(mixed), torch.finfo(torch.float32).tiny)).clamp_(-3, 3)
+            noise.add_to(mixed)
+            mixed.mul_(0.5 * self.scales[name])
         self._shares = {name: inner(self.gradients[name], along) for name, along in self._along.items()}
 
     def _weights(self, number: int, names: Collection[str]) -> dict[str, float]:
@@ -249,9 +246,15 @@ class Directions:
     def _loss_at(self, step: float, weights: Mapping[str, float]) -> float:
         return self.moves.loss_at(step, self._along, weights)
 
-    def _deviation(self, step: float, weights: Mapping[str, float], scale: float) -> tuple[float, float]:
+    def _first_step(self, loss: float, scale: float) -> float:
+        return min(max(self.target * abs(loss) / scale, self.first), self.last)
+
+    def _deviation(
+        self, step: float, weights: Mapping[str, float], scale: float, ends: tuple[float, float] | None = None
+    ) -> tuple[float, float]:
         """Measured minus autograd's derivative at one step, relative to the scale, and autograd's derivative."""
-        measured = (self._loss_at(step, weights) - self._loss_at(-step, weights)) / (2 * step)
+        plus, minus = ends or (self._loss_at(step, weights), self._loss_at(-step, weights))
+        measured = (plus - minus) / (2 * step)
         slope = self._predict(step, weights)[0]
         return (measured - slope) / scale, slope
 

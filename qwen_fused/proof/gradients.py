@@ -15,6 +15,7 @@ from qwen_fused.proof import frames, kinds, modes
 from qwen_fused.proof.frames import Site
 from qwen_fused.proof.moves import has_nonzero
 from qwen_fused.proof.optimizers import watching_steps
+from qwen_fused.proof.reducers import among_processes, finish_reduction
 
 
 @dataclass
@@ -51,6 +52,7 @@ def deliver(
     backward: Callable[[Tensor], Any],
     parameters: Iterable[Tensor],
     optimizers: Iterable[Any],
+    take: bool = False,
 ) -> Gradients:
     """Send the loss back.
 
@@ -61,6 +63,7 @@ def deliver(
         backward: the caller's way.
         parameters: whose `.grad` is the caller's business to put back; other leaves' is put back here.
         optimizers: whose steps in the middle of backward are noticed.
+        take: whether the gradients themselves may be kept in place of copies, as nobody writes to them afterwards.
     """
     found = Gradients()
     known = {id(p) for p in parameters}
@@ -68,7 +71,7 @@ def deliver(
     found.unregistered = [leaf for leaf, _ in others]
     for leaf, _ in others:
         leaf.grad = None
-    hooks = [_hook_first(p, _keep(found, name)) for name, p in trainable.items()]
+    hooks = [_hook_first(p, _keep(found, name, take)) for name, p in trainable.items()]
     seeds: list[Tensor] = []
     with torch.enable_grad():
         # a tensor of its own, so that hooks on the loss are not taken for a scale
@@ -89,6 +92,8 @@ def deliver(
             hook.remove()
         for leaf, grad in others:
             leaf.grad = grad
+    if found.error is None and not found.stepped:
+        finish_reduction(trainable[name] for name in found.of)
     if not found.stepped:
         found.erased = tuple(n for n in named if n in found.of and _is_gone(named[n].grad, found.of[n]))
         found.erased_at = watch.site
@@ -97,11 +102,16 @@ def deliver(
     return found
 
 
-def _keep(found: Gradients, name: str) -> Callable[[Tensor], None]:
+def is_written_to(trainable: Mapping[str, Tensor]) -> bool:
+    """Whether gradients may be changed once they are delivered: by hooks, or where processes share them."""
+    return among_processes() or any(getattr(p, "_post_accumulate_grad_hooks", None) for p in trainable.values())
+
+
+def _keep(found: Gradients, name: str, take: bool) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         if parameter.grad is not None:
             # what is done to it afterwards must not reach the copy
-            found.of[name] = parameter.grad.detach().clone()
+            found.of[name] = parameter.grad.detach() if take else parameter.grad.detach().clone()
 
     return hook
 

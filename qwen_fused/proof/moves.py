@@ -11,6 +11,8 @@ from qwen_fused.proof.real_parts import real_parts
 
 # prime, so that the rows of no matrix repeat each other
 NOISE_BLOCK = 65537
+# elements that are widened at a time, which the cache holds
+WIDENED = 1 << 16
 
 
 class Moves:
@@ -90,8 +92,8 @@ class ExactValue:
             exact = parts if self._wide is None else parts.to(self._wide)
         else:
             # in float32 at least, whatever the result is rounded to
-            exact = parts.to(self._wide or torch.promote_types(parts.dtype, torch.float32), copy=True)
-            exact.add_(real_parts(direction), alpha=self._far)
+            wide = self._wide or torch.promote_types(parts.dtype, torch.float32)
+            exact = _add(parts, real_parts(direction), self._far, wide)
         exact = torch.view_as_complex(exact) if base.is_complex() else exact
         return exact if self._wide else exact.to(base.dtype)
 
@@ -103,6 +105,18 @@ class ExactValue:
             torch.add(self.base, self._direction, alpha=self._far, out=parameter.data)
         else:
             parameter.data.copy_(self())
+
+
+def _add(base: Tensor, direction: Tensor, far: float, dtype: torch.dtype) -> Tensor:
+    """base + far * direction, computed in a type."""
+    if dtype == direction.dtype or not (base.is_contiguous() and direction.is_contiguous()):
+        return base.to(dtype, copy=True).add_(direction, alpha=far)
+    # block by block: torch adds two types half as fast, and a wide copy of the direction is a copy too many
+    exact = torch.empty_like(base, dtype=dtype)
+    blocks = (tensor.view(-1).split(WIDENED) for tensor in (exact, base, direction))
+    for to, start, along in zip(*blocks, strict=True):
+        to.copy_(start).add_(along.to(dtype), alpha=far)
+    return exact
 
 
 # id of a parameter -> its exact value: a model's worth of them at once would be a copy too many
@@ -117,14 +131,20 @@ class Noise:
         self._block = torch.cat([block, block])
         self._generator = torch.Generator().manual_seed(seed + 1)
 
-    def like(self, tensor: Tensor) -> Tensor:
-        """Noise in float32, of the shape of the tensor's real parts, on its device."""
-        shape = real_parts(tensor).shape
-        count = shape.numel()
+    def add_to(self, tensor: Tensor, factor: float = 1.0) -> None:
+        """Add the factor times noise, rounded to the tensor's type, to a tensor's real parts."""
+        parts = real_parts(tensor)
+        count = parts.numel()
         start = int(torch.randint(0, NOISE_BLOCK, (), generator=self._generator))
-        block = self._block[start : start + NOISE_BLOCK]
-        flat = block[:count] if count <= NOISE_BLOCK else block.repeat(-(-count // NOISE_BLOCK))[:count]
-        return flat.reshape(shape).to(tensor.device)
+        block = self._block[start : start + min(count, NOISE_BLOCK)].mul(factor).to(parts.device, parts.dtype)
+        if not parts.is_contiguous():
+            parts.add_(block.repeat(-(-count // NOISE_BLOCK))[:count].reshape(parts.shape))
+            return
+        # the block as it is, row by row: a tensor's worth of its copies is slow to fill and a copy too many
+        flat, whole = parts.view(-1), count // NOISE_BLOCK * NOISE_BLOCK
+        if whole:
+            flat[:whole].view(-1, NOISE_BLOCK).add_(block)
+        flat[whole:].add_(block[: count - whole])
 
 
 def scales_of(parameters: Mapping[str, Tensor]) -> dict[str, float]:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from qwen_fused.proof.cuts import Trace
+from qwen_fused.proof.gradients import is_written_to
 from qwen_fused.proof.held_state import AttributeMark
 from qwen_fused.proof.moves import Noise, has_nonzero, scales_of
 from qwen_fused.proof.nonzero import zeros
-from qwen_fused.proof.real_parts import real_parts
 from qwen_fused.proof.subject import Gradients, Subject
 from qwen_fused.proof.trusted_ops import differentiate
 
@@ -34,7 +34,9 @@ class PerturbedPoint:
             zero_before = zeros(gradients.of)
             perturb(subject.trainable, gradients.of, scales)
             self.values = {name: p.data.clone() for name, p in subject.trainable.items()}
-            self.at = differentiate(subject, first)
+            # a copy of each is slow, and for nothing where nobody's code comes near them
+            theirs = subject.own_backward or gradients.erased or gradients.stepped or is_written_to(subject.trainable)
+            self.at = differentiate(subject, first, take=not theirs)
             subject.snapshot.clear_gradients()
             still_zero = [name for name in zero_before if name in zeros(self.at.gradients.of)]
             if not still_zero or len(still_zero) == len(zero_before) or number == PERTURBATIONS - 1:
@@ -54,5 +56,4 @@ def perturb(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], s
     noise = Noise(0)
     for name, gradient in gradients.items():
         if has_nonzero(gradient):
-            data = real_parts(parameters[name].data)
-            data.add_(noise.like(parameters[name]).mul_(0.02 * scales[name]).to(data.dtype))
+            noise.add_to(parameters[name].data, 0.02 * scales[name])

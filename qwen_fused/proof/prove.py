@@ -100,7 +100,8 @@ def _climb(subject: Subject, directions: int, seed: int, memory: int | None) -> 
     by_layer = layers(first.gradients.of)
     first.gradients.forget()
     near.return_to()
-    ladder.append(correct(subject, near.at, directions, seed, near.values, memory))
+    repeats = step is not None and step.repeats
+    ladder.append(correct(subject, near.at, directions, seed, near.values, memory, repeats))
     near.return_to()
     weigh_partial_cuts(subject, near.at, ladder[1], near.values)
     subject.snapshot.reset_values()

@@ -43,6 +43,7 @@ class Step:
         warming_up: names whose learning rate a scheduler keeps at 0 for now; the step was taken at the rate to come.
         had_state: whether the optimizer had stepped before.
         in_backward: whether the optimizer stepped while backward was going on.
+        repeats: whether the loss was the same, bit for bit, when it was computed again where the step began.
     """
 
     stepped: bool = False
@@ -58,6 +59,7 @@ class Step:
     warming_up: tuple[str, ...] = ()
     had_state: bool = False
     in_backward: bool = False
+    repeats: bool = False
 
 
 def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace, linearized: Linearized) -> Step | None:
@@ -80,7 +82,7 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace, l
     masters = {name: master.clone() for name, master in masters_of(subject).items()}
     with _after_warm_up(subject, step, gradients):
         _step_watched(subject, step, gradients, alive)
-    counts = {name: int((subject.named[name].data != before[name]).sum()) for name in alive}
+    counts = {name: int(torch.count_nonzero(subject.named[name].data != before[name])) for name in alive}
     measure_movement(step, counts, gradients.of, before, trace.half)
     # an optimizer may make its masters in its first step
     step.master_only = tuple(
@@ -95,6 +97,7 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace, l
     # what else the optimizer steps is not what is judged
     subject.snapshot.reset_values()
     step.first_order = measure(subject, gradients, changes, before, as_float(loss), trace, linearized)
+    step.repeats = step.first_order.nondeterminism == 0.0
     subject.snapshot.reset_values()
     return step
 

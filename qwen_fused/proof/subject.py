@@ -136,12 +136,14 @@ class Subject:
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def gradients(self, loss: Any) -> Gradients:
-        """Run the backward pass from cleared gradients and take down what each parameter was given."""
+    def gradients(self, loss: Any, take: bool = False) -> Gradients:
+        """Run the backward pass from cleared gradients and take down what each parameter was given, see `deliver`."""
         self.snapshot.clear_gradients()
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return Gradients()
-        found = deliver(loss, self.trainable, self.named, self.backward, self.snapshot.parameters, self.optimizers)
+        found = deliver(
+            loss, self.trainable, self.named, self.backward, self.snapshot.parameters, self.optimizers, take
+        )
         if found.stepped:
             # an optimizer that steps in the middle of backward: the step is looked at once, and undone
             self.snapshot.reset_optimizers()

@@ -85,8 +85,13 @@ class Point:
     linearized: Linearized
 
 
-def differentiate(subject: Subject, earlier: Trace | None = None) -> Point:
+def differentiate(subject: Subject, earlier: Trace | None = None, take: bool = False) -> Point:
     """Follow one call of the loss function and send its loss back.
+
+    Args:
+        subject: what is proved.
+        earlier: an earlier call.
+        take: whether the parameters' own gradients may be kept, see `deliver`.
 
     Raises:
         ValueError: when it returns no scalar.
@@ -100,7 +105,7 @@ def differentiate(subject: Subject, earlier: Trace | None = None) -> Point:
 
     trace = subject.trace(keep, earlier)
     check_scalar(trace.loss)
-    gradients = subject.gradients(trace.loss)
+    gradients = subject.gradients(trace.loss, take)
     for op in linearized.values():
         op.finish()
     loss = trace.loss

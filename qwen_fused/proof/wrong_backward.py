@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from qwen_fused.proof.derivative import Directions, Verdict
+from qwen_fused.proof.derivative import Directions
 from qwen_fused.proof.frames import Frame, of_function
 from qwen_fused.proof.ladder import Finding, name_some
 from qwen_fused.proof.real_parts import inner
 from qwen_fused.proof.subject import Subject
 from qwen_fused.proof.trusted_ops import Point, wrong_ops
+from qwen_fused.proof.verdict import Verdict
 
 # parts of a model that are moved one by one to find the wrong ones
 SEARCHED = 24
