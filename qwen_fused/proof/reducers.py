@@ -44,6 +44,8 @@ def _waiting_wrappers() -> Iterator[DistributedDataParallel]:
     Those that were told take a gradient that comes late for a fault of their own.
     """
     for found in gc.get_objects():
-        if issubclass(type(found), DistributedDataParallel):
-            if not (found.find_unused_parameters or found.static_graph):
-                yield found
+        # by its type: asking an object for its class may run its code
+        if not issubclass(type(found), DistributedDataParallel):
+            continue
+        if not (found.find_unused_parameters or found.static_graph):
+            yield found
