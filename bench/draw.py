@@ -63,7 +63,7 @@ def roofline(record: dict, to: Path) -> bool:
                   textcoords="offset points", color=INK["ink"])  # fmt: skip
     lines = []
     for row, x in zip(rows, intensity, strict=True):
-        y = row["operations"] / row["ms"] / 1e6
+        y = row["operations"] / (row.get("device_ms") or row["ms"]) / 1e6
         axes.scatter(x, y, s=110 if row["ours"] else 16, color=OURS if row["ours"] else OTHERS, zorder=3 + row["ours"])
         if row["ours"]:
             lines.append(f"{len(lines) + 1}  {short(row)}\n     {row['gb_per_s']:.0f} GB/s")

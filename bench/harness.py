@@ -158,6 +158,9 @@ def row_of(
     profiled = comparison.device.type == "cuda" and comparison.episodes is None
     call, device = comparison.calls[name], comparison.device
     launches, syncs = launches_and_syncs(call, device) if profiled else (None, None)
+    alone = device_ms(call, device, median) if profiled else None
+    # a rate is that of the kernels, where their own time is known
+    seconds = median if alone is None else 1e-3 * alone
     return Row(
         bench=comparison.bench,
         case=comparison.case,
@@ -171,9 +174,9 @@ def row_of(
         error=error,
         bytes=comparison.bytes,
         operations=comparison.operations,
-        gb_per_s=comparison.bytes / median / 1e9 if comparison.bytes else None,
+        gb_per_s=comparison.bytes / seconds / 1e9 if comparison.bytes else None,
         episodes_per_s=comparison.episodes / median if comparison.episodes else None,
-        device_ms=device_ms(call, device, median) if profiled else None,
+        device_ms=alone,
         launches=launches,
         syncs=syncs,
         peak_mb=peak,

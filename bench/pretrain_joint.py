@@ -23,7 +23,7 @@ from solve_recipe import side
 from qwen_fused.arc.episodes import Task, load_tasks
 from qwen_fused.arc.split import split_tasks
 from qwen_fused.config import TrainConfig
-from qwen_fused.loss.cross_entropy import CE_ONLY, efe_loss
+from qwen_fused.loss.efe_loss import efe_loss
 from qwen_fused.planner.agent import GridAgent
 from qwen_fused.solver.adapt import Average, step_weights
 from qwen_fused.solver.examples import TrainingSet, task_rng
@@ -85,7 +85,7 @@ def main() -> None:
             batch = sets[task].batch()
             offset = offsets.value[task].clone().requires_grad_()
             plan = agent.plan(batch.cells, offset[batch.symmetry])
-            out = efe_loss(plan, batch.target, step_weight=weight, weights=CE_ONLY, hard_mode="none")  # type: ignore[arg-type]
+            out = efe_loss(plan, batch.target, step_weight=weight, weights=None, hard_mode="none")  # type: ignore[arg-type]
             (out.loss / args.tasks_per_step).backward()
             offsets.step(task, offset.grad, OFFSET_RATE * lr)  # type: ignore[arg-type]
             losses.append((out.loss.item(), out.solved.double().mean().item()))

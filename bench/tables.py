@@ -43,9 +43,11 @@ def section(record: dict) -> str:
             f"Ceilings, measured: copy {c['copy_gb_per_s']:.1f} GB/s, read {c['read_gb_per_s']:.1f} GB/s, "
             f"fp32 without matrix units {c['fp32_gflop_per_s']:.0f} GFLOP/s."
         ),
-        f"![roofline](../bench/results/{stem}-roofline.png)\n",
-        f"![bars](../bench/results/{stem}-bars.png)\n",
     ]
+    for kind in ("roofline", "bars"):
+        # no picture was drawn where there was nothing to draw
+        if record["path"].with_name(f"{stem}-{kind}.png").is_file():
+            lines.append(f"![{kind}](../bench/results/{stem}-{kind}.png)\n")
     for (bench, commit), rows in itertools.groupby(record["rows"], key=lambda row: (row["bench"], row["commit"])):
         found = list(rows)
         loads = [row["load"] for row in found]
@@ -83,6 +85,6 @@ def table(rows: list[dict], ceilings: dict, cuda: bool) -> str:
         cells = [row["case"], who, f"{row['ms']:.3g} [{row['p20']:.3g}, {row['p80']:.3g}]"]
         cells += [f"{row['times_ours']:.2f}", rate, share, "" if row["error"] is None else f"{row['error']:.0e}"]
         cells += ["" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"]
-        cells += ["" if row[key] is None else f"{row[key]:.4g}" for key in ON_CUDA] if cuda else []
+        cells += ["" if row.get(key) is None else f"{row[key]:.4g}" for key in ON_CUDA] if cuda else []
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -83,7 +83,7 @@ def tell_cut(model: Any, tasks: Sequence[Task]) -> None:
     from qwen_fused.qwen.prompt_text import describe_cut
 
     text = model.prompt.prompt_text
-    told = describe_cut({"these": text.truncation(task.train for task in tasks)}, text.max_tokens)
+    told = describe_cut({"": text.truncation(task.train for task in tasks)}, text.max_tokens)
     if told:
         print(told.replace("a larger --max-prompt-tokens", "a run with a larger --max-prompt-tokens"))
 

@@ -25,6 +25,13 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the device or the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
 def to_host(values: Tensor) -> Tensor:
     """A copy on the host, on its way: complete once an event recorded later has passed."""
     if values.device.type != "cuda":

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
+from qwen_fused.common.device import out_of_memory
 from qwen_fused.qwen.tiny import seeded, tiny_qwen
 
 FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
@@ -133,6 +134,9 @@ def _load_pretrained(qwen: str, dtype: torch.dtype, attention: str) -> tuple[Pre
                 output_loading_info=True,
             )
     except Exception as error:
+        # nothing is wrong with these weights
+        if out_of_memory(error):
+            raise
         raise ValueError(f"qwen: the weights in {qwen!r} do not load ({_first_line(error)})") from None
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])

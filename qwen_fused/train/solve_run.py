@@ -88,7 +88,7 @@ def solve(
         log.say(described)
         log.say(describe_tasks(tasks, split, collection, settings))
         text = planner.prompt.prompt_text
-        cut = describe_cut({"these": text.truncation(task.train for task in collection.tasks)}, text.max_tokens)
+        cut = describe_cut({"": text.truncation(task.train for task in collection.tasks)}, text.max_tokens)
         if cut:
             log.say(cut)
         try:

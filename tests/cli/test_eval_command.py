@@ -24,14 +24,13 @@ def run(config_in, tmp_path_factory) -> Path:
 
 def test_eval_of_other_tasks(run, kaggle, capsys):
     assert main(["eval", str(run), "--dataset", str(kaggle), "--device", "cpu"]) == 0
-    name = f"submission-{kaggle.name}.json"
-    assert capsys.readouterr().out.startswith(f"{kaggle.name}: 8 test inputs, pass@1 ")
-    check_submission(run / name, kaggle / "arc-agi_evaluation_challenges.json")
+    said = capsys.readouterr().out
+    assert said.startswith("Cut to 2048 tokens: 1 of 6 prompts, without 1 of their 21 demonstration pairs. ")
+    assert f"\n{kaggle.name}: 8 test inputs, pass@1 " in said
+    check_submission(run / f"submission-{kaggle.name}.json", kaggle / "arc-agi_evaluation_challenges.json")
     file = kaggle / "arc-agi_test_challenges.json"
     assert main(["eval", str(run), "--dataset", str(file), "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.startswith(
-        "arc-agi_test_challenges: 8 test inputs, not scored: no answer is known\n"
-    )
+    assert "\narc-agi_test_challenges: 8 test inputs, not scored: no answer is known\n" in capsys.readouterr().out
     check_submission(run / "submission-arc-agi_test_challenges.json", file)
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
+
 import pytest
+import torch
+from transformers import Qwen2Config
 
 from qwen_fused.cli.presets import PRESETS, preset
 from qwen_fused.config import TrainConfig
 from qwen_fused.loss.efe_loss import EFEWeights
+from qwen_fused.qwen import memory
 
 
 def test_names():
@@ -41,3 +47,30 @@ def test_seed_has_the_original_numbers():
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(ValueError, match="^preset must be one of tiny, .*, got 'tinny'; did you mean tiny.$"):
         preset("tinny")
+
+
+# of the published configurations
+TRUE_SHAPES = {
+    "qwen2.5-0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
+    "qwen2.5-1.5b-lora": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12),
+}
+
+
+@pytest.mark.parametrize("name", TRUE_SHAPES)
+def test_one_card_of_24_gb_holds_it(name, tmp_path, monkeypatch):
+    """At the true shape, on the meta device, with the longest prompts."""
+    Qwen2Config(
+        **TRUE_SHAPES[name], vocab_size=151_936, num_key_value_heads=2, max_position_embeddings=32_768,
+        tie_word_embeddings=True,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    config = replace(preset(name), qwen=str(tmp_path))
+    monkeypatch.setattr(memory, "available_memory", lambda device: 24 * 10**9)
+    said = memory.check_memory(config, torch.device("cuda"))
+    assert "Warning" not in said and f"weights {'1.8' if '0.5b' in name else '2.9'} GiB" in said
+    assert ("its proof" in said) == config.prove
+    # the claim is not an empty one: half the card is too little, or a proof of the larger one
+    with_proof = memory.check_memory(replace(config, prove=True), torch.device("cuda"))
+    assert ("Warning" in with_proof) == (not config.prove) and ("--no-prove" in with_proof) == (not config.prove)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 8 * 10**9)
+    with contextlib.suppress(ValueError):
+        assert "Warning" in memory.check_memory(config, torch.device("cuda"))

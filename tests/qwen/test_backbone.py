@@ -206,3 +206,27 @@ def test_trained_adapters_load_in_plain_peft(kind, tmp_path):
     assert torch.equal(onto(input_ids=ids).last_hidden_state, want)
     with onto.disable_adapter():
         assert not torch.equal(onto(input_ids=ids).last_hidden_state, want)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_memory_that_runs_out_while_weights_load_is_told_as_such(error, tmp_path, monkeypatch, capsys):
+    """As every other out of memory: with what to do, code 1, and not as weights that are damaged."""
+    from qwen_fused.cli.main import main
+
+    save_qwen(tmp_path / "qwen")
+
+    def full(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("qwen_fused.qwen.backbone.AutoModel.from_pretrained", full)
+    assert main(["train", "--qwen", str(tmp_path / "qwen"), "--out", str(tmp_path / "runs"), "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("qwen-fused: hint: ") and "--qwen-dtype bfloat16" in said and "do not load" not in said
+    assert not list((tmp_path / "runs").glob("*"))

@@ -1,5 +1,7 @@
 """The memory estimate against what torch really keeps, and the advice against the estimate."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from qwens import save_qwen
@@ -154,7 +156,7 @@ class TestCheck:
     def check(self, monkeypatch):
         def check(available, **changes):
             monkeypatch.setattr("qwen_fused.qwen.memory.available_memory", lambda device: available)
-            return check_memory(TrainConfig(**changes), torch.device("cpu"))
+            return check_memory(TrainConfig(**{"prove": False, **changes}), torch.device("cpu"))
 
         return check
 
@@ -170,6 +172,16 @@ class TestCheck:
         flags = dict(prompt_window=window, prompt_visits=visits)
         assert check(None, window_mode="retain", **flags) == str(estimate_memory(retained_batches=batches))
         assert check(None, window_mode="recompute", **flags) == str(estimate_memory())
+
+    def test_counts_the_proof_and_says_how_to_leave_it_out(self, check):
+        # a step fits, and the proof, which takes more than these short prompts, does not
+        flags = dict(batch_size=1, max_prompt_tokens=64, window_mode="recompute")
+        step, proof = (estimate_memory(batch_size=1, max_prompt_tokens=64, prove=prove) for prove in (False, True))
+        assert proof.total - proof.without_activations == 22 * step.weights // 4 > step.activations
+        said = check(step.total, prove=True, **flags)
+        assert said.startswith(f"{proof}\nWarning: ") and "its proof " in said and said.endswith("pass --no-prove.")
+        assert "Warning" not in check(proof.total, prove=True, **flags)
+        assert check(step.total, prove=True, resume=Path("run"), **flags) == str(step)
 
     def test_warns_where_only_the_longest_prompts_do_not_fit(self, check):
         need = estimate_memory()

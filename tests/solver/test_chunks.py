@@ -12,7 +12,8 @@ import pytest
 import torch
 from forked_workers import StandIn, make_task
 
-from qwen_fused.arc.episodes import load_tasks, split_tasks
+from qwen_fused.arc.episodes import load_tasks
+from qwen_fused.arc.split import split_tasks
 from qwen_fused.config import TrainConfig
 from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.solver import chunks

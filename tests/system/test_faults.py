@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import operator
 import os
@@ -26,6 +27,7 @@ from soak import only_run, unequal
 from qwen_fused.cli import main as cli
 from qwen_fused.common.files import atomic_replace, lock_folder
 from qwen_fused.config import TrainConfig
+from qwen_fused.planner.agent import GridAgent
 from qwen_fused.train import checkpoint, loop
 from qwen_fused.train.checkpoint import list_checkpoints, read_state
 from qwen_fused.train.signals import Interrupted, catch_signals
@@ -216,8 +218,11 @@ def test_signal_that_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_out_of_memory_as_the_model_is_built(command, out, capsys):
-    assert cli.main([*command, "--agent-channels", "2000000"]) == 1
+def test_out_of_memory_as_the_model_is_built(command, out, capsys, monkeypatch):
+    # an agent of 2 million channels, which a flag may no longer ask for
+    agent = functools.partial(GridAgent, channels=2_000_000, prompt_dim=8, steps=2)
+    monkeypatch.setattr("qwen_fused.planner.model.make_agent", lambda config: agent())
+    assert cli.main(command) == 1
     assert "--batch-size" in sentence(capsys)
     assert not list(out.iterdir()), "a run that never was leaves no folder"
 

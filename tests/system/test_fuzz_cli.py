@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_fused.cli import main as cli
-from qwen_fused.config import TrainConfig
+from qwen_fused.config import LARGEST, TrainConfig
 
 CORPUS = Path(__file__).with_name("corpus")
 HINTS = {name: hint for name, hint in typing.get_type_hints(TrainConfig).items() if name != "weights"}
@@ -76,7 +76,7 @@ def meant(name: str, text: str) -> Any:
     if str in kinds or Path in kinds:
         return str(Path(text)) if Path in kinds else text
     value = int(text) if int in kinds else float(text)
-    if not math.isfinite(value) or not RULES.get(name, lambda x: True)(value):
+    if not math.isfinite(value) or not RULES.get(name, lambda x: True)(value) or value > LARGEST.get(name, math.inf):
         raise ValueError
     return value
 

@@ -100,7 +100,8 @@ def test_out_of_memory(error):
     hint = out_of_memory(error)
     assert hint.symptom == "out of memory"
     flags = re.findall(r"--([a-z-]+)", hint.remedy)
-    assert len(flags) == 6 and {f.name for f in fields(TrainConfig)} >= {flag.replace("-", "_") for flag in flags}
+    known = {f.name for f in fields(TrainConfig)}
+    assert len(flags) == 7 and known >= {flag.removeprefix("no-").replace("-", "_") for flag in flags}
 
 
 def test_real_allocation_failure_is_recognised():

@@ -77,7 +77,7 @@ def test_an_interrupt_ends_with_what_is_there_and_the_same_call_goes_on(quick, t
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(Interrupted) as ended:
-        solve(tmp_path / "out", *NAMES, "waits-1", max_minutes=2)
+        solve(tmp_path / "out", *NAMES, "waits-1", max_minutes=10)
     thread.join()
     assert ended.value.exit_code == 130
     said = capsys.readouterr().out

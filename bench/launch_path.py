@@ -1,6 +1,6 @@
 """CPU time of an eager forward and backward of the Triton loss, by how it is launched; no GPU needed.
 
-    python bench/bench_launch.py [--rounds 15]
+    python bench/launch_path.py [--rounds 15]
 
 A driver that launches nothing stands in Triton's place and CPU tensors in the place of CUDA ones: all is counted but
 what CUDA's own library does (some 3 us a launch), the packing of arguments in Triton's C launcher, and what torch's
@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15, help="of 100 calls each way")
     rounds = parser.parse_args().rounds
     if launcher.NOT_DIRECT is not None:
-        print(f"bench_launch: no launch goes past Triton's: {launcher.NOT_DIRECT}", file=sys.stderr)
+        print(f"launch_path: no launch goes past Triton's: {launcher.NOT_DIRECT}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
     keep_memory()
