@@ -170,10 +170,13 @@ def test_pictures_and_tables(tmp_path, monkeypatch):
     document.write_text(f"before\n{tables.BEGIN}old{tables.END}after")
     monkeypatch.setattr(tables, "DOCUMENT", document)
     (tmp_path / "device.json").write_text(json.dumps(result))
+    # a picture that was not drawn is no link
+    (tmp_path / "device-roofline.png").touch()
     tables.refresh(tmp_path)
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith(f"{tables.END}after") and "old" not in text
     assert "| **ours** |" in text and "abc" in text and "device-roofline.png" in text
+    assert "device-bars.png" not in text
 
 
 def test_the_document_is_what_the_results_say():
