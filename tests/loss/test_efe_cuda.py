@@ -145,4 +145,5 @@ def test_leaks_nothing(device: torch.device) -> None:
     before = in_use(device)
     for _ in range(repeats(device)):
         step()
-    assert in_use(device) == before
+    # fewer where what another test left is gone by now
+    assert in_use(device) <= before
