@@ -16,6 +16,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
@@ -90,7 +91,11 @@ def stage_tests(arguments) -> str:
     line += ["--continue-on-collection-errors"]
     line += [] if is_missing("pytest_timeout") else ["--timeout=60"]
     if arguments.cpu:
-        line += ["tests/loss/test_efe_cuda.py", "tests/norms/test_group_grad_norm_cuda.py"]
+        line += ["tests/norms/test_group_grad_norm_cuda.py"]
+        if interpreter_runs():
+            line += ["tests/loss/test_efe_cuda.py"]
+        else:
+            print("tests/loss/test_efe_cuda.py: left out, this Triton's interpreter does not run with this numpy")
     else:
         # most of the time goes into compiling kernels, on the host
         line += [] if is_missing("xdist") else ["-n", str(min(14, os.cpu_count() or 1))]
@@ -107,6 +112,13 @@ def stage_tests(arguments) -> str:
     # 5: no test was collected, which proves nothing
     assert run.returncode == 0, last
     return last
+
+
+def interpreter_runs() -> bool:
+    """Triton before 3.9 makes numbers of arrays of one element, which numpy 2.5 refuses."""
+    versions = [metadata.version(name).split(".")[:2] for name in ("triton", "numpy")]
+    triton, numpy = [(int(major), int(minor)) for major, minor in versions]
+    return triton >= (3, 9) or numpy < (2, 5)
 
 
 def stage_bench(arguments) -> str:
