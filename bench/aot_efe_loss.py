@@ -20,10 +20,10 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from no_device import NoDevice
 from sass import read_memory, run_tool
 
 from qwen_fused.kernels import efe_launch, efe_loss
@@ -40,23 +40,6 @@ OTHERS = {
 REGISTERS_PER_SM = 65536
 # warps and blocks that a multiprocessor holds, by compute capability (CUDA C++ programming guide)
 LIMITS = {80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
-
-
-class Device:
-    """Stands where Triton asks which GPU it compiles for."""
-
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        # Triton keeps what it compiled by device: one for each architecture
-        return self.target.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 class Recorder:
@@ -133,7 +116,7 @@ def main() -> int:
     columns = ("regs", "spill B", "shared B", "warps/SM", "loads", "bytes", "trips")
     print(f"{'arch':8}{'dtype':10}{'terms':23}{'kernel':20}" + "".join(f"{name:>10}" for name in columns))
     for arch in arguments.arch:
-        triton.runtime.driver.set_active(Device(arch))
+        triton.runtime.driver.set_active(NoDevice(arch))
         for dtype in arguments.dtype:
             for name, options in sets.items():
                 for kernel in compile_all(*options, getattr(torch, dtype)):

@@ -33,7 +33,10 @@ class Row(NamedTuple):
 
 # two cells a thread leave room in its registers for ten classes of plan, back and preference; one warp needs no shared
 # memory for its sums
-AHEAD = "on no device yet: registers and spills, compiled ahead of time for sm_80, sm_90 and sm_100"
+AHEAD = (
+    "registers and spills, compiled ahead of time for sm_80, 90, 100 and 120; on an H200 the forward kernel of ten "
+    "classes at B = 32, against five others"
+)
 TABLE: dict[int, tuple[Row, ...]] = {
     80: (
         Row(4, Launch(64, 1), Launch(64, 1), AHEAD),

@@ -219,7 +219,7 @@ def test_signal_that_nohup_ignores_stays_ignored():
 
 
 def test_out_of_memory_as_the_model_is_built(command, out, capsys, monkeypatch):
-    # an agent of 2 million channels, which a flag may no longer ask for
+    # an agent of 2 million channels, which no flag may ask for
     agent = functools.partial(GridAgent, channels=2_000_000, prompt_dim=8, steps=2)
     monkeypatch.setattr("qwen_fused.planner.model.make_agent", lambda config: agent())
     assert cli.main(command) == 1
