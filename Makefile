@@ -9,7 +9,7 @@ STAMP = $(VENV)/.installed
 .PHONY: train test lint docs bench aot sanitize cuda-check cuda-build clean
 
 # 4 minutes of training at most, then seconds on each held-out task: the whole stays under 10 on two cores
-train: ARGS ?= --max-minutes 4
+train: ARGS ?= --max-minutes 3
 train: $(STAMP)
 	$(BIN)/qwen-fused train $(ARGS)
 

@@ -3,8 +3,8 @@
     python bench/solve_recipe.py --tasks screen --stride 2 --set steps=100 lr=2e-3 --config plan_steps=8 --out x.json
 
 Tasks: screen (held-out and public evaluation tasks with sides up to 16, to decide by), held-out (forty of arc1's
-training tasks), eval100 (every fourth of arc1's public evaluation tasks), small (half of the held-out screen). Start:
-from a run (--run), from what pretrain_joint.py wrote (--start), or from random weights.
+training tasks), eval100 (every fourth of arc1's public evaluation tasks), small (half of the held-out screen). From
+random weights, from the start that a run has learned (--run), or from the run's own agent (--run --agent).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from machine import device_name, output_of
-from safetensors.torch import load_file
 
 from qwen_fused.arc.episodes import Task, load_tasks
 from qwen_fused.arc.split import split_tasks
@@ -29,6 +28,7 @@ from qwen_fused.solver import adapt
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.task_planner import encode_task
 from qwen_fused.solver.task_solver import solve_task
+from qwen_fused.train.run_start import with_start
 from qwen_fused.train.saved import load_model
 
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[])
     parser.add_argument("--config", nargs="*", default=[])
     parser.add_argument("--weights", default="last")
-    parser.add_argument("--start", type=Path, help="agent weights of pretrain_joint.py")
+    parser.add_argument("--agent", action="store_true", help="from the run's own agent, not from its start")
     parser.add_argument("--prompt", choices=("own", "other", "off"), default="own", help="whose prompt Qwen gives")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
@@ -106,10 +106,11 @@ def main() -> None:
     settings = SolveSettings(**{"seed": args.seed, **typed(SolveSettings, args.set)})
     if args.run:
         planner = load_model(args.run, args.weights)
+        if not args.agent:
+            planner, learned = with_start(planner, args.run)
+            assert learned, "the run has no start"
     else:
         planner = QwenPlanner(TrainConfig(**{"seed": args.seed, **typed(TrainConfig, args.config)}))
-    if args.start:
-        planner.agent.load_state_dict(load_file(args.start))
     tasks = chosen_tasks(args.tasks)[:: args.stride][: args.limit]
     adapt.encode_task = prompts_of(args.prompt, tasks)
     rows = []

@@ -42,7 +42,7 @@ class DataSettings:
     max_batches: int | None = None
     """Stop after this many batches in all; the learning-rate schedule still follows the epochs."""
     max_minutes: float | None = None
-    """Stop training after this many minutes of this process; the evaluation at the end then takes about as many."""
+    """Stop training after this many minutes of this process; evaluation and start then take up to twice as many."""
     seed: int = 0
     """Seed of weights, order, augmentation and noise."""
     split_seed: int = 0
@@ -178,6 +178,9 @@ class RunSettings:
     """Newest checkpoints kept; the best by validation is kept besides."""
     eval_every: int = 1
     """Epochs between evaluations on the held-out tasks; 0 evaluates at the end only."""
+    start_tasks: int = 1000
+    """At the end, trainings on training tasks, for a start that other tasks are near (MAML); 0, or no
+    `ttt_seconds`, leaves that out."""
     ttt_seconds: float = 4.0
     """At the end, seconds of a core to train on each held-out task before it is answered again; 0 leaves that out."""
 
@@ -198,7 +201,9 @@ class TrainConfig(
         )
         for name in positive.split():
             require(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
-        counts = "lora_rank warmup_batches eval_every seed split_seed weight_decay reversibility ttt_seconds"
+        counts = (
+            "lora_rank warmup_batches eval_every seed split_seed weight_decay reversibility start_tasks ttt_seconds"
+        )
         for name in counts.split():
             require(getattr(self, name) >= 0, name, "a number of at least 0", getattr(self, name))
         for name in ("seed", "split_seed"):

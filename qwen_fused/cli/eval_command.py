@@ -47,12 +47,15 @@ def run_eval(arguments: Sequence[str]) -> int:
     config = parse(EvalConfig, "eval", arguments)
     require(config.ttt_steps >= 0, "ttt_steps", "a number of at least 0", config.ttt_steps)
     from qwen_fused.common.device import resolve_device
+    from qwen_fused.train.run_start import with_start
     from qwen_fused.train.saved import load_model
 
     model = load_model(config.run, config.weights, resolve_device(config.device))
     collection, name = tasks_of_run(config.run, model.config, config.dataset, config.split)
     tell_left_out(collection)
     tell_cut(model, collection.tasks)
+    if config.ttt_steps:
+        model, _ = with_start(model, config.run)
     answer = adapted_evaluation if config.ttt_steps else plain_evaluation
     answered = answer(model, collection.tasks, config.ttt_steps)
     left_out = tuple(record for task in collection.unusable for record in copied(task))

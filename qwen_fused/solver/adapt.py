@@ -19,6 +19,7 @@ from torch import Tensor
 from qwen_fused.arc.episodes import Task
 from qwen_fused.loss.efe_loss import efe_loss
 from qwen_fused.norms.group_grad_norm import GroupGradNorm
+from qwen_fused.planner.agent import GridAgent
 from qwen_fused.solver.examples import TrainingSet, examples, task_rng
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.sizes import size_rule
@@ -63,9 +64,29 @@ def adapt(
         deadline: on `time.monotonic()`'s clock: no step begins after it.
         on_step: called after every step with its number, from 1, and its loss.
     """
+    encoded = encode_task(planner, task, settings.symmetries)
+    return adapt_agent(lines_agent(planner), encoded, task, settings, deadline=deadline, on_step=on_step)
+
+
+def adapt_agent(
+    agent: GridAgent,
+    encoded: tuple[Tensor, Tensor],
+    task: Task,
+    settings: SolveSettings,
+    *,
+    deadline: float | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Adapted:
+    """`adapt`, where Qwen has read the task already.
+
+    Args:
+        agent: what to start from; it stays as it is.
+        encoded: what `encode_task` made of the task.
+        task, settings, deadline, on_step: as `adapt` takes them.
+    """
     started = time.monotonic()
     ends = [t for t in (deadline, started + settings.task_seconds if settings.task_seconds else None) if t is not None]
-    model = TaskPlanner(lines_agent(planner), *encode_task(planner, task, settings.symmetries))
+    model = TaskPlanner(agent, *encoded)
     training = TrainingSet(task, settings, task_rng(settings, task.id))
     schedule = Schedule(settings, started, min(ends) if ends else None)
     optimizer = TaskOptimizer(list(model.named_parameters()), settings)

@@ -51,6 +51,7 @@ def adapt_many(
     *,
     deadline: float | None = None,
     on_step: Callable[[int], object] = lambda step: None,
+    capture: bool = True,
 ) -> AdaptedMany:
     """Train a copy of the agent on each task's demonstrations, all at once, on the device of its parameters.
 
@@ -60,13 +61,14 @@ def adapt_many(
         tasks: at least one. Their grids share a canvas: put tasks of like sizes together.
         settings, deadline: as `adapt` takes them; `task_seconds` is for all the tasks together.
         on_step: called after every step with its number, from 1; what it raises ends the training.
+        capture: on CUDA, record a step as a graph.
     """
     started = time.monotonic()
     device = agent.copy_scale.device
     stacked = StackedPlanner(agent, *stack_prompts(encoded, device), muon=settings.matrix_lr > 0)
     if settings.steps == 0:
         return AdaptedMany(stacked, 0, time.monotonic() - started, [()] * len(tasks))
-    step = TrainingStep(stacked, tasks, settings)
+    step = TrainingStep(stacked, tasks, settings, capture)
     # a capture takes a second, which is no training
     begun = time.monotonic()
     ends = [t for t in (deadline, begun + settings.task_seconds if settings.task_seconds else None) if t is not None]
@@ -89,9 +91,10 @@ class TrainingStep:
         stacked: what is trained.
         tasks: K of them.
         settings: what to do.
+        capture: on CUDA, record it as a graph.
     """
 
-    def __init__(self, stacked: StackedPlanner, tasks: Sequence[Task], settings: SolveSettings):
+    def __init__(self, stacked: StackedPlanner, tasks: Sequence[Task], settings: SolveSettings, capture: bool = True):
         device = stacked.prompts.device
         self.stacked = stacked
         self.table = ViewTable(tasks, settings, device)
@@ -110,7 +113,7 @@ class TrainingStep:
         self.drawn[..., 0] = torch.arange(len(tasks), device=device)[:, None] * self.table.place(1, 0, 0)
         self.own = torch.zeros(len(tasks), dtype=stacked.decays.dtype, device=device)
         self.losses = self.own.new_zeros(settings.steps, len(tasks))
-        self.captured = CapturedStep(self.step, self.optimizer.reset, device)
+        self.captured = CapturedStep(self.step, self.optimizer.reset, device, capture)
 
     def run(self, number: int, share: float) -> None:
         """The next step.

@@ -21,11 +21,14 @@ class CapturedStep:
         step: reads and writes the same tensors every time, and nothing of them on the host.
         reset: undoes what the warm-up did.
         device: where.
+        capture: a capture takes a second or more; for some dozen steps it does not pay.
     """
 
-    def __init__(self, step: Callable[[], object], reset: Callable[[], object], device: torch.device):
+    def __init__(
+        self, step: Callable[[], object], reset: Callable[[], object], device: torch.device, capture: bool = True
+    ):
         self.run = step
-        if device.type != "cuda" or not CAPTURE:
+        if device.type != "cuda" or not (CAPTURE and capture):
             return
         graphs = CudaGraphs(device)
         with torch.cuda.device(device):

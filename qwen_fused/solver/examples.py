@@ -83,13 +83,14 @@ class TrainingSet:
         task: its train pairs are used and nothing else.
         settings: which views, and how many episodes a batch has.
         rng: decides order and views.
+        colors_of: the task whose colours say which are permuted; by default this one.
     """
 
-    def __init__(self, task: Task, settings: SolveSettings, rng: np.random.Generator):
+    def __init__(self, task: Task, settings: SolveSettings, rng: np.random.Generator, colors_of: Task | None = None):
         self.pairs = task.train
         self.settings, self.rng = settings, rng
         every = np.arange(1, COLORS, dtype=np.uint8)
-        self.colors = {"free": free_colors(task), "all": every, "none": every[:0]}[settings.recolor]
+        self.colors = {"free": free_colors(colors_of or task), "all": every, "none": every[:0]}[settings.recolor]
         square = all(side[0] == side[1] for p in self.pairs for side in (p.input.shape, p.output.shape))  # type: ignore[union-attr]
         symmetries = range(settings.symmetries)
         # a batch of one orientation has a canvas no larger than its grids

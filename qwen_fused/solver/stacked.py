@@ -66,8 +66,16 @@ class StackedPlanner(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter of the planner by name, as a stack [K, ...]."""
+        return self.named(self.stacks)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradient of each, where all stacks have one."""
+        return self.named([stack.grad for stack in self.stacks])  # type: ignore[misc]
+
+    def named(self, stacks: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Tensors of the shape of `stacks`, cut into the planner's parameters by name."""
         found = {}
-        for stack, part in zip(self.stacks, self.parts, strict=True):
+        for stack, part in zip(stacks, self.parts, strict=True):
             pieces = stack.flatten(1).split([math.prod(shape) for _, shape in part], 1)
             for (name, shape), piece in zip(part, pieces, strict=True):
                 found[name] = piece.reshape(len(piece), *shape)

@@ -69,6 +69,12 @@ class ViewTable:
                 row[0], row[1] = self.place(number, pair, view.symmetry), view.symmetry
                 row[2:] = view.colors
 
+    def drawn(self, training: Sequence[TrainingSet]) -> np.ndarray:
+        """The next batch of every task, [K, B, WIDTH] int64."""
+        into = np.zeros((len(training), training[0].settings.batch, WIDTH), dtype=np.int64)
+        self.draw(training, into)
+        return into
+
     def examples(self, drawn: Tensor) -> Examples:
         """K*B episodes, task by task, from what `draw` wrote [K, B, WIDTH]; nothing is read by the host."""
         place, symmetry, colors = drawn.flatten(0, 1).split([1, 1, COLORS], 1)

@@ -8,6 +8,7 @@ from typing import Any
 from qwen_fused.arc.scoring import Evaluation
 from qwen_fused.arc.split import spread
 from qwen_fused.arc.tasks import Task
+from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.report.run_log import RunLog
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.solve import solve_tasks
@@ -18,12 +19,18 @@ from qwen_fused.train.trainer import Trainer
 
 
 def evaluate_adapted(
-    trainer: Trainer, tasks: Sequence[Task], before: Evaluation, log: RunLog, max_seconds: float | None = None
+    trainer: Trainer,
+    planner: QwenPlanner,
+    tasks: Sequence[Task],
+    before: Evaluation,
+    log: RunLog,
+    max_seconds: float | None = None,
 ) -> dict[str, Any] | None:
     """Train a copy of the planner on each held-out task for `ttt_seconds` and answer it; None where that is left out.
 
     Args:
         trainer: after its last batch; its weights stay as they are.
+        planner: what each task starts from.
         tasks: held-out tasks.
         before: the same tasks, answered without.
         log: gets a line.
@@ -39,7 +46,7 @@ def evaluate_adapted(
     if not seconds:
         return None
     try:
-        lines_agent(trainer.model)
+        lines_agent(planner)
     except ValueError as error:
         log.say(f"Held-out tasks are not trained on: {error}.")
         return None
@@ -55,7 +62,7 @@ def evaluate_adapted(
     with catch_signals() as signalled, log.progress(len(tasks), 0, "training on each task") as advance:
         try:
             solution = solve_tasks(
-                trainer.model, tasks, settings, should_stop=signalled, on_result=lambda done: advance(done)
+                planner, tasks, settings, should_stop=signalled, on_result=lambda done: advance(done)
             )
         except RuntimeError as error:
             # a run is whole without it

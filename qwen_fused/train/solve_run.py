@@ -26,6 +26,7 @@ from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.solution import Solution
 from qwen_fused.solver.solve import solve_tasks
 from qwen_fused.solver.task_planner import lines_agent
+from qwen_fused.train.run_start import with_start
 from qwen_fused.train.saved import load_model
 from qwen_fused.train.signals import Interrupted, catch_signals
 
@@ -80,7 +81,7 @@ def solve(
     for name, value in (("limit", limit), ("workers", workers), ("max_minutes", max_minutes)):
         require(value is None or value > 0, name, "a number above 0", value)
     collection = read_tasks(tasks, split, limit)
-    planner, described = open_planner(run, weights, settings.seed, device)
+    planner, described = open_planner(run, weights, settings, device)
     folder = None if out is None else Path(out)
     with reserved(folder, planner, settings) as held, open_log(folder, quiet) as log, catch_signals() as signalled:
         for sentence in collection.skipped:
@@ -140,16 +141,19 @@ def read_tasks(tasks: str | Path | Sequence[Task], split: str | None, limit: int
     return TaskCollection(next(kept), collection.skipped, next(kept))
 
 
-def open_planner(run: str | Path | None, weights: str, seed: int, device: str) -> tuple[QwenPlanner, str]:
+def open_planner(run: str | Path | None, weights: str, settings: SolveSettings, device: str) -> tuple[QwenPlanner, str]:
     """A run's planner, or one with random weights; and a sentence that says which."""
     if run is not None:
         planner = load_model(Path(run), weights, resolve_device(device))
         with error_prefix(f"run {run}"):
             lines_agent(planner)
-        return planner, f"From the {weights} weights of run {run}."
-    with seeded(seed):
-        planner = QwenPlanner(TrainConfig(seed=seed))
-    told = f"Without a run: from random weights (seed {seed}), so all that is learned is learned from the task itself."
+        # without a step it answers as the run itself does
+        planner, tasks = with_start(planner, Path(run)) if settings.steps else (planner, 0)
+        learned = f", and the start it learned from {tasks} trainings on tasks" if tasks else ""
+        return planner, f"From the {weights} weights of run {run}{learned}."
+    with seeded(settings.seed):
+        planner = QwenPlanner(TrainConfig(seed=settings.seed))
+    told = f"Without a run: from random weights (seed {settings.seed}), so all is learned from the task itself."
     return planner.to(resolve_device(device)), told
 
 

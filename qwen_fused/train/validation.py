@@ -16,12 +16,14 @@ from qwen_fused.report.page import write_report
 from qwen_fused.report.pick_examples import final_examples, watched_episodes, watched_examples
 from qwen_fused.report.run_log import RunLog
 from qwen_fused.solver.evaluate import evaluate
+from qwen_fused.solver.start import with_agent
 from qwen_fused.train.adapted import evaluate_adapted
 from qwen_fused.train.checkpoint import write_state
+from qwen_fused.train.run_start import learn_run_start
 from qwen_fused.train.trainer import Trainer
 
-# a run of so many minutes has as many for its end: shares of them
-END_SHARES = {"held-out": 0.4, "training": 0.2, "adapted": 0.4}
+# what a run of so many minutes has for its end: shares of them
+END_SHARES = {"held-out": 0.4, "training": 0.2, "start": 0.75, "adapted": 0.4}
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,10 @@ def finish(trainer: Trainer, log: RunLog) -> None:
         log.say("No task is held out, so there is no score of tasks that the run has not trained on.")
     write_atomic(folder / "evaluation.json", json.dumps(evaluation))
     write_examples(folder / "examples.json", shown)
+    start = learn_run_start(trainer, log, seconds["start"])
+    planner = with_agent(trainer.model, start) if start else trainer.model
     if held_out.tasks:
-        adapted = evaluate_adapted(trainer, held_out.tasks, held_out.result, log, seconds["adapted"])
+        adapted = evaluate_adapted(trainer, planner, held_out.tasks, held_out.result, log, seconds["adapted"])
         if adapted:
             # after what was there already: whatever ends this, the run has its evaluation
             write_atomic(folder / "evaluation.json", json.dumps({**evaluation, "validation, adapted": adapted}))

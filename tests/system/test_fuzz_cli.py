@@ -28,7 +28,7 @@ HINTS = {name: hint for name, hint in typing.get_type_hints(TrainConfig).items()
 ABOVE_0 = """batch_size epochs max_batches max_minutes max_prompt_tokens prompt_window prompt_visits prompt_dim
     agent_channels plan_steps policy_hidden delta_scale qwen_lr agent_lr policy_lr clip log_every checkpoint_every
     keep_checkpoints max_eval_tasks"""
-AT_LEAST_0 = "seed split_seed lora_rank warmup_batches eval_every weight_decay reversibility ttt_seconds"
+AT_LEAST_0 = "seed split_seed lora_rank warmup_batches eval_every weight_decay reversibility start_tasks ttt_seconds"
 SHARES = "augment hard_floor objective_share size_warmup size_weight final_lr early_step_weight"
 RULES = {
     **dict.fromkeys(ABOVE_0.split(), lambda x: x > 0),

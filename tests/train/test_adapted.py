@@ -101,4 +101,4 @@ def test_shards_are_left_out(config, monkeypatch):
     said = []
     trainer, log = Sharded(), type("Log", (), {"say": said.append})
     trainer.config = config
-    assert adapted.evaluate_adapted(trainer, (), None, log) is None and "Qwen is in shards" in said[0]
+    assert adapted.evaluate_adapted(trainer, trainer.model, (), None, log) is None and "Qwen is in shards" in said[0]

@@ -17,6 +17,7 @@ from forked_workers import SETTINGS, StandIn, make_task, stand_in, use_forked_wo
 import qwen_fused as qf
 from qwen_fused.arc.reader import load_tasks
 from qwen_fused.config import TrainConfig
+from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.train import solve_run as module
 from qwen_fused.train.signals import Interrupted
 from qwen_fused.train.solve_run import SolveStopped, fingerprint, new_solve_folder, open_planner, read_tasks
@@ -160,16 +161,16 @@ def test_limit_counts_tasks_that_cannot_be_read(tmp_path):
 
 
 def test_random_weights_are_told_and_are_the_seeds(capsys):
-    first, told = open_planner(None, "last", 3, "cpu")
-    again, _ = open_planner(None, "last", 3, "cpu")
-    other, _ = open_planner(None, "last", 4, "cpu")
+    first, told = open_planner(None, "last", SolveSettings(seed=3), "cpu")
+    again, _ = open_planner(None, "last", SolveSettings(seed=3), "cpu")
+    other, _ = open_planner(None, "last", SolveSettings(seed=4), "cpu")
     assert told.startswith("Without a run: from random weights (seed 3)")
     assert fingerprint(first) == fingerprint(again) != fingerprint(other)
     assert first.config == TrainConfig(seed=3)
 
 
 def test_fingerprint_sees_one_weight():
-    planner, _ = open_planner(None, "last", 0, "cpu")
+    planner, _ = open_planner(None, "last", SolveSettings(), "cpu")
     before = fingerprint(planner)
     parameter = next(planner.prompt.parameters())
     parameter.data.view(-1)[-1] += 1e-3

@@ -1,0 +1,115 @@
+"""A run learns a start for training on tasks, keeps it in a file of its own, and `solve` and `eval` begin from it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from small_runs import SMALL
+
+from qwen_fused.cli.main import main
+from qwen_fused.solver import start as learning
+from qwen_fused.solver.settings import SolveSettings
+from qwen_fused.train import adapted, run_start
+from qwen_fused.train.loop import train
+from qwen_fused.train.run_start import START, read_start, with_start
+from qwen_fused.train.saved import load_model
+from qwen_fused.train.signals import Interrupted
+from qwen_fused.train.solve_run import open_planner
+
+
+@pytest.fixture
+def config(small_config, monkeypatch):
+    def off(*arguments, **options):
+        raise RuntimeError("not what this is about")
+
+    monkeypatch.setattr(adapted, "solve_tasks", off)
+    monkeypatch.setattr(learning, "INNER", SolveSettings(steps=2, batch=2))
+    return small_config(max_batches=2, ttt_seconds=0.1, start_tasks=6, prove=False)
+
+
+def test_a_run_learns_one_and_solve_and_eval_begin_from_it(config, monkeypatch, capsys):
+    run = train(config)
+    solve_begins_from_it(run)
+    eval_begins_from_it_where_it_trains(run, monkeypatch)
+    (run / START).write_bytes(b"nothing of the kind")
+    assert main(["eval", str(run), "--ttt-steps", "1"]) == 2
+    assert f"checkpoint {run / START} cannot be read" in capsys.readouterr().err
+
+
+def solve_begins_from_it(run):
+    log = (run / "train.log").read_text()
+    assert "A start from 6 trainings on training tasks: loss on a pair left out after 2 steps on the others" in log
+    model = load_model(run)
+    start = read_start(run / START, model.agent)
+    assert start.done and start.tasks == 6 and len(start.curve) == 6
+    planner, told = open_planner(run, "last", SolveSettings(), "cpu")
+    assert told.endswith("and the start it learned from 6 trainings on tasks.")
+    for name, tensor in start.agent.state_dict().items():
+        assert torch.equal(planner.agent.state_dict()[name], tensor)
+    assert not torch.equal(start.agent.encode.weight, model.agent.encode.weight)
+    # without a step a run answers as it is
+    plain, told = open_planner(run, "last", SolveSettings(steps=0), "cpu")
+    assert "start" not in told and torch.equal(plain.agent.encode.weight, model.agent.encode.weight)
+
+
+def eval_begins_from_it_where_it_trains(run, monkeypatch):
+    from qwen_fused.cli import eval_command
+
+    used = []
+
+    def evaluation(model, tasks, steps=0):
+        used.append(copy.deepcopy(model.agent))
+        from qwen_fused.arc.scoring import Evaluation, copied
+
+        return Evaluation(tuple(record for task in tasks for record in copied(task)))
+
+    monkeypatch.setattr(eval_command, "plain_evaluation", evaluation)
+    monkeypatch.setattr(eval_command, "adapted_evaluation", evaluation)
+    assert main(["eval", str(run)]) == 0 and main(["eval", str(run), "--ttt-steps", "1"]) == 0
+    model = load_model(run)
+    start = with_start(model, run)[0].agent
+    assert torch.equal(used[0].encode.weight, model.agent.encode.weight)
+    assert torch.equal(used[1].encode.weight, start.encode.weight)
+
+
+@pytest.mark.parametrize("changes", [{"start_tasks": 0}, {"agent": "conv"}])
+def test_left_out(config, changes):
+    run = train(replace(config, **changes))
+    assert not (run / START).exists() and "A start" not in (run / "train.log").read_text()
+    assert with_start(load_model(run), run)[1] == 0
+
+
+def test_interrupted_and_gone_on_with(config, monkeypatch):
+    import os
+    import signal
+
+    whole = read_start(train(config) / START, load_model(next(config.out.iterdir())).agent)
+    real, count = learning.train_one_by_one, []
+
+    def interrupting(*arguments):
+        count.append(1)
+        if len(count) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(learning, "train_one_by_one", interrupting)
+    again = replace(config, out=config.out.parent / "again")
+    with pytest.raises(Interrupted):
+        train(again)
+    (run,) = again.out.iterdir()
+    assert "Interrupted after 3 tasks of the start" in (run / "train.log").read_text()
+    assert json.loads((run / "evaluation.json").read_text())
+    train(replace(again, resume=run))
+    start = read_start(run / START, load_model(run).agent)
+    assert start.done and start.curve == whole.curve
+    # and once it is done it is kept
+    monkeypatch.setattr(run_start, "learn_start", None)
+    train(replace(again, resume=run))
+
+
+def test_small_runs_of_other_tests_have_none():
+    assert SMALL["ttt_seconds"] == 0
