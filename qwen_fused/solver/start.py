@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from qwen_fused.arc.tasks import Task
+from qwen_fused.config import require
 from qwen_fused.norms.group_grad_norm import GroupGradNorm
 from qwen_fused.planner.agent import GridAgent
 from qwen_fused.solver.adapt import adapt_agent, step_weights
@@ -118,13 +119,17 @@ class Drawn:
     task: Task
     left_out: int
     seed: int
-    rest: Task = field(init=False)
-    asked: Task = field(init=False)
 
-    def __post_init__(self) -> None:
+    @property
+    def rest(self) -> Task:
+        """The other train pairs."""
         pairs, k = self.task.train, self.left_out
-        object.__setattr__(self, "rest", replace(self.task, train=pairs[:k] + pairs[k + 1 :], test=()))
-        object.__setattr__(self, "asked", replace(self.task, train=(pairs[k],), test=()))
+        return replace(self.task, train=pairs[:k] + pairs[k + 1 :], test=())
+
+    @property
+    def asked(self) -> Task:
+        """The pair left out."""
+        return replace(self.task, train=(self.task.train[self.left_out],), test=())
 
     def asking(self) -> TrainingSet:
         """Views of the pair left out, recoloured as the others are."""
@@ -155,14 +160,18 @@ def learn_start(
         seed: of the order, and of each training.
         should_stop: asked before each training; something true leaves the rest.
         on_task: called with the number of trainings done, after each.
+
+    Raises:
+        ValueError: no task has two train pairs.
     """
     device = start.agent.copy_scale.device
     small = smaller_half([task for task in tasks if len(task.train) > 1])
+    require(bool(small), "tasks", "at least one with two train pairs", [task.id for task in tasks])
     together = min(SIDE_BY_SIDE, len(small)) if device.type == "cuda" else 1
     train_on = train_side_by_side if device.type == "cuda" else train_one_by_one
     encoded: dict[str, tuple[Tensor, Tensor]] = {}
     began, before = time.monotonic(), start.tasks / most
-    while small and not should_stop():
+    while not should_stop():
         share = start.tasks / most
         if seconds is not None:
             share = max(share, before + (1 - before) * (time.monotonic() - began) / seconds)
