@@ -27,6 +27,7 @@ THREADS = Path(__file__).resolve().parent / "threads"
 TILES = "loss/efe_tiles.cpp"
 SOURCES = (
     "ops.cpp",
+    "loss/cross_entropy.cpp",
     "loss/efe_autograd.cpp",
     "loss/efe_loss_cpu.cpp",
     "norms/grad_norm_cpu.cpp",
@@ -50,6 +51,7 @@ LOSS = (
     "loss/test_efe_loss.py",
     "loss/test_efe_layouts.py",
     "loss/test_cross_entropy.py",
+    "loss/test_cross_entropy_direct.py",
 )
 # not ours: the Triton kernels, what torch compiles; gigabytes of gradient; a child that has to die of its own signal
 LEFT_OUT = "not triton and not inductor and not two_to_the_31 and not factor_is_one"
