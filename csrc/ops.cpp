@@ -9,6 +9,7 @@
 
 #include "common/vectorize.h"
 #include "loss/cross_entropy.h"
+#include "norms/measured.h"
 
 TORCH_LIBRARY(qwen_fused, m) {
   // rows: triples (begin, end, base): row r covers grads[begin:end] and counts its first bad tensor from base.
@@ -95,6 +96,10 @@ PyMethodDef methods[] = {
      METH_FASTCALL,
      "The direct way to the op of the same name, with hard_mode by its name: the fields of EFEOutput, or None where a "
      "tensor, an argument or the moment is not plain."},
+    {"remember_gradients", &qwen_fused::remember_gradients, METH_O,
+     "List of tensors or None -> what `first_changed_gradient` asks for; holds none of them alive."},
+    {"first_changed_gradient", reinterpret_cast<PyCFunction>(&qwen_fused::first_changed_gradient), METH_FASTCALL,
+     "(what was remembered, list) -> place of the first tensor that is another or was written to since, or -1."},
     {}};
 
 }  // namespace

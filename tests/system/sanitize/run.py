@@ -32,6 +32,7 @@ SOURCES = (
     "loss/efe_loss_cpu.cpp",
     "norms/grad_norm_cpu.cpp",
     "norms/grad_clip_cpu.cpp",
+    "norms/measured.cpp",
     TILES,
 )
 FLAGS = {
@@ -44,7 +45,12 @@ COMPLAINT = re.compile(
     r"(ERROR: AddressSanitizer: [\w-]+|runtime error: .*|WARNING: ThreadSanitizer: [^(]+|CHECK failed.*)"
 )
 
-GRADIENTS = ("system/test_raw_gradients.py", "norms/test_group_grad_norm.py", "norms/test_clip.py")
+GRADIENTS = (
+    "system/test_raw_gradients.py",
+    "norms/test_group_grad_norm.py",
+    "norms/test_clip.py",
+    "norms/test_measured.py",
+)
 LOSS = (
     "system/test_raw_ops.py",
     "loss/test_efe_ops.py",
