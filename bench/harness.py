@@ -29,6 +29,8 @@ from on_device import device_ms, launches_and_syncs, wait
 # seconds for one comparison, and the fewest rounds that give a median and its spread
 SECONDS = {"quick": 2.0, "full": 10.0}
 FEWEST, MOST = 3, 60
+# what `timed` reads: on a machine that others work on too, a bench of one thread may take time.process_time
+CLOCK = time.perf_counter
 # a call shorter than this is repeated within a round, to stand above the clock and a device's wait
 SHORTEST = 0.01
 
@@ -140,11 +142,11 @@ def timed(call: Call, device: torch.device, repeats: int = 1) -> float:
     """Seconds for the comparison's work, the device's own included."""
     value = call.prepare() if call.prepare else None
     wait(device)
-    start = time.perf_counter()
+    start = CLOCK()
     for _ in range(repeats):
         call.run(value)
     wait(device)
-    return (time.perf_counter() - start) / repeats / call.share
+    return (CLOCK() - start) / repeats / call.share
 
 
 def row_of(

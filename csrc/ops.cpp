@@ -8,6 +8,8 @@
 #include <string>
 
 #include "common/vectorize.h"
+#include "loss/cross_entropy.h"
+#include "norms/measured.h"
 
 TORCH_LIBRARY(qwen_fused, m) {
   // rows: triples (begin, end, base): row r covers grads[begin:end] and counts its first bad tensor from base.
@@ -86,9 +88,26 @@ pybind11::dict built_with() {
 
 }  // namespace
 
+namespace {
+
+// not by pybind11, which takes a microsecond for the arguments
+PyMethodDef methods[] = {
+    {"hard_cell_cross_entropy", reinterpret_cast<PyCFunction>(&qwen_fused::hard_cell_cross_entropy_direct),
+     METH_FASTCALL,
+     "The direct way to the op of the same name, with hard_mode by its name: the fields of EFEOutput, or None where a "
+     "tensor, an argument or the moment is not plain."},
+    {"remember_gradients", &qwen_fused::remember_gradients, METH_O,
+     "List of tensors or None -> what `first_changed_gradient` asks for; holds none of them alive."},
+    {"first_changed_gradient", reinterpret_cast<PyCFunction>(&qwen_fused::first_changed_gradient), METH_FASTCALL,
+     "(what was remembered, list) -> place of the first tensor that is another or was written to since, or -1."},
+    {}};
+
+}  // namespace
+
 // the ops register themselves when the library is loaded
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled ops, torch.ops.qwen_fused.*, and what they were built with.";
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw pybind11::error_already_set();
   m.def(
       "built_with", &built_with, "Compiler, instruction sets, torch and CUDA architectures -> one line of text each.");
 }

@@ -10,40 +10,20 @@
 #include <vector>
 
 #include "efe_arguments.h"
+#include "efe_ops.h"
 
 namespace qwen_fused {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using In = const at::Tensor&;
-using MaybeIn = const OptionalTensor&;
-using Weights = at::ArrayRef<double>;
-using Needs = std::array<bool, 5>;
-using Forward = Eight(
-    In, In, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, const On&, Weights, double, int64_t,
-    int64_t);
-using Backward = Five(
-    In, In, In, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn, In, In, In, In,
-    const On&, Weights, double, int64_t, int64_t, const Needs&);
 
 // saved behind the tensors that forward was given
-enum Saved { PREDICTED = 10, COEF, D_POOLED, D_OBS_ENTROPY, D_PROMPT_COLORS };
+enum Place { PREDICTED = 10, COEF, D_POOLED, D_OBS_ENTROPY, D_PROMPT_COLORS };
 
 // tensors among the arguments of forward, and the places of those that have a gradient
 inline constexpr size_t TENSORS = 10, ARGUMENTS = 15;
 inline constexpr Needs::size_type DIFFERENTIABLE[] = {0, 2, 3, 5, 6};
-
-const auto& forward_op() {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("qwen_fused::efe_loss", "").typed<Forward>();
-  return op;
-}
-
-const auto& backward_op() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("qwen_fused::efe_loss_backward", "").typed<Backward>();
-  return op;
-}
 
 // past the graph
 template <class Op, class... Arguments>
@@ -203,27 +183,11 @@ struct Typed<Five(Arguments...)> {
   }
 };
 
-// the cross-entropy alone: for the few cells of a small call, fifteen arguments from Python take longer than the loss
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hard_cell_cross_entropy(
-    In logits, In target, MaybeIn class_weight, double hard_floor, int64_t hard_mode, int64_t ignore_index) {
-  constexpr On on{true};
-  constexpr double weights[TERMS] = {1.0};
-  const OptionalTensor none;
-  const auto [loss, terms, solved, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors] = forward_op().call(
-      logits, target, none, none, none, none, none, none, class_weight, none, on, weights, hard_floor, hard_mode,
-      ignore_index);
-  return {loss, terms.select(1, CE), terms.select(1, TERMS), terms.select(1, TERMS + 1), solved, predicted};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(qwen_fused, Autograd, m) {
   m.impl("efe_loss", &Typed<Forward>::apply);
   m.impl("efe_loss_backward", &Typed<Backward>::apply);
-}
-
-TORCH_LIBRARY_IMPL(qwen_fused, CompositeImplicitAutograd, m) {
-  m.impl("hard_cell_cross_entropy", &hard_cell_cross_entropy);
 }
 
 }  // namespace qwen_fused

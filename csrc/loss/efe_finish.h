@@ -9,13 +9,10 @@
 #include <limits>
 #include <vector>
 
+#include "efe_cpu.h"
 #include "efe_job.h"
 
 namespace qwen_fused {
-
-struct ForwardResult {
-  at::Tensor loss, terms, solved, predicted, coef, d_pooled, d_obs_entropy, d_prompt_colors;
-};
 
 inline double largest_of(const double* u, int64_t C) {
   double found = 0;
@@ -57,9 +54,9 @@ void finish(const Job<T>& job, const std::vector<double>& sums, const T* prompt_
   out.terms = at::empty({B, TERMS + 2}, options);
   out.solved = at::empty({B}, options.dtype(at::kBool));
   out.coef = at::empty({B + 1, 2}, options);
-  out.d_pooled = at::empty({job.on[PROMPT] ? B : 0, steps, C}, options);
-  out.d_obs_entropy = at::empty({job.on[AMBIGUITY] ? C : 0}, options);
-  out.d_prompt_colors = at::empty({job.on[PROMPT] ? B : 0, C}, options);
+  if (job.on[AMBIGUITY]) out.d_obs_entropy = at::empty({C}, options);
+  if (job.on[PROMPT])
+    out.d_pooled = at::empty({B, steps, C}, options), out.d_prompt_colors = at::empty({B, C}, options);
   T* const terms = out.terms.template data_ptr<T>();
   T* const coef = out.coef.template data_ptr<T>();
   std::vector<double> d_obs(C), du(C), dv(C), u(C), v(C);

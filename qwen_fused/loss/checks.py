@@ -115,7 +115,8 @@ def check_options(hard_floor: float, hard_mode: str, ignore_index: int) -> None:
 
 def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Refuse a class that does not exist; reads the target on the host, so not while tracing or under torch.func."""
-    if type(target) is not Tensor or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if type(target) is not Tensor or traced or torch._C._are_functorch_transforms_active():
         return
     # in a narrower type torch would wrap an ignore_index that does not fit
     target = target.long()

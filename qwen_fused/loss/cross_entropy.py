@@ -1,25 +1,35 @@
 """The cross-entropy of the loss alone, weighted by how wrong its cell or its episode is.
 
-    CPU   qwen_fused::hard_cell_cross_entropy (csrc/loss/efe_autograd.cpp): efe_loss in C++ with the other terms off
+    CPU   csrc/loss/cross_entropy.cpp: plain tensors go past the dispatcher, others through the op
+          qwen_fused::hard_cell_cross_entropy; both are efe_loss in C++ with the other terms off
     else  the way of `efe_loss`
 
 A call of its own, as on a few cells the way through `efe_loss` takes longer than the loss: C++ reads logits in the
-shape that they come in, and what the other terms ask is not asked.
+shape that they come in, looks at the arguments itself, and asks Python only for the words where it finds one wrong.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qwen_fused import backends
 from qwen_fused.kernels.reference import COLUMNS, TERMS
 from qwen_fused.loss import checks, transforms
 from qwen_fused.loss.autograd import ARGUMENTS, HARD_MODE
 from qwen_fused.loss.checks import check_flat, check_float, check_options, check_target_range
 from qwen_fused.loss.dispatch import resolve_backend, run_op, run_reference
 from qwen_fused.loss.efe_loss import EFEOutput
+
+# None for what is not plain: an argument that is wrong, a subclass, a mode, a transform, a tangent
+DIRECT: Callable[..., tuple[Any, ...] | None] | None = None
+if backends.HAS_EXTENSION:
+    import qwen_fused._C
+
+    DIRECT = getattr(qwen_fused._C, "hard_cell_cross_entropy", None)
 
 REDUCTIONS = ("mean", "episode", "none")
 ON = [name == "ce" for name in TERMS]
@@ -61,6 +71,11 @@ def hard_cell_cross_entropy(
     Raises:
         ValueError: as `efe_loss`.
     """
+    plain = backend in ("auto", "cpp") and reduction == "mean" and not torch.compiler.is_compiling()
+    if plain and DIRECT is not None:
+        found = DIRECT(logits, target, class_weight, hard_floor, hard_mode, ignore_index)
+        if found is not None:
+            return EFEOutput._make(found)
     check_flat(logits, target)
     flat = logits.dim() == 2
     if class_weight is not None:

@@ -35,6 +35,13 @@ if backends.has_op("group_grad_norm"):
         return None
 
 
+if backends.HAS_EXTENSION:
+    import qwen_fused._C
+
+COMPILED: Any = qwen_fused._C if backends.HAS_EXTENSION else None
+REMEMBER = getattr(COMPILED, "remember_gradients", None)
+
+
 def _has_kernel(name: str, device: str) -> bool:
     """Whether the op is compiled for that kind of device; to torch.compile a constant."""
     return backends.has_kernel(name, device)
@@ -105,7 +112,8 @@ class GroupGradNorm:
             ValueError: the gradients lie on several devices, are sparse, or are not float16, bfloat16, float32 or
                 float64.
         """
-        grads, rows, position = self._gather(self._ranges, self._all_rows)
+        held = [parameter.grad for parameter in self.parameters]
+        grads, rows, position = self._gather(held, self._ranges, self._all_rows)
         factor, factor_tensor = 1.0, None
         if isinstance(inv_scale, Tensor):
             factor_tensor = inv_scale
@@ -124,7 +132,8 @@ class GroupGradNorm:
             values, counts = self._measure(*share, factor, factor_tensor)
             values = values.to(torch.float64 if wide else torch.float32)
             values, counts = sharded.combine(values, counts, mesh)
-        return GradStats(self._columns, len(self.groups), values, counts, self.tensors, self._written)
+        measured = None if REMEMBER is None or torch.compiler.is_compiling() else REMEMBER(held)
+        return GradStats(self._columns, len(self.groups), values, counts, self.tensors, self._written, measured)
 
     @torch.no_grad()
     def clip_(
@@ -148,8 +157,8 @@ class GroupGradNorm:
         Raises:
             ValueError: a bound is negative or no number, or for a group that there is not; stats of another
                 GroupGradNorm.
-            RuntimeError: the gradients were scaled since they were measured, by these stats or others; or
-                error_if_nonfinite.
+            RuntimeError: the gradients were scaled since they were measured, by these stats or others; one is another
+                tensor or was written to since, where the extension is there to see it; or error_if_nonfinite.
         """
         if stats.tensors is not self.tensors:
             raise ValueError(
@@ -158,21 +167,41 @@ class GroupGradNorm:
             )
         if stats.written:
             raise RuntimeError("stats must be measured anew: clip_ has scaled the gradients since these were measured")
+        held = [parameter.grad for parameter in self.parameters]
+        self._check_unchanged(stats, held)
         numbers, bounds = read_bounds(max_norm, self.groups, stats.values)
         if error_if_nonfinite:
             refuse_nonfinite(stats.to_dict())
         stats.written.append(True)
         self._written = []
         count = len(self.groups)
-        grads, rows, _ = self._gather(self._ranges[:count], self._all_rows[: 3 * count])
+        grads, rows, _ = self._gather(held, self._ranges[:count], self._all_rows[: 3 * count])
         if not grads:
             return
         _call("group_grad_clip_", reference.clip_, sharded.local(grads), rows, stats.values, numbers, bounds)
         sharded.count_write(grads)
 
-    def _gather(self, ranges: list[tuple[int, int]], rows: list[int]) -> tuple[list[Tensor], list[int], list[int]]:
+    def _check_unchanged(self, stats: GradStats, held: list[Tensor | None]) -> None:
+        """Refuse to scale by the norm of what was there before."""
+        if stats.measured is None or torch.compiler.is_compiling():
+            return
+        place = COMPILED.first_changed_gradient(stats.measured, held)
+        if place < 0:
+            return
+        name = next(
+            f"{self.tensors[group][place - begin]} of group {group}"
+            for group, (begin, end) in zip(self.groups, self._ranges, strict=False)
+            if begin <= place < end
+        )
+        raise RuntimeError(
+            f"stats must be measured anew: the gradient of {name} is another tensor, or was written to, since it was "
+            f"measured"
+        )
+
+    def _gather(
+        self, grads: list[Tensor | None], ranges: list[tuple[int, int]], rows: list[int]
+    ) -> tuple[list[Tensor], list[int], list[int]]:
         """The gradients there are, the rows over them, and their places in the full list (empty: all of them)."""
-        grads = [parameter.grad for parameter in self.parameters]
         present = [grad for grad in grads if grad is not None]
         if len(present) == len(grads):
             return present, rows, []

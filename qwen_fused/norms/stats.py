@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class GradStats:
         counts: [2, R] int64: nonfinite, first_nonfinite.
         tensors: name in `columns` -> names of its tensors.
         written: grows when `clip_` writes to what was measured, so that the same stats don't scale it twice.
+        measured: what tells whether the gradients are still those; None where nothing does, as after pickling.
     """
 
     columns: tuple[str, ...]
@@ -34,6 +36,10 @@ class GradStats:
     counts: Tensor  # [2, R]
     tensors: Mapping[str, Sequence[str]]
     written: list[bool] = field(default_factory=list, repr=False)
+    measured: Any = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "measured": None}
 
     @property
     def norm(self) -> Tensor:

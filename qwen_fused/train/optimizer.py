@@ -38,8 +38,10 @@ class MasterAdamW(torch.optim.AdamW):
     """Fused AdamW with a float32 master and float32 moments for every half-precision parameter.
 
     Float32 parameters step exactly as under `torch.optim.AdamW(fused=True)`. `found_inf` and `grad_scale` are honoured
-    as there, on the device. A master is made at the first step, of the parameter as it then is; who loads other weights
-    later loads the optimizer's state too, or makes a new optimizer. Gradients and loaded moments may lie in memory
+    as there, on the device. A master is made at the first step, of the parameter as it then is. Weights that somebody
+    writes to between two steps, to clamp them or to load others, are taken up by their masters, element by element;
+    where they are written past autograd, by `.data`, nobody is told, and the master wins. A model that changes its type
+    drops its masters, or has new ones, and keeps its moments. Gradients and loaded moments may lie in memory
     otherwise than their parameter: they are laid out like it, where torch's fused step would pair the wrong elements.
     To autograd a step is a write, of parameters and state.
 
@@ -54,6 +56,8 @@ class MasterAdamW(torch.optim.AdamW):
 
     # set by whoever steps, as `torch.amp.GradScaler` does
     found_inf: Tensor
+    # for who would count a fused optimizer's writes for it
+    counts_writes = True
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, fused=True, **options)
@@ -95,7 +99,12 @@ class MasterAdamW(torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         amsgrad, grad_scale = group["amsgrad"], getattr(self, "grad_scale", None)
         moments = (*MOMENTS, LARGEST) if amsgrad else MOMENTS
+        # the version of each half-precision parameter as the last step left it; not in the state, which is saved
+        left = self.__dict__.setdefault("_left", {})
         states = [self._state(p, moments) for p in members]
+        for parameter, state in zip(members, states, strict=True):
+            if MASTER in state and left.get(parameter) != parameter._version:
+                take_up(state[MASTER], parameter)
         # the tensors that are stepped: the parameter or its master, or a copy of it without holes
         values = [without_holes(state.get(MASTER, p)) for p, state in zip(members, states, strict=True)]
         gradients = []
@@ -135,6 +144,7 @@ class MasterAdamW(torch.optim.AdamW):
         if moved:
             # a step that was skipped leaves the masters, and so their rounding, as they were
             torch._foreach_copy_([p for p, _ in moved], [value for _, value in moved])
+        left.update((p, p._version) for p in members if p.dtype in HALF)
 
     def _state(self, parameter: Tensor, moments: Sequence[str]) -> dict[str, Tensor]:
         state = self.state[parameter]
@@ -142,11 +152,17 @@ class MasterAdamW(torch.optim.AdamW):
             if parameter.dtype not in (*HALF, torch.float32, torch.float64):
                 raise ValueError(f"parameters must be real floating point, got {parameter.dtype}")
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            if parameter.dtype in HALF:
-                state[MASTER] = parameter.detach().float()
+        if parameter.dtype not in HALF:
+            # of a model that was in half precision before: its weights go on as they are
+            state.pop(MASTER, None)
+        elif MASTER not in state:
+            state[MASTER] = parameter.detach().float()
+        stepped = state.get(MASTER, parameter)
         for name in moments:
             if name not in state:
-                state[name] = torch.zeros_like(state.get(MASTER, parameter), memory_format=torch.preserve_format)
+                state[name] = torch.zeros_like(stepped, memory_format=torch.preserve_format)
+            elif state[name].dtype != stepped.dtype:
+                state[name] = state[name].to(stepped.dtype)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -168,11 +184,17 @@ class MasterAdamW(torch.optim.AdamW):
                     "it was saved by another optimizer"
                 )
         super().load_state_dict(state_dict)
+        self.__dict__.pop("_left", None)
         # torch rounds state to its parameter's type on the way in
         for parameter, index in zip(held, saved, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 if parameter.dtype in HALF and name != "step":
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def take_up(master: Tensor, parameter: Tensor) -> None:
+    """Let the master have what of the parameter is not its rounding."""
+    master.copy_(torch.where(parameter == master.to(parameter.dtype), master, parameter.to(master.dtype)))
 
 
 def local(tensor: Tensor) -> Tensor:

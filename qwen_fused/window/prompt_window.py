@@ -45,6 +45,8 @@ def watch_fused_steps() -> None:
     """From now on, count a fused optimizer's step as the write to its parameters that it is: torch does not."""
 
     def count(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if getattr(optimizer, "counts_writes", False):
+            return
         for group in optimizer.param_groups:
             if group.get("fused"):
                 torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
@@ -132,6 +134,9 @@ class PromptWindow:
             raise RuntimeError(f"the window has had its {self.size} batches: call flush() before the next one")
         if len(keys) == 0:
             raise ValueError("keys must hold at least one key, got none")
+        if any(isinstance(key, Tensor) or not isinstance(key, Hashable) for key in keys):
+            found = next(type(k).__name__ for k in keys if isinstance(k, Tensor) or not isinstance(k, Hashable))
+            raise ValueError(f"keys must be hashable and equal where they mean the same, as numbers are, got a {found}")
         self._check_parameters()
         new = list(dict.fromkeys(key for key in keys if key not in self.rows))
         if new:

@@ -305,3 +305,10 @@ class TestMisuse:
     def test_no_keys(self):
         with pytest.raises(ValueError, match="at least one key"):
             PromptWindow(Table()).prompts([])
+
+
+@pytest.mark.parametrize("keys", [torch.tensor([1, 1]), [torch.tensor(1)], [[1]]], ids=["tensor", "scalar", "list"])
+def test_keys_that_mean_nothing_the_next_time_are_refused(keys):
+    """Two tensors of one value are two keys to a dictionary."""
+    with pytest.raises(ValueError, match="keys must be hashable and equal where they mean the same.*got a (Tens|list)"):
+        PromptWindow(Table(), 3).prompts(keys)

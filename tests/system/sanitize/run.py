@@ -27,10 +27,12 @@ THREADS = Path(__file__).resolve().parent / "threads"
 TILES = "loss/efe_tiles.cpp"
 SOURCES = (
     "ops.cpp",
+    "loss/cross_entropy.cpp",
     "loss/efe_autograd.cpp",
     "loss/efe_loss_cpu.cpp",
     "norms/grad_norm_cpu.cpp",
     "norms/grad_clip_cpu.cpp",
+    "norms/measured.cpp",
     TILES,
 )
 FLAGS = {
@@ -43,13 +45,19 @@ COMPLAINT = re.compile(
     r"(ERROR: AddressSanitizer: [\w-]+|runtime error: .*|WARNING: ThreadSanitizer: [^(]+|CHECK failed.*)"
 )
 
-GRADIENTS = ("system/test_raw_gradients.py", "norms/test_group_grad_norm.py", "norms/test_clip.py")
+GRADIENTS = (
+    "system/test_raw_gradients.py",
+    "norms/test_group_grad_norm.py",
+    "norms/test_clip.py",
+    "norms/test_measured.py",
+)
 LOSS = (
     "system/test_raw_ops.py",
     "loss/test_efe_ops.py",
     "loss/test_efe_loss.py",
     "loss/test_efe_layouts.py",
     "loss/test_cross_entropy.py",
+    "loss/test_cross_entropy_direct.py",
 )
 # not ours: the Triton kernels, what torch compiles; gigabytes of gradient; a child that has to die of its own signal
 LEFT_OUT = "not triton and not inductor and not two_to_the_31 and not factor_is_one"
