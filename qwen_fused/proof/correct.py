@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from qwen_fused.common.layers import group_by_layer
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.derivative import Directions
-from qwen_fused.proof.ladder import Finding, Rung
+from qwen_fused.proof.kinds import WRITTEN
+from qwen_fused.proof.ladder import Finding, Rung, name_some
 from qwen_fused.proof.replay import Held, ReplayMismatch
 from qwen_fused.proof.slots import Slot
 from qwen_fused.proof.subject import Gradients, Subject, as_float
@@ -66,21 +68,53 @@ def correct(
     judged = _judged(trace, gradients)
     if not judged:
         return Rung("correct", None, "every parameter is written to, or cached, by the loss function itself")
-    coarse = _coarsest(subject, trace, loss)
-    groups, types, planned = _plan(judged, _types(coarse, trace.threads), memory)
+    ask = Asked(judged, directions, seed, base, memory, value, nondeterminism)
+    rung = _measured(subject, point, held, ask)
+    written = {event.slot: event for event in trace.reaching if event.kind in WRITTEN and event.slot in held}
+    if rung.ok is False and written and gradients.erased_at is None:
+        # a fixed point found without a graph, say, whose hook or whose own backward brings the gradient of the whole
+        whole = _measured(subject, point, {slot: h for slot, h in held.items() if slot not in written}, ask)
+        if whole.ok:
+            places = name_some(dict.fromkeys(str(event.site.user) for event in written.values()), 2)
+            subject.notes.append(f"a hook, or the backward that was given, brings the gradient that is cut at {places}")
+            rung = whole
+    left = len(gradients.of) - len(judged)
+    rung.detail += f"; {left} not judged: the loss function writes to them or caches them" if left else ""
+    return rung
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is measured, and how: the arguments of `correct`, the loss, and by how much it differs from itself."""
+
+    judged: dict[str, Tensor]
+    directions: int
+    seed: int
+    base: Mapping[str, Tensor] | None
+    memory: int | None
+    value: float
+    nondeterminism: float
+
+
+def _measured(subject: Subject, point: Point, held: Mapping[Slot, Held], ask: Asked) -> Rung:
+    """Compare with finite differences of the loss while the given calls' results are held still."""
+    trace = point.trace
+    coarse = _coarsest(subject, trace, point.loss)
+    groups, types, planned = _plan(ask.judged, _types(coarse, trace.threads), ask.memory)
     rung, doubt, reason = Rung("correct", None, ""), None, planned
     for wide in types:
         # a sum over groups of parameters, most often one of all of them
         evaluate = subject.evaluation(trace, held, wide)
         parts: list[Rung] = []
         for group in groups:
-            lines = Directions(subject.trainable, group, evaluate, coarse, wide, seed, base)
+            lines = Directions(subject.trainable, group, evaluate, coarse, wide, ask.seed, ask.base)
             try:
-                if wide is not None and not parts and (said := _disagreement(lines, value, coarse)):
+                if wide is not None and not parts and (said := _disagreement(lines, ask.value, coarse)):
                     reason += f"; not in {str(wide).removeprefix('torch.')}: {said}"
                     break
-                verdicts = [lines.check(n, nondeterminism) for n in range(directions if len(groups) == 1 else 1)]
-                parts.append(_summarize(subject, point, lines, verdicts, nondeterminism, doubt))
+                count = ask.directions if len(groups) == 1 else 1
+                verdicts = [lines.check(n, ask.nondeterminism) for n in range(count)]
+                parts.append(_summarize(subject, point, lines, verdicts, ask.nondeterminism, doubt))
             except ReplayMismatch as error:
                 parts.append(Rung("correct", None, f"the loss function does not make the same calls twice: {error}"))
             finally:
@@ -92,8 +126,7 @@ def correct(
         if rung.ok is not None:
             break
         doubt = rung.detail if rung.detail.startswith(DOUBT) else None
-    left = len(gradients.of) - len(judged)
-    rung.detail += reason + (f"; {left} not judged: the loss function writes to them or caches them" if left else "")
+    rung.detail += reason
     return rung
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ class CutLog:
         self.switch = GradientSwitch()
         self._aliases: dict[Key, list[Event]] = {}
         self._sources: dict[Key, list[Event]] = {}
+        # the last write of living values to each storage: made through an alias, autograd may not know of it
+        self._writes: dict[Key, Event] = {}
         self._lost_memo: dict[int, int] = {}
 
     def switch_parameter(self, func: Any, name: str, tensor: Tensor, args: tuple, kwargs: dict) -> Any:
@@ -56,6 +59,9 @@ class CutLog:
         for key in self.written:
             for alias in self._aliases.get(key, ()):
                 alias.aliased = True
+            if alive:
+                written = f"a write by {kinds.describe(func, name, '')} through another tensor of the same memory"
+                self._writes[key] = Event("data", written, frames.locate(), alive, self.calls)
         results += [t for t in ins if labels.key(t) in self.written and not any(t is r for r in results)]
         dead = [(t, alive & labels.values(t) & ~labels.alive(t)) for t in results]
         event: Event | None = None
@@ -82,10 +88,25 @@ class CutLog:
         if kind == "no_grad":
             kind, at, site = self.switch.kind, site.user, self.switch.site or site
             site = Site(site.user, site.inside, frames.locate().callers)
-        bit = 1 << len(self.trace.cuts)
-        event = Event(kind, kinds.describe(func, name, kind), site, lost, self.calls, bit, at)
+        return self._listed(Event(kind, kinds.describe(func, name, kind), site, lost, self.calls, at=at), lost)
+
+    def _listed(self, event: Event, lost: int) -> Event:
+        """The event as the next of the cuts, with a label of its own."""
+        event = dataclasses.replace(event, lost=lost, bit=1 << len(self.trace.cuts))
         self.trace.cuts.append(event)
         return event
+
+    def explain_aliases(self, loss: Tensor) -> None:
+        """Where labels say that the loss is connected and its graph says it isn't: note a write through an alias.
+
+        Labels of what is alive lie on storages, which the tensor written through shares with the one that is used.
+        """
+        labels = self.labels
+        claimed = labels.alive(loss) & ~labels.reached_from(loss) & ~self.lost_behind(labels.cuts(loss))
+        for written in sorted(self._writes.values(), key=lambda event: -event.order) if claimed else ():
+            if written.lost & claimed:
+                labels.add_own_cuts(loss, self._listed(written, written.lost & claimed).bit)
+                claimed &= ~written.lost
 
     def look_for_unseen(self, tensors: list[Tensor]) -> None:
         """Note a cut for what arrives dead though no operation was seen to lose it."""
@@ -95,6 +116,11 @@ class CutLog:
             missing &= ~self.lost_behind(labels.cuts(tensor))
             for event in self._aliases.get(labels.key(tensor), ()) if missing else ():
                 # wrapped anew (as nn.Parameter(x.data) does), and so without the label
+                labels.add_own_cuts(tensor, event.bit)
+                missing &= ~event.lost
+            written = self._writes.get(labels.key(tensor)) if missing else None
+            if written is not None and written.lost & missing:
+                event = self._listed(written, written.lost & missing)
                 labels.add_own_cuts(tensor, event.bit)
                 missing &= ~event.lost
             if missing:

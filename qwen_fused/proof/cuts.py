@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qwen_fused.proof.draws import Draw
 from qwen_fused.proof.frames import Frame, Site
 from qwen_fused.proof.labels import Labels
-from qwen_fused.proof.replay import Record
+from qwen_fused.proof.replay import PaddedRows, Record
 from qwen_fused.proof.slots import Slot
 
 
@@ -49,6 +49,25 @@ class Cut:
         return f"{self.operation} at {self.frame}"
 
 
+@dataclass(frozen=True)
+class PartialCut:
+    """A cut beside a way that still connects, and how much of the gradient it takes.
+
+    Args:
+        operation: what was called.
+        frame: where.
+        share: the part of the loss's derivative along one direction that flows through it, from 0 to 1; NaN where that
+            can't be measured, or where the loss has next to no derivative without the cut: a straight-through
+            estimator, a score function.
+        parameters: names of the parameters that lose it.
+    """
+
+    operation: str
+    frame: Frame
+    share: float
+    parameters: tuple[str, ...]
+
+
 @dataclass
 class Event:
     """A cut, or a departure (a value that left tensors), as it was met; `bit` is its label."""
@@ -61,7 +80,7 @@ class Event:
     bit: int = 0
     at: Frame | None = None
     slot: Slot | None = None
-    record: Record | None = None
+    record: Record | PaddedRows | None = None
     continues: bool = False  # whether that storage was used as a tensor later
     carried: bool = False  # whether it became a leaf that the user's own backward can carry on from
     aliased: bool = False  # whether its result was written through later
@@ -111,6 +130,7 @@ class Trace:
     used: int = 0  # parameters that any operation read
     draws: dict[Slot, Draw] = field(default_factory=dict)  # every call that drew from a generator
     rewritten: int = 0  # parameters whose own values the loss function writes to
+    differentiated: int = 0  # parameters upstream of what the loss function takes derivatives of
     differentiates: bool = False  # whether the loss function asks for gradients itself
     threads: bool = False  # whether other threads were given something to do
     half: bool = False  # whether anything was computed in 16 bits
@@ -136,7 +156,7 @@ class Trace:
         """Cuts that the loss's values lie behind, in the order they were met."""
         return [event for event in self.cuts if event.bit & self.through]
 
-    def held(self, *, carried: bool) -> dict[Slot, Record]:
+    def held(self, *, carried: bool) -> dict[Slot, Record | PaddedRows]:
         """What to hold still so that the loss is the function which autograd differentiates.
 
         Args:

@@ -25,6 +25,8 @@ from qwen_fused.proof.verdict import Estimate, Verdict
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 # largest relative error at which a direction is judged at all
 JUDGED_BELOW = 0.1
+# how many times its rounding the loss must move where the gradient is zero, for the zero to be wrong
+ZERO_MOVES = 1e3
 # by the type of the evaluations: smallest and largest step, relative to the parameters' size, and the relative change
 # of the loss to aim at, near the cube root of its precision, where rounding and bending are alike
 STEPS = {torch.float64: (1e-7, 1e-2, 6e-6), torch.float32: (1e-4, 3e-1, 2.5e-3), torch.bfloat16: (1e-2, 3e-1, 5e-2)}
@@ -134,16 +136,22 @@ class Directions:
             verdict.reason = "a kink: autograd's value lies between the slopes to both sides" if verdict.ok else ""
         return verdict
 
-    def deviation_along(self, number: int) -> float:
-        """Measured minus autograd's derivative along one direction, relative to the larger of the two."""
-        weights = self._weights(number, self.parameters.keys())
+    def change_along(self, number: int, names: Collection[str]) -> tuple[float, float]:
+        """How measured and autograd's derivative differ along one direction in which the named parameters move.
+
+        Returns:
+            The difference over the larger of the two, and the measured over the larger of the two: both NaN where
+            autograd's is zero.
+        """
+        weights = self._weights(number, names)
         slope, shares = self._predict(self.last / 10, weights)
         scale = math.sqrt(sum(share * share for share in shares.values()))
         if not scale:
-            return math.nan
+            return math.nan, math.nan
         step = self._first_step(self.here(), scale)
         deviation = self._deviation(step, weights, scale)[0] * scale
-        return deviation / max(abs(slope + deviation), abs(slope))
+        larger = max(abs(slope + deviation), abs(slope))
+        return abs(deviation) / larger, abs(slope + deviation) / larger
 
     def wrong_among(self, groups: Mapping[str, list[str]]) -> list[str]:
         """Names of the groups of parameters whose own derivative deviates, each group judged alone."""
@@ -154,7 +162,10 @@ class Directions:
         shares = self._predict(self.last / 10, weights)[1]
         scale = math.sqrt(sum(share * share for share in shares.values()))
         if not scale:
-            return False
+            # a gradient of zero is right only where the loss does not move
+            far = self.last / 10
+            change = abs(self._loss_at(far, weights) - self._loss_at(-far, weights))
+            return change > ZERO_MOVES * self.noise * abs(self.here())
         step = self._first_step(self.here(), scale)
         return abs(self._deviation(step, weights, scale)[0]) > 2 * self.tolerance
 

@@ -92,6 +92,10 @@ def deliver(
             hook.remove()
         for leaf, grad in others:
             leaf.grad = grad
+    for name, p in trainable.items():
+        if name not in found.of and p.grad is not None:
+            # put there by the caller, from autograd.grad say: no hook hears of it
+            found.of[name] = p.grad.detach() if take else p.grad.detach().clone()
     if found.error is None and not found.stepped:
         finish_reduction(trainable[name] for name in found.of)
     if not found.stepped:
@@ -152,7 +156,8 @@ def _is_alive(gradient: Tensor | None) -> bool:
 
 
 def _take_scale_off(found: Gradients, scale: float) -> None:
-    if scale == 1 or scale == 0 or not math.isfinite(scale):
+    # a negative factor is no scaler's: the gradient points the wrong way
+    if scale == 1 or scale <= 0 or not math.isfinite(scale):
         return
     found.scale = scale
     # float32, in which a small gradient survives the loss of its scale

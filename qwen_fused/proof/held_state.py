@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from qwen_fused.proof.optimizers import copy_containers, tensors_of_state
 
+# an optimizer's own attributes that are put back
+PLAIN = (bool, int, float, str, type(None))
+
 
 @dataclass
 class HeldBuffer:
@@ -73,6 +76,7 @@ class HeldOptimizer:
     state: list[tuple[Any, Any]]
     groups: list[tuple[dict[str, Any], dict[str, Any]]]
     rest: dict[str, Any]
+    known: frozenset[str]
 
     @classmethod
     def of(cls, optimizer: Any, copy_of: Callable[[Tensor], Tensor]) -> HeldOptimizer:
@@ -82,8 +86,8 @@ class HeldOptimizer:
         options = [value for _, group in groups for key, value in group.items() if key != "params"]
         tensors = [(value, copy_of(value)) for value in tensors_of_state([list(held.values()), options])]
         state = [(parameter, copy_containers(entries)) for parameter, entries in held.items()]
-        rest = {k: v for k, v in vars(optimizer).items() if isinstance(v, (bool, int, float, str, type(None)))}
-        return cls(optimizer, tensors, state, groups, rest)
+        rest = {k: v for k, v in vars(optimizer).items() if isinstance(v, PLAIN)}
+        return cls(optimizer, tensors, state, groups, rest, frozenset(vars(optimizer)))
 
     def put_back(self) -> None:
         """Set everything back."""
@@ -97,4 +101,7 @@ class HeldOptimizer:
         for group, options in self.groups:
             group.clear()
             group.update(options)
+        # a flag that its first step set, as a scheduler's wrapper does
+        for key in [k for k, v in vars(self.optimizer).items() if k not in self.known and isinstance(v, PLAIN)]:
+            del vars(self.optimizer)[key]
         vars(self.optimizer).update(self.rest)

@@ -72,6 +72,8 @@ _COMPARISON = {"eq", "ne", "lt", "le", "gt", "ge", "less", "less_equal", "greate
 }
 _CAST = {"to", "type", "long", "int", "short", "byte", "char", "bool", "type_as", "view"}
 _SELF_DESCRIBING = {"detach": "detach", "detach_": "detach", "data.__get__": "data"}
+# kinds of a cut that somebody wrote down
+WRITTEN = ("detach", "no_grad", "decorated no_grad", "inference_mode", "requires_grad", "data")
 _SWITCHES = {
     "no_grad": "torch.no_grad",
     "decorated no_grad": "@torch.no_grad",

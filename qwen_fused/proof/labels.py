@@ -6,7 +6,9 @@ storages are told apart by address, and a weak reference to each keeps its addre
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -91,6 +93,10 @@ class Labels:
         """Parameters that the tensor's values depend on."""
         # parameters that share one storage are still told apart
         return self.bits.get(id(tensor)) or self._values.get(self.key(tensor), 0)
+
+    def values_of_all(self, tensors: Iterable[Tensor]) -> int:
+        """Parameters that any of the tensors depends on."""
+        return reduce(or_, map(self.values, tensors), 0)
 
     def cuts(self, tensor: Tensor) -> int:
         """Cuts between those parameters and the tensor."""

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qwen_fused.proof.cuts import Cut
+from qwen_fused.proof.cuts import Cut, PartialCut
 from qwen_fused.proof.frames import NOWHERE, Frame
 
 if TYPE_CHECKING:
     from rich.text import Text
 
+# share of the gradient from which on a cut beside a way that connects is told in the headline
+MOST_LOST = 0.1
 RUNGS = ("declared", "connected", "nonzero", "correct", "applied")
 
 
@@ -78,6 +80,7 @@ class ProofReport:
         rungs: name -> rung, in the order of climbing.
         cut: the first operation that loses the gradient of a named parameter, or None.
         notes: no faults, but worth knowing: partial cuts, places not seen through, allowances that matched nothing.
+        partial_cuts: cuts beside a way that connects, with the share of the gradient that each takes.
         allowed: entry of `allow` -> how many cuts and parameters it matched.
         layers: per layer: number of parameters, gradient norm, largest element, tensors that are zero or not finite;
             of the gradient without its loss scale.
@@ -90,6 +93,7 @@ class ProofReport:
     rungs: dict[str, Rung]
     cut: Cut | None = None
     notes: list[str] = field(default_factory=list)
+    partial_cuts: list[PartialCut] = field(default_factory=list)
     allowed: dict[str, int] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
     parameters: int = 0
@@ -108,6 +112,17 @@ class ProofReport:
         if any(rung.ok is False for rung in self.rungs.values()):
             return "broken"
         return "proved" if self.ok else "not proved"
+
+    @property
+    def headline(self) -> str:
+        """The verdict, and of a gradient that is proved the cut that takes most of it, where that is above a tenth."""
+        large = [cut for cut in self.partial_cuts if cut.share > MOST_LOST]
+        if self.verdict != "proved" or not large:
+            return self.verdict
+        most = max(large, key=lambda cut: cut.share)
+        others = f" ({len(large) - 1} more below)" if len(large) > 1 else ""
+        taken = f"{most.share:.0%} of the gradient of {name_some(most.parameters, 1)}"
+        return f"proved, with a cut: {most.operation} at {most.frame} takes {taken}{others}"
 
     @property
     def findings(self) -> list[Finding]:
@@ -138,9 +153,11 @@ class ProofReport:
             }
             for name, rung in self.rungs.items()
         }
-        rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("rungs", "cut")}
+        told = ("rungs", "cut", "partial_cuts")
+        rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in told}
+        rest["partial_cuts"] = [dataclasses.asdict(cut) for cut in self.partial_cuts]
         cut = dataclasses.asdict(self.cut) | {"source": self.cut.frame.source} if self.cut else None
-        return {"ok": self.ok, "verdict": self.verdict, "rungs": rungs, "cut": cut, **rest}
+        return {"ok": self.ok, "verdict": self.verdict, "headline": self.headline, "rungs": rungs, "cut": cut, **rest}
 
     def __rich__(self) -> Text:
         # here, as the ops that share the package do without it
@@ -148,7 +165,9 @@ class ProofReport:
 
         text = Text()
         colour = {"proved": "bold green", "broken": "bold red", "not proved": "bold yellow"}[self.verdict]
-        text.append(f"gradient {self.verdict}", colour)
+        word, _, cut = self.headline.partition(", ")
+        text.append(f"gradient {word}", colour)
+        text.append(f", {cut}" if cut else "", "bold yellow")
         text.append(f"   {self.parameters} parameters, {self.evaluations} evaluations, {self.seconds:.1f} s\n")
         for number, rung in enumerate(self.rungs.values(), 1):
             self._write_rung(text, number, rung)

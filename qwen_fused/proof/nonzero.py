@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor
 from qwen_fused.common.layers import group_by_layer
 from qwen_fused.proof import backtrace
 from qwen_fused.proof.backtrace import breaks_of
-from qwen_fused.proof.frames import NOWHERE
+from qwen_fused.proof.frames import NOWHERE, of_function
+from qwen_fused.proof.hooks import hook_to_blame, hooks_of
 from qwen_fused.proof.ladder import Finding, Rung, name_some
 from qwen_fused.proof.moves import Noise, has_nonzero, scales_of
 from qwen_fused.proof.real_parts import real_parts
@@ -22,27 +24,33 @@ from qwen_fused.proof.subject import Gradients, Subject, as_float
 ADDS = ("AddmmBackward", "AddBackward", "ConvolutionBackward", "SubBackward", "ExpandBackward", "SumBackward")
 
 
-def nonzero(subject: Subject, gradients: Gradients, later: Mapping[str, Tensor], loss: Any) -> Rung:
-    """Every gradient is finite and, there or one small step away, not all zero."""
+def nonzero(subject: Subject, gradients: Gradients, later: Mapping[str, Tensor] | None, loss: Any) -> Rung:
+    """Every gradient is finite and, there or one small step away (None: its backward raised), not all zero."""
     if not gradients.of:
         return Rung("nonzero", None, "there is no gradient to look at")
     finite = [math.isfinite(_largest(g)) for g in gradients.of.values()]
     nonfinite = tuple(name for name, whole in zip(gradients.of, finite, strict=True) if not whole)
     zero = [n for n in zeros(gradients.of) if not subject.allow.name(n)]
     zero = [n for n in zero if gradients.of[n].numel()]
-    always_zero = tuple(n for n in zero if n not in later or not has_nonzero(later[n]))
+    always_zero = tuple(n for n in zero if later is not None and (n not in later or not has_nonzero(later[n])))
     findings = []
     cancels = cancelling(subject, always_zero) if always_zero else ()
-    if cancels:
+    always_zero = tuple(name for name in always_zero if name not in cancels)
+    if cancels and len(cancels) == len(gradients.of):
+        detail = "the loss depends on no parameter: every gradient cancels to zero"
+        findings.append(Finding("zero", detail, cancels))
+    elif cancels:
         subject.notes.append(f"the loss does not depend on {name_some(cancels)}: its gradient cancels to zero")
-        always_zero = tuple(name for name in always_zero if name not in cancels)
     if nonfinite:
         findings += _explain_nonfinite(subject, nonfinite, loss)
     if always_zero:
         findings += _explain_zeros(subject, always_zero)
     if findings:
-        detail = f"{len(nonfinite)} not finite, {len(always_zero)} zero of {len(gradients.of)} gradients"
+        flat = len(always_zero) or len(cancels)
+        detail = f"{len(nonfinite)} not finite, {flat} zero of {len(gradients.of)} gradients"
         return Rung("nonzero", False, detail, findings)
+    if zero and later is None:
+        return Rung("nonzero", None, f"{name_some(zero)} is zero now, and the backward of a second call raised")
     zero_here_only = [n for n in zero if n not in always_zero and n not in cancels]
     detail = f"{len(gradients.of)} gradients, all finite"
     detail += (
@@ -102,10 +110,10 @@ def cancelling(subject: Subject, names: tuple[str, ...]) -> tuple[str, ...]:
     broken, rest = breaks_of(subject, names, backtrace.ZERO)
     added = tuple(n for brk, hit in broken if brk.operation in ADDS for n in hit)
     found = [n for n in names if n in rest or (n in added and subject.named[n].dim() <= 1)]
-    return tuple(found) if found and _is_flat(subject, found) else ()
+    return tuple(found) if found and is_flat(subject, found) else ()
 
 
-def _is_flat(subject: Subject, names: Sequence[str]) -> bool:
+def is_flat(subject: Subject, names: Sequence[str]) -> bool:
     """Whether the loss stays what it is when the parameters are moved far, together: two zeros that multiply don't."""
     before = subject.value()
     scales, noise = scales_of(subject.trainable), Noise(1)
@@ -142,7 +150,25 @@ def _explain_zeros(subject: Subject, names: tuple[str, ...]) -> list[Finding]:
     """Which operation gives each of the parameters zeros, here and one small step on."""
     of_break = "{operation} passes only zeros on to {names}, and still does one step on"
     otherwise = "{names} is connected, with a gradient of exactly zero"
-    return _explain(subject, names, backtrace.ZERO, "zero", of_break, otherwise)
+    findings = _explain(subject, names, backtrace.ZERO, "zero", of_break, otherwise)
+    return [_by_hook(subject, finding) if finding.frame is None else finding for finding in findings]
+
+
+def _by_hook(subject: Subject, finding: Finding) -> Finding:
+    """The finding, with the hook's line where a hook gives the zeros."""
+
+    def is_mended(found: Gradients) -> bool:
+        return any(name in found.of and has_nonzero(found.of[name]) for name in finding.parameters)
+
+    for name in finding.parameters:
+        for function in hooks_of(subject.named[name]):
+            detail = f"a hook on {name} leaves only zeros"
+            return dataclasses.replace(finding, detail=detail, frame=of_function(function))
+    hook = hook_to_blame(subject, is_mended)
+    if hook is None:
+        return finding
+    detail = f"{hook.name}, registered here, leaves only zeros to {name_some(finding.parameters)}"
+    return dataclasses.replace(finding, detail=detail, frame=hook.site.user, inside=hook.site.inside)
 
 
 def _explain_nonfinite(subject: Subject, names: tuple[str, ...], loss: Any) -> list[Finding]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 from qwen_fused.proof.connected import returning
-from qwen_fused.proof.cuts import Trace
+from qwen_fused.proof.cuts import PartialCut, Trace
 from qwen_fused.proof.frames import Frame
 from qwen_fused.proof.ladder import name_some
 from qwen_fused.proof.partial_cuts import partial_cuts
 from qwen_fused.proof.subject import Gradients, Subject
 
 
-def notes_of(subject: Subject, trace: Trace, gradients: Gradients) -> list[str]:
-    """Cuts beside a way that does connect, and allowances that nothing needed."""
+def notes_of(subject: Subject, trace: Trace, gradients: Gradients, weighed: Sequence[PartialCut] = ()) -> list[str]:
+    """Cuts beside a way that does connect, with what they were found to take, and allowances that nothing needed."""
+    shares = {(cut.operation, cut.frame): cut.share for cut in weighed if not math.isnan(cut.share)}
     labels = trace.labels
     lines: dict[tuple[str, Frame], int] = {}
     for event in partial_cuts(subject, trace, count=True):
@@ -22,6 +26,7 @@ def notes_of(subject: Subject, trace: Trace, gradients: Gradients) -> list[str]:
     notes = [*subject.notes]
     notes += [
         f"one way to the loss is cut, another is not: {operation} at {frame} ({name_some(labels.names_of(label), 2)})"
+        + (f"; it takes {shares[operation, frame]:.0%} of the gradient" if (operation, frame) in shares else "")
         for (operation, frame), label in lines.items()
     ]
     came_back = returning(subject, trace, most=3) if trace.alive == labels.trainable else []

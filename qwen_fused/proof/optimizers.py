@@ -100,6 +100,11 @@ def rate_of(group: dict[str, Any]) -> float | None:
     return None if rate is None else float(rate)
 
 
+def has_stepped(optimizer: Any) -> bool:
+    """Whether it has stepped before: it has state, or a scheduler that watches it was told so."""
+    return bool(getattr(optimizer, "state", None)) or bool(getattr(optimizer, "_opt_called", False))
+
+
 def rate_to_come(optimizer: Any, group: dict[str, Any]) -> float:
     """What a rate of 0 will be after a warm-up: as the scheduler says, or as the optimizer was made; else 0."""
     if group.get("initial_lr") is not None:

@@ -1,31 +1,30 @@
 """A cut beside a way that still connects: how much of the gradient is lost by it.
 
 The loss is measured along one direction twice: with everything held still that autograd takes as constant, and with the
-results of the cut let go. What differs is what the cut loses. Only cuts that nobody wrote down as such are weighed, a
-`create_graph` that was forgotten say: `detach` and `no_grad` are how a gradient is stopped on purpose.
+results of the cut let go. What differs is what the cut loses. A `detach` or a `no_grad` is how a gradient is stopped on
+purpose, and what it takes is told; a cut that nobody wrote down, a `create_graph` that was forgotten say, is doubted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from qwen_fused.proof.cuts import Event, Trace
+from qwen_fused.proof.cuts import Event, PartialCut, Trace
 from qwen_fused.proof.derivative import Directions
-from qwen_fused.proof.ladder import Finding, Rung, name_some
-from qwen_fused.proof.replay import Held
+from qwen_fused.proof.frames import Frame
+from qwen_fused.proof.kinds import WRITTEN
+from qwen_fused.proof.ladder import MOST_LOST, Finding, Rung, name_some
+from qwen_fused.proof.replay import Held, NormalDraw
 from qwen_fused.proof.slots import Slot
 from qwen_fused.proof.subject import Subject
 from qwen_fused.proof.trusted_ops import Point
 
-# kinds of a cut that are written on purpose, or whose result has no derivative to lose
-WRITTEN = ("detach", "no_grad", "decorated no_grad", "inference_mode", "requires_grad", "data")
+# kinds of a cut whose result has no derivative to lose
 DISCRETE = ("argmax", "comparison", "integer cast")
-# share of the gradient beyond which a loss that nobody wrote down is no longer called proved
-MOST_LOST = 0.1
 # cuts that are weighed, each at the cost of two evaluations
 WEIGHED = 4
 
@@ -40,43 +39,55 @@ def partial_cuts(subject: Subject, trace: Trace, *, count: bool) -> list[Event]:
     return [e for e in events if not subject.allow.event(e, count=count)]
 
 
-def weigh_partial_cuts(subject: Subject, point: Point, connected: Rung, base: Mapping[str, Tensor]) -> None:
-    """Call the second rung not judged where a cut that nobody wrote down loses more than a tenth of the gradient."""
+def weigh_partial_cuts(subject: Subject, point: Point, connected: Rung, base: Mapping[str, Tensor]) -> list[PartialCut]:
+    """Measure what each cut beside a way that connects takes of the gradient, the first few of them.
+
+    Where nobody wrote the cut down and it takes more than a tenth, the second rung is not judged.
+    """
     if connected.ok is not True or not point.gradients.of:
-        return
-    lines: dict[tuple[str, str, int], list[Event]] = {}
+        return []
+    lines: dict[tuple[str, Frame], list[Event]] = {}
     for event in partial_cuts(subject, point.trace, count=False):
-        if event.kind not in (*WRITTEN, *DISCRETE) and event.slot is not None:
-            user = event.site.user
-            lines.setdefault((event.operation, user.file, user.line), []).append(event)
-    for events in list(lines.values())[:WEIGHED]:
-        share = _share_lost(subject, point, events, base)
-        if not share > MOST_LOST:
-            continue
-        event, label = events[0], 0
-        for other in events:
-            label |= other.lost & point.trace.alive
+        if event.kind not in DISCRETE and event.slot is not None:
+            lines.setdefault((event.operation, event.site.user), []).append(event)
+    weighed = []
+    for (operation, frame), events in list(lines.items())[:WEIGHED]:
+        label = 0
+        for event in events:
+            label |= event.lost & point.trace.alive
         names = point.trace.labels.names_of(label)
-        detail = (
-            f"{event.operation} loses {share:.0%} of the gradient on one way, another way connects {name_some(names)}"
-        )
-        connected.ok = None
-        connected.detail += f"; {detail}"
-        connected.findings.append(Finding("partial cut", detail, names, event.site.user, event.site.inside))
+        share = _share_lost(subject, point, events, names, base)
+        weighed.append(PartialCut(operation, frame, share, names))
+        if share > MOST_LOST and events[0].kind not in WRITTEN:
+            detail = f"{operation} loses {share:.0%} of the gradient on one way, "
+            detail += f"another way connects {name_some(names)}"
+            connected.ok = None
+            connected.detail += f"; {detail}"
+            connected.findings.append(Finding("partial cut", detail, names, frame, events[0].site.inside))
+    return weighed
 
 
-def _share_lost(subject: Subject, point: Point, events: list[Event], base: Mapping[str, Tensor]) -> float:
-    """The part of the loss's derivative that flows through the cuts, relative to the whole; NaN if it can't be had."""
+def _share_lost(
+    subject: Subject, point: Point, events: list[Event], names: Sequence[str], base: Mapping[str, Tensor]
+) -> float:
+    """The part of the loss's derivative by the named parameters that the cuts lose; NaN if it can't be had."""
     slots = {event.slot for event in events}
     held: dict[Slot, Held] = {**point.trace.held(carried=subject.own_backward), **point.linearized}
-    released = {slot: record for slot, record in held.items() if slot not in slots}
+    released = {slot: _let_go(record) for slot, record in held.items() if slot not in slots}
     judged = {name: g for name, g in point.gradients.of.items() if name in subject.trainable}
     evaluate = subject.evaluation(point.trace, released, torch.float64)
     lines = Directions(subject.trainable, judged, evaluate, torch.float32, torch.float64, 0, base)
     try:
-        return abs(lines.deviation_along(0))
+        share, left = lines.change_along(0, names)
+        # a way that pulls against the others may be more than the whole
+        return min(1.0, share) if left > MOST_LOST else math.nan
     except Exception:
         # what can't be computed in float64, or makes other calls, is told as a note
         return math.nan
     finally:
         lines.restore()
+
+
+def _let_go(record: Held) -> Held:
+    """What is drawn around a mean follows the mean, once nothing is cut."""
+    return record.following() if isinstance(record, NormalDraw) else record

@@ -96,21 +96,23 @@ def _climb(subject: Subject, directions: int, seed: int, memory: int | None) -> 
 
     near = PerturbedPoint(subject, first.gradients, first.trace, attributes)
     subject.snapshot.reset_values()
-    ladder.append(nonzero(subject, first.gradients, near.at.gradients.of, first.loss))
+    later = near.at.gradients.of if near.at.gradients.error is None else None
+    ladder.append(nonzero(subject, first.gradients, later, first.loss))
     by_layer = layers(first.gradients.of)
     first.gradients.forget()
     near.return_to()
     repeats = step is not None and step.repeats
     ladder.append(correct(subject, near.at, directions, seed, near.values, memory, repeats))
     near.return_to()
-    weigh_partial_cuts(subject, near.at, ladder[1], near.values)
+    weighed = weigh_partial_cuts(subject, near.at, ladder[1], near.values)
     subject.snapshot.reset_values()
     ladder.append(applied(subject, step, first.gradients, first.trace, near.at.trace))
 
     return ProofReport(
         rungs={name: rung for name, rung in zip(RUNGS, ladder, strict=True)},
         cut=cut,
-        notes=notes_of(subject, first.trace, first.gradients),
+        notes=notes_of(subject, first.trace, first.gradients, weighed),
+        partial_cuts=weighed,
         allowed=dict(subject.allow.matches),
         layers=by_layer,
         parameters=len(subject.named),

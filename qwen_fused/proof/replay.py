@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from qwen_fused.proof import frames, kinds, modes
 from qwen_fused.proof.draws import Draw
@@ -53,6 +55,48 @@ class Record:
             for place, tensor in self.written.items():
                 ins[place].copy_(tensor)
         return replace_tensors(out, {place: tensor.clone() for place, tensor in self.outputs.items()})
+
+
+@dataclass
+class NormalDraw(Record):
+    """Numbers drawn around a mean: held as they were drawn or, once nothing is cut, at their distance from the mean."""
+
+    given: tuple[Any, Any] = (0.0, 1.0)  # mean and deviation then: tensors or numbers
+    follows: bool = False
+
+    def following(self) -> NormalDraw:
+        """The same draw, of the mean and the deviation that it is asked for."""
+        return replace(self, follows=True)
+
+    def put(self, ins: list[Tensor], out: Any) -> Any:
+        """The numbers as they were drawn, moved with mean and deviation where they follow."""
+        (drawn,) = self.outputs.values()
+        if not self.follows:
+            return super().put(ins, out)
+        rest = iter(ins)
+        mean, deviation = (next(rest) if isinstance(then, Tensor) else then for then in self.given)
+        noise = (drawn - self.given[0]) / self.given[1]
+        return mean + noise * deviation
+
+
+@dataclass
+class PaddedRows:
+    """Holds the rows looked up for padding, which autograd takes as constant, at their recorded values."""
+
+    rows: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, padding: int, found: Tensor) -> PaddedRows | None:
+        """Those of a lookup; None where nothing is padded."""
+        rows = index == padding
+        return cls(rows, found.detach()[rows]) if rows.any() else None
+
+    def put(self, ins: list[Tensor], out: Any) -> Any:
+        """The lookup's result with those rows as they were."""
+        if out.shape[:-1] != self.rows.shape:
+            raise ReplayMismatch("a call gave a result of another shape than before")
+        return out.masked_scatter(self.rows[..., None], self.values.to(out.dtype))
 
 
 @dataclass
@@ -117,6 +161,9 @@ class _Replay:
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         name = kinds.name_of(func)
+        if name in ("register_hook", "retain_grad") and not args[0].requires_grad:
+            # nothing is sent back here, and torch would refuse
+            return RemovableHandle(OrderedDict()) if name == "register_hook" else None
         if self.upcast is not None and name in CASTS:
             # masks and counts become floating point here, in the wide type
             wide = self.upcast.dtype

@@ -15,7 +15,7 @@ from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.first_order import FirstOrder, measure
 from qwen_fused.proof.kinds import written_by
 from qwen_fused.proof.moves import has_nonzero, scales_of
-from qwen_fused.proof.optimizers import innermost, rate_of, rate_to_come, watching_steps
+from qwen_fused.proof.optimizers import has_stepped, innermost, rate_of, rate_to_come, watching_steps
 from qwen_fused.proof.real_parts import inner, real_parts
 from qwen_fused.proof.subject import Gradients, Subject, as_float
 from qwen_fused.proof.trusted_ops import Linearized
@@ -108,7 +108,9 @@ def _after_warm_up(subject: Subject, step: Step, gradients: Gradients) -> Iterat
     raised: list[tuple[dict[str, Any], Any]] = []
     names = {id(subject.named[name]): name for name in gradients.of}
     for optimizer in {id(o): o for o in map(innermost, subject.optimizers)}.values():
-        to_come = [(group, rate_to_come(optimizer, group)) for group in optimizer.param_groups if rate_of(group) == 0]
+        # of one that has stepped before, what is at 0 now has decayed
+        asleep = [group for group in optimizer.param_groups if rate_of(group) == 0 and not has_stepped(optimizer)]
+        to_come = [(group, rate_to_come(optimizer, group)) for group in asleep]
         for group in optimizer.param_groups:
             step.rates |= {names[id(p)]: rate_of(group) for p in group["params"] if id(p) in names}
         for group, rate in to_come:

@@ -149,6 +149,14 @@ class Subject:
             self.snapshot.reset_optimizers()
         return found
 
+    def note_gradients_left(self) -> None:
+        """Note what the loss function itself has put into `.grad`, an attack that calls backward say."""
+        left = [name for name, p in self.named.items() if p.grad is not None and bool(p.grad.any())]
+        note = f"the loss function leaves gradients in {name_some(left)}: unless they are cleared before backward, "
+        note += "they are added to the loss's own"
+        if left:
+            self.notes.append(note)
+
 
 def _check_material(named: Mapping[str, Tensor]) -> None:
     """Raise a ValueError for parameters that hold no values yet."""

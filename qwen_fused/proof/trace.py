@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from qwen_fused.proof import frames, kinds, modes
 from qwen_fused.proof.cut_log import CutLog
@@ -38,7 +39,7 @@ from qwen_fused.proof.cuts import CustomOp, Event, Trace
 from qwen_fused.proof.draws import watch_draw
 from qwen_fused.proof.frames import NOWHERE
 from qwen_fused.proof.labels import Labels, is_wrapped, tensors_in
-from qwen_fused.proof.replay import capture
+from qwen_fused.proof.replay import NormalDraw, PaddedRows, Record, capture
 from qwen_fused.proof.slots import Slot, Slots
 
 OnCustom = Callable[[CustomOp, Callable[..., Any], tuple, dict, Any], None]
@@ -75,6 +76,7 @@ def trace(
         tracer.trace.loss = frames.boundary(loss_fn)
     if isinstance(tracer.trace.loss, Tensor):
         tracer.log.look_for_unseen([tracer.trace.loss])
+        tracer.log.explain_aliases(tracer.trace.loss)
         tracer.log.mark_continued([tracer.trace.loss])
     return tracer.trace
 
@@ -136,10 +138,13 @@ class Tracer:
             if name in ("requires_grad_", "requires_grad.__set__"):
                 return self.log.switch_parameter(func, name, ins[0], args, kwargs)
             if any(is_wrapped(tensor) for tensor in ins):
+                if any(torch._C._functorch.is_gradtrackingtensor(tensor) for tensor in ins):
+                    self.trace.differentiated |= self.labels.values_of_all(ins)
                 # inside vmap or jvp a wrapper says nothing of what autograd connects: what comes out of it is looked at
                 return func(*args, **kwargs)
             self.trace.differentiates |= name in ("grad", "backward")
             seen = self._look_at(ins)
+            self.trace.differentiated |= seen[0] if name == "grad" else 0
             self.log.written.clear()
             out = watch_draw(self.trace.draws, func, name, slot, args, kwargs)
             self._after(func, name, slot, ins, (args, kwargs), out, seen)
@@ -227,7 +232,12 @@ class Tracer:
         outs = list(tensors_in(out))
         if discrete := kinds.discrete_among(name, ins, outs):
             held = capture(ins, out, discrete)
-            self.trace.fixed.append(Event("fixed", name, NOWHERE, 0, self.log.calls, slot=slot, record=held))
+            if func is torch.normal and len(given[0]) == 2 and "out" not in given[1]:
+                mean, deviation = (t.detach().clone() if isinstance(t, Tensor) else t for t in given[0])
+                held = NormalDraw(held.outputs, given=(mean, deviation))
+            self._fix(name, slot, held)
+        if func is embedding and (padded := self._padded(out, *given)):
+            self._fix(name, slot, padded)
         if not values or (not outs and not self.log.written and name not in kinds.DEPARTURES):
             if name == "register_hook" and values:
                 self.trace.hooks.append(frames.locate())
@@ -248,6 +258,19 @@ class Tracer:
         surrogate = kinds.is_surrogate(func, name)
         if alive and (surrogate or kinds.is_custom(func) or self._is_trusted(name, outs)):
             self._custom(slot, values, func, *given, out, surrogate=surrogate)
+
+    def _fix(self, name: str, slot: Slot, record: Record | PaddedRows) -> None:
+        """Have a call's result, or a part of it, held still at further evaluations."""
+        self.trace.fixed.append(Event("fixed", name, NOWHERE, 0, self.log.calls, slot=slot, record=record))
+
+    @staticmethod
+    def _padded(out: Tensor, args: tuple, kwargs: dict) -> PaddedRows | None:
+        """Rows of a lookup to which torch gives no gradient, whatever the loss makes of them."""
+        padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
+        if padding is None or not out.requires_grad:
+            return None
+        index, table = args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs["weight"]
+        return PaddedRows.of(index, padding % len(table), out)
 
     def _is_trusted(self, name: str, outs: list[Tensor]) -> bool:
         return any(t.requires_grad for t in outs) and self.trusted(name)

@@ -105,6 +105,8 @@ def differentiate(subject: Subject, earlier: Trace | None = None, take: bool = F
 
     trace = subject.trace(keep, earlier)
     check_scalar(trace.loss)
+    if earlier is None:
+        subject.note_gradients_left()
     gradients = subject.gradients(trace.loss, take)
     for op in linearized.values():
         op.finish()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_fused.proof.kinds import is_inexact
+from qwen_fused.proof.labels import is_wrapped
 from qwen_fused.proof.moves import Values
 
 _VIEWS = ("T", "mT", "H", "mH", "real", "imag", "data")
@@ -129,6 +130,9 @@ class Upcast:
         return known and kwargs.get("max_norm") is None
 
     def _of_leaf(self, leaf: Tensor) -> Tensor:
+        if is_wrapped(leaf):
+            # what torch.func differentiates by can't be made a leaf anew: the one cast of it is differentiated by
+            return self._twins.setdefault(id(leaf), (leaf, _cast(leaf, self.dtype)))[1]
         exact = self.values.get(id(leaf))
         if exact is not None and not self.differentiates:
             return _cast(exact(), self.dtype)

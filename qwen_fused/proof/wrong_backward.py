@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qwen_fused.proof.derivative import Directions
 from qwen_fused.proof.frames import Frame, of_function
+from qwen_fused.proof.hooks import hook_to_blame, hooks_of
 from qwen_fused.proof.ladder import Finding, name_some
 from qwen_fused.proof.real_parts import inner
 from qwen_fused.proof.subject import Subject
@@ -36,16 +37,19 @@ def find_wrong_backward(subject: Subject, point: Point, lines: Directions, verdi
     lines.restore()
     ratios = [verdict.ratio for verdict in verdicts if verdict.ok is False]
     uniform = len(ratios) > 1 and all(abs(ratio / ratios[0] - 1) < 0.02 for ratio in ratios)
-    names = tuple(judged) if uniform else tuple(_narrowed(lines, list(judged)))
+    names = tuple(_narrowed(lines, list(judged)))
+    # alike by accident is not alike: most of them must be wrong by themselves
+    uniform = uniform and 2 * len(names) > len(judged)
+    names = tuple(judged) if uniform else names
     for name in names:
-        for hook in _hooks_of(subject.named[name]):
-            return [Finding("wrong", f"a hook on {name} changes its gradient", names, of_function(hook))]
+        for function in hooks_of(subject.named[name]):
+            return [Finding("wrong", f"a hook on {name} changes its gradient", names, of_function(function))]
     detail = f"the loss's own derivative disagrees for {name_some(names)}"
     if found := _module_hook(subject, point, judged):
         return [Finding("wrong", f"{detail}; {found[0]} changes it", names, found[1])]
-    if trace.hooks:
-        site = trace.hooks[0]
-        return [Finding("wrong", f"{detail}; a hook registered here changes a gradient", names, site.user, site.inside)]
+    if trace.hooks and (hook := hook_to_blame(subject, lambda found: _differ(found.of, point, judged))):
+        detail += f"; {hook.name}, registered here, changes a gradient"
+        return [Finding("wrong", detail, names, hook.site.user, hook.site.inside)]
     for event in trace.cuts:
         if event.aliased and event.lost:
             detail += "; a value that backward may need is written to through this, behind autograd's back"
@@ -72,11 +76,6 @@ def _narrowed(lines: Directions, names: list[str]) -> list[str]:
     return [name for part in wrong for name in _narrowed(lines, parts[part])]
 
 
-def _hooks_of(parameter: Tensor) -> list[Callable[..., Any]]:
-    """Hooks that may change a parameter's gradient."""
-    return [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
-
-
 def _module_hook(subject: Subject, point: Point, judged: Mapping[str, Tensor]) -> tuple[str, Frame | None] | None:
     """A backward hook of a module without which the gradients are others: where it was defined."""
     for root, module in subject.modules.items():
@@ -85,7 +84,7 @@ def _module_hook(subject: Subject, point: Point, judged: Mapping[str, Tensor]) -
                 for key, hook in list(registry.items()):
                     with _without(registry, key):
                         gradients = subject.gradients(subject.call()).of
-                    if any(_differs(gradients.get(n), g) for n, g in point.gradients.of.items() if n in judged):
+                    if _differ(gradients, point, judged):
                         return f"a backward hook on {name or type(part).__name__}", of_function(hook)
     return None
 
@@ -99,6 +98,11 @@ def _without(registry: dict[int, Any], key: int) -> Iterator[None]:
     finally:
         registry.clear()
         registry.update(held)
+
+
+def _differ(gradients: Mapping[str, Tensor], point: Point, judged: Mapping[str, Tensor]) -> bool:
+    """Whether any of the judged parameters has another gradient than at the point."""
+    return any(_differs(gradients.get(n), g) for n, g in point.gradients.of.items() if n in judged)
 
 
 def _differs(one: Tensor | None, other: Tensor) -> bool:

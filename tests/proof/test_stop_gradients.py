@@ -70,3 +70,43 @@ def test_is_proved_with_a_note(make) -> None:
     report = qf.prove(loss, net, torch.optim.Adam(net.parameters(), 1e-3))
     assert report.verdict == "proved", report
     assert any("detach" in note or "no_grad" in note for note in report.notes), report
+
+
+def test_headline_tells_what_the_cut_takes() -> None:
+    torch.manual_seed(0)
+    net, loss = q_learning()
+    report = qf.prove(loss, net, torch.optim.Adam(net.parameters(), 1e-3))
+    (cut,) = report.partial_cuts
+    assert report.ok and report.verdict == "proved" and 0.1 < cut.share <= 1
+    assert report.headline.startswith(f"proved, with a cut: torch.no_grad at {cut.frame} takes {cut.share:.0%}"), report
+    assert str(report).startswith("gradient " + report.headline)
+    assert any(f"it takes {cut.share:.0%} of the gradient" in note for note in report.notes), report.notes
+    assert report.to_dict()["partial_cuts"][0]["share"] == cut.share
+
+
+def test_sample_in_place_of_rsample_is_told() -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"encoder": mlp(6, 8), "decoder": mlp(4, 6)})
+
+    def loss():
+        mean, log_variance = net.encoder(X).chunk(2, -1)
+        code = torch.distributions.Normal(mean, (log_variance / 2).exp()).sample()
+        return F.mse_loss(net.decoder(code), X) + 1e-3 * (mean.pow(2) + log_variance.exp() - log_variance).mean()
+
+    report = qf.prove(loss, net, torch.optim.Adam(net.parameters(), 1e-3))
+    assert report.ok and "proved, with a cut: torch.no_grad" in report.headline, report
+    (cut,) = report.partial_cuts
+    assert cut.share > 0.3 and all(name.startswith("encoder") for name in cut.parameters), cut
+
+
+def test_straight_through_takes_nothing_away() -> None:
+    torch.manual_seed(0)
+    net = mlp()
+
+    def loss():
+        hidden = torch.tanh(net[0](X))
+        return F.cross_entropy(net[2](hidden + (hidden.sign() - hidden).detach()), Y)
+
+    report = qf.prove(loss, net, torch.optim.Adam(net.parameters(), 1e-3))
+    # without the cut the first layer has no gradient at all
+    assert report.headline == "proved" and len(report.notes) == 1, report
