@@ -58,8 +58,8 @@ class QwenSettings:
     max_prompt_tokens: int | None = None
     """Most tokens of a prompt; a longer one loses its largest demonstration pairs. By default 512 for tiny, and 2048
     for any other Qwen: docs/performance.md has what each data set loses."""
-    pooling: Literal["mean", "last"] = "mean"
-    """How Qwen's hidden states become one vector."""
+    pooling: Literal["mean", "last", "attention"] = "mean"
+    """How Qwen's hidden states become one vector: attention has learned queries, which see where a cell stands."""
     prompt_window: int = 10
     """Batches that share one pass through Qwen, which steps at their end; 1 passes through it at every batch."""
     prompt_visits: int = 4

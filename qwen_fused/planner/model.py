@@ -81,7 +81,8 @@ class QwenPlanner(nn.Module):
     def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trainable parameters by group, each once, with their names in the whole model."""
         members: dict[str, list[nn.Module]] = {
-            "qwen": [self.prompt.backbone],
+            # the queries stand behind Qwen and before the window: they stand still inside it, as Qwen does
+            "qwen": [self.prompt.backbone, *([self.prompt.queries] if self.prompt.queries else [])],
             "agent": [self.agent, self.prompt.projection, self.prompt.control],
             "policy": [self.policy],
             "objective": [self.objective],
@@ -101,7 +102,7 @@ class QwenPlanner(nn.Module):
         Args:
             batch: episodes with answers.
             epoch: for the curriculum.
-            pooled: [B, hidden] Qwen's pooled states where a `PromptWindow` has made them; the gradient ends there.
+            pooled: [B, P] Qwen's pooled states where a `PromptWindow` has made them; the gradient ends there.
             noise: [B, D] the policy's noise; drawn when left out.
         """
         encoded = self.prompt([e.demonstrations for e in batch.episodes], pooled)

@@ -92,6 +92,14 @@ def load_config(qwen: str) -> PretrainedConfig:
         ) from None
     if getattr(config, "auto_map", None):
         raise ValueError(f"qwen: {qwen!r} asks for code of its own (auto_map in config.json), which is never run")
+    if quantization := getattr(config, "quantization_config", None):
+        # docs/LOG.md: neither a checkpoint nor the proof's float64 takes 4-bit weights
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise ValueError(
+            f"qwen: the weights in {qwen!r} are quantized ({method or 'by an unnamed method'}), which neither the "
+            "proof nor a checkpoint takes: pass the Qwen that they were made from; --lora-rank with --qwen-dtype "
+            "bfloat16 saves memory"
+        )
     if config.model_type not in FAMILIES:
         # Qwen3.5 as published, and Qwen-VL: a text model beside one for pictures
         text = getattr(config.get_text_config(), "model_type", None)

@@ -22,10 +22,9 @@ from qwen_fused.arc.features import FEATURES, normalise
 from qwen_fused.arc.tasks import Pair
 from qwen_fused.qwen.backbone import load_backbone
 from qwen_fused.qwen.causal import causal_without_mask
+from qwen_fused.qwen.pooling import POOLINGS, QUERIES, AttentionPooling, text_places
 from qwen_fused.qwen.prompt_text import ADDED_TOKENS, EncodedText, PromptText
 from qwen_fused.qwen.tiny import seeded
-
-POOLINGS = ("mean", "last")
 
 # padded tokens that go through Qwen in one call. Two cores: a batch of 16 takes 0.16 s in groups of 2048 and 0.30 s
 # in one piece, as prompts differ in length and activations outgrow the cache. One core, in turns: groups of 1024 take
@@ -75,7 +74,9 @@ class QwenPrompt(nn.Module):
         qwen: "tiny", a folder with a saved Qwen2, Qwen2.5 or Qwen3, or a hub name.
         dim: D, the width of the prompt.
         max_prompt_tokens: the most tokens of one prompt.
-        pooling: "mean" over the prompt's tokens, or the "last" token's hidden state.
+        pooling: "mean" over the prompt's tokens, the "last" token's hidden state, or "attention": learned queries and
+            the last state, see `qwen_fused.qwen.pooling`. P, the width of what is pooled, is Qwen's width, or with
+            attention a multiple of it.
         lora_rank: above 0, only LoRA adapters of this rank are trained in the backbone.
         gradient_checkpointing: recompute activations in the backward pass.
         dtype: of the backbone's weights. Projection and control stay in float32.
@@ -115,9 +116,12 @@ class QwenPrompt(nn.Module):
         )
         config = self.backbone.config
         self.prompt_text = PromptText(self.tokenizer, max_prompt_tokens, config.max_position_embeddings)
-        self.pooling = pooling
+        self.pooling, width = pooling, config.hidden_size
+        self.queries: AttentionPooling | None = None
+        if pooling == "attention":
+            self.queries, width = AttentionPooling(config.hidden_size, seed=seed + 2), width * (QUERIES + 1)
         with seeded(seed + 1):
-            self.projection = nn.Sequential(nn.Linear(config.hidden_size, dim), nn.LayerNorm(dim))
+            self.projection = nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim))
             self.control = nn.Sequential(
                 nn.Linear(len(FEATURES), dim), nn.SiLU(), nn.Linear(dim, dim), nn.LayerNorm(dim)
             )
@@ -127,7 +131,7 @@ class QwenPrompt(nn.Module):
 
         Args:
             demonstrations: B episodes of at least one pair each, every pair with its output.
-            pooled: [B, hidden] as `pooled` gives it, where the pass through Qwen is already done (by a
+            pooled: [B, P] as `pooled` gives it, where the pass through Qwen is already done (by a
                 `PromptWindow`); the gradient then goes there.
 
         Returns:
@@ -155,7 +159,7 @@ class QwenPrompt(nn.Module):
         """Prompts of what Qwen and `describe` made of the demonstrations; nothing here looks at the host.
 
         Args:
-            pooled: [B, hidden].
+            pooled: [B, P].
             features: [B, 15] float32, on the same device.
             truncated: handed on.
         """
@@ -166,7 +170,7 @@ class QwenPrompt(nn.Module):
         return PromptOutput(prompt, text_embedding, control, features, truncated)
 
     def pooled(self, demonstrations: Sequence[Sequence[Pair]]) -> Tensor:
-        """Qwen's pooled hidden state [B, hidden] of each episode's text, float32: the part that costs a pass.
+        """Qwen's pooled hidden states [B, P] of each episode's text, float32: the part that costs a pass.
 
         As the `encode` of a `PromptWindow`, whose keys are then the demonstrations, as tuples of the same pairs.
         """
@@ -174,7 +178,7 @@ class QwenPrompt(nn.Module):
 
     @property
     def _first_weight(self) -> nn.Parameter:
-        """The projection's weight, [D, hidden]: where, and in which dtype, what comes after Qwen computes."""
+        """The projection's weight, [D, P]: where, and in which dtype, what comes after Qwen computes."""
         return next(self.projection.parameters())
 
     def _describe(self, texts: Sequence[EncodedText]) -> tuple[Tensor, float]:
@@ -182,17 +186,17 @@ class QwenPrompt(nn.Module):
         return features, sum(text.truncated for text in texts) / len(texts)
 
     def _pool_in_groups(self, texts: Sequence[EncodedText]) -> Tensor:
-        """Pooled hidden states [B, hidden] of texts, those of like length together."""
-        rows = [text.ids for text in texts]
+        """Pooled hidden states [B, P] of texts, those of like length together."""
         budget = TOKENS_PER_FORWARD.get(self._first_weight.device.type, TOKENS_PER_FORWARD["cuda"])
-        groups = group_by_length([len(row) for row in rows], budget)
-        pooled = torch.cat([self._pool_group([rows[index] for index in group]) for group in groups])
+        groups = group_by_length([len(text.ids) for text in texts], budget)
+        pooled = torch.cat([self._pool_group([texts[index] for index in group]) for group in groups])
         # back from the groups' order to the batch's
         order = torch.from_numpy(np.argsort(np.concatenate(groups)))
         return pooled[order.to(pooled.device, non_blocking=True)]
 
-    def _pool_group(self, rows: list[np.ndarray]) -> Tensor:
-        """Pooled hidden states [b, hidden] of prompts that go through Qwen together."""
+    def _pool_group(self, texts: Sequence[EncodedText]) -> Tensor:
+        """Pooled hidden states [b, P] of prompts that go through Qwen together."""
+        rows = [text.ids for text in texts]
         ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
         for index, row in enumerate(rows):
             ids[index, : len(row)] = row
@@ -205,7 +209,11 @@ class QwenPrompt(nn.Module):
         output = self.backbone(input_ids=tokens, attention_mask=mask, use_cache=False)
         hidden = at_least_float32(output.last_hidden_state)
         length = torch.tensor([len(row) for row in rows]).to(device, non_blocking=True)
-        if self.pooling == "last":
-            return hidden[torch.arange(len(rows), device=device), length - 1]
         valid = torch.arange(hidden.shape[1], device=device) < length[:, None]
-        return (hidden * valid[..., None]).sum(1) / length[:, None]
+        if self.pooling == "mean":
+            return (hidden * valid[..., None]).sum(1) / length[:, None]
+        last = hidden[torch.arange(len(rows), device=device), length - 1]
+        if self.queries is None:
+            return last
+        place = text_places(texts).to(device, non_blocking=True)
+        return torch.cat([self.queries(hidden, place, valid).flatten(1), last], 1)

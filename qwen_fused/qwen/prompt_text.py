@@ -35,6 +35,7 @@ class EncodedPair:
 
     input_ids: np.ndarray  # [n] int64
     output_ids: np.ndarray  # [m] int64
+    shapes: tuple[tuple[int, int], tuple[int, int]]  # rows and columns of both grids
     features: np.ndarray  # [15] float32
 
     def __len__(self) -> int:
@@ -49,10 +50,21 @@ class EncodedPair:
 
 
 @dataclass(frozen=True)
+class GridSpan:
+    """The tokens of one grid in a text: one after the other, up to the text's end."""
+
+    shown: int  # tokens in the text
+    count: int  # tokens that it would have had uncut
+    shape: tuple[int, int]  # rows and columns
+    part: int  # 0 for an input, 1 for an output
+
+
+@dataclass(frozen=True)
 class EncodedText:
     """One prompt's text as token ids, and what did not fit."""
 
     ids: np.ndarray  # [n] int64
+    grids: tuple[GridSpan, ...]  # behind the rule
     features: np.ndarray  # [15] float32, mean over all its demonstrations, those that did not fit included
     full_length: int  # tokens that it would have had with room for everything
     dropped_pairs: int  # left out whole
@@ -166,16 +178,21 @@ class PromptText:
         rule = self.rule_ids[rule_sentence(features)]
         room = self.max_tokens - len(rule)
         shown = fitting([len(pair) for pair in pairs], room)
-        pieces = [rule, *(ids for index in shown for ids in pairs[index].truncated(room))]
+        pieces, grids = [rule], []
+        for pair in (pairs[index] for index in shown):
+            both = zip(pair.truncated(room), (pair.input_ids, pair.output_ids), pair.shapes, strict=True)
+            for part, (ids, whole, shape) in enumerate(both):
+                pieces.append(ids)
+                grids.append(GridSpan(len(ids), len(whole), shape, part))
         full_length = len(rule) + sum(map(len, pairs))
-        return EncodedText(np.concatenate(pieces), features, full_length, len(pairs) - len(shown))
+        return EncodedText(np.concatenate(pieces), tuple(grids), features, full_length, len(pairs) - len(shown))
 
     def _pairs(self, demonstrations: Sequence[Sequence[Pair]]) -> list[list[EncodedPair]]:
         """Every pair from the cache, the new ones tokenised in one call."""
         if len(demonstrations) == 0:
             raise ValueError("demonstrations must hold at least one episode, got none")
         keys: list[list[str]] = []
-        new: dict[str, tuple[str, str, np.ndarray]] = {}
+        new: dict[str, tuple[str, str, Pair]] = {}
         for index, pairs in enumerate(demonstrations):
             if len(pairs) == 0:
                 raise ValueError(f"demonstrations must hold at least one pair each, got none for episode {index}")
@@ -187,11 +204,13 @@ class PromptText:
                 key = "".join(texts)
                 keys[-1].append(key)
                 if key not in self._cache and key not in new:
-                    new[key] = (*texts, pair_features(pair.input, pair.output))
+                    new[key] = (*texts, pair)
         if new:
             ids = self._tokenise([text for first, second, _ in new.values() for text in (first, second)])
-            for number, (key, (_, _, features)) in enumerate(new.items()):
-                self._cache[key] = EncodedPair(ids[2 * number], ids[2 * number + 1], features)
+            for number, (key, (_, _, pair)) in enumerate(new.items()):
+                assert pair.output is not None
+                shapes, features = (pair.input.shape, pair.output.shape), pair_features(pair.input, pair.output)
+                self._cache[key] = EncodedPair(ids[2 * number], ids[2 * number + 1], shapes, features)
         encoded = [[self._cache[key] for key in episode] for episode in keys]
         for episode in keys:
             for key in episode:

@@ -63,7 +63,7 @@ class StepTensors:
     truncated: Tensor  # []
     shares: Tensor  # [2], of the plan's loss and the size loss
     noise: Tensor  # [B, D]
-    pooled: Tensor  # [B, hidden], a leaf
+    pooled: Tensor  # [B, P], a leaf
 
     @classmethod
     def like(cls, batch: Batch, pooled: Tensor, width: int) -> StepTensors:
@@ -150,7 +150,7 @@ class GraphedStep:
 
         Args:
             batch: on the host, on a bucket's canvas.
-            pooled: [B, hidden] the window's leaf; gets its gradient.
+            pooled: [B, P] the window's leaf; gets its gradient.
             epoch: for the curriculum.
         """
         step = self._step(batch, pooled)

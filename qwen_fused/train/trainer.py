@@ -198,7 +198,7 @@ class Trainer(PlannerStep):
     def forward(
         self, batch: Batch, *, epoch: int, part: Part | None = None, pooled: Tensor | None = None
     ) -> tuple[StepOutput, Tensor]:
-        """The model's forward under the run's precision, and the window's leaf [B, hidden] that it starts from.
+        """The model's forward under the run's precision, and the window's leaf [B, P] that it starts from.
 
         Args:
             batch: episodes.
@@ -214,7 +214,7 @@ class Trainer(PlannerStep):
             return self.model(batch, epoch=epoch, pooled=pooled, noise=noise), pooled
 
     def prompts(self, batch: Batch) -> Tensor:
-        """The window's leaf [B, hidden] for a batch: Qwen reads what it has not read in this window."""
+        """The window's leaf [B, P] for a batch: Qwen reads what it has not read in this window."""
         if self.sharded:
             self.sharded.gather()
         with self.autocast():

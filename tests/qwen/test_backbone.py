@@ -104,6 +104,11 @@ def drop_tensor(folder):
         (lambda folder: os.remove(folder / "model.safetensors"), "do not load"),
         (drop_tensor, "lack 1 tensors, layers.1.mlp.up_proj.weight"),
         (lambda folder: edit_config(folder, hidden_size=36), "do not load"),
+        (
+            lambda folder: edit_config(folder, quantization_config={"quant_method": "bitsandbytes"}),
+            r"are quantized \(bitsandbytes\), .* pass the Qwen that they were made from",
+        ),
+        (lambda folder: edit_config(folder, quantization_config={"bits": 4}), "by an unnamed method"),
         (lambda folder: os.remove(folder / "tokenizer.json"), "cannot spell a grid"),
         (lambda folder: byte_tokenizer([f"<{i}>" for i in range(99)]).save_pretrained(folder), "356 tokens"),
     ],

@@ -12,6 +12,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from qwen_fused.arc.episodes import Pair
 from qwen_fused.arc.features import FEATURES, normalise
+from qwen_fused.qwen.pooling import POOLINGS
 from qwen_fused.qwen.prompt import TOKENS_PER_FORWARD, QwenPrompt, group_by_length
 
 
@@ -58,7 +59,7 @@ def test_text_is_the_pooled_hidden_state_of_the_whole_text(kind, pooling, tmp_pa
         torch.testing.assert_close(got, prompt.projection(pooled), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_prompt_alone_equals_the_same_prompt_in_a_batch(pooling):
     prompt = QwenPrompt(dim=16, pooling=pooling)
     with torch.no_grad():
@@ -136,7 +137,7 @@ def gradients(prompt: QwenPrompt) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["tiny", "qwen2", "qwen2.5", "qwen3"])
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_gradient_reaches_every_parameter(kind, pooling, tmp_path):
     if kind != "tiny":
         save_qwen(tmp_path, kind)
@@ -145,6 +146,7 @@ def test_gradient_reaches_every_parameter(kind, pooling, tmp_path):
     assert [name for name, grad in grads.items() if not (grad.isfinite().all() and grad.norm() > 0)] == []
     assert {name for name, _ in prompt.named_parameters()} == set(grads)
     qwen, head = list(prompt.backbone.parameters()), [*prompt.projection.parameters(), *prompt.control.parameters()]
+    head += [*prompt.queries.parameters()] if prompt.queries else []
     assert len({id(p) for p in qwen + head}) == len(qwen) + len(head) == len(list(prompt.parameters()))
 
 
@@ -226,7 +228,7 @@ def test_weights_survive_a_state_dict(prompt):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(pooling="max"), "pooling must be one of mean, last, got 'max'"),
+        (dict(pooling="max"), "pooling must be one of mean, last, attention, got 'max'"),
         (dict(dim=0), "dim must be at least 1, got 0"),
         (dict(max_prompt_tokens=3), "got 3"),
         (dict(max_prompt_tokens=9000), "got 9000"),

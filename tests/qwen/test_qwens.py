@@ -23,8 +23,8 @@ TEXT = "in:\n077\nout:\n70\n"
 # architecture, tokenizer, flags
 CASES = {
     "qwen2, bytes": ("qwen2", byte_tokenizer, ""),
-    "qwen2.5, LoRA": ("qwen2.5", qwen_tokenizer, "--lora-rank 2 --gradient-checkpointing"),
-    "qwen3, bf16": ("qwen3", qwen_tokenizer, "--qwen-dtype bfloat16 --window-mode retain"),
+    "qwen2.5, LoRA": ("qwen2.5", qwen_tokenizer, "--lora-rank 2 --gradient-checkpointing --pooling attention"),
+    "qwen3, bf16": ("qwen3", qwen_tokenizer, "--qwen-dtype bfloat16 --window-mode retain --pooling attention"),
     "qwen3, eager": ("qwen3", byte_tokenizer, "--attention eager --precision bf16 --prompt-window 1"),
     "qwen2_moe": ("qwen2_moe", byte_tokenizer, ""),
     "qwen3_moe, LoRA": ("qwen3_moe", byte_tokenizer, "--lora-rank 2"),

@@ -36,6 +36,7 @@ KINDS = {
     "dropout": (dict(attention_dropout=DROPOUT), {}),
     "lora": (dict(attention_dropout=DROPOUT), dict(lora_rank=2)),
     "checkpointing": (dict(attention_dropout=DROPOUT), dict(gradient_checkpointing=True)),
+    "attention": ({}, dict(pooling="attention")),
     "lora, checkpointing": (dict(attention_dropout=DROPOUT), dict(lora_rank=2, gradient_checkpointing=True)),
 }
 
@@ -55,8 +56,9 @@ def make(folders, kind: str, dtype: torch.dtype = torch.float32) -> QwenPrompt:
 
 
 def trained(prompt: QwenPrompt) -> list[torch.nn.Parameter]:
-    """Qwen's parameters, or the adapters alone."""
-    return [p for p in prompt.backbone.parameters() if p.requires_grad]
+    """Qwen's parameters, or the adapters alone, and the pooling's."""
+    queries = list(prompt.queries.parameters()) if prompt.queries else []
+    return [p for p in prompt.backbone.parameters() if p.requires_grad] + queries
 
 
 class Run:
@@ -68,7 +70,8 @@ class Run:
         # gradients here have norms of hundreds; a larger step would amplify rounding from window to window
         self.qwen = torch.optim.SGD(trained(prompt), lr=1e-4)
         dtype = prompt.projection[0].weight.dtype
-        self.head = 0.3 * torch.sin(torch.arange(5 * 32, dtype=dtype)).view(5, 32)
+        width = prompt.projection[0].in_features
+        self.head = 0.3 * torch.sin(torch.arange(5 * width, dtype=dtype)).view(5, width)
         self.head.requires_grad_()
         self.gradients: list[list[Tensor]] = []
         self.losses: list[Tensor] = []
