@@ -20,7 +20,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch comes first: the extension is built for the torch that is there
-$(STAMP): setup.py pyproject.toml $(wildcard tests/helpers/*.c csrc/*.* csrc/*/*.* csrc/*/*/*.*) | $(BIN)/python
+$(STAMP): setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) | $(BIN)/python
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q -e ".[dev]"
 	@$(BIN)/python -c "from qwen_fused import backends; print('extension:', backends.describe()['extension'])"
