@@ -34,7 +34,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mdformat --check $(PROSE)
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard tests/helpers/*.c csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 # docs/api.md from the docstrings, the table of docs/proof.md from its tests
 docs: $(STAMP)

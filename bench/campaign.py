@@ -23,8 +23,9 @@ BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 sys.path[:0] = [str(BENCH), str(ROOT), str(ROOT / "tests" / "helpers")]
 
-# functions of campaign_checks
-CHECKS = ("gradcheck", "repeat", "graph", "sync", "small", "large", "profile")
+# function -> its module
+CHECKS = dict.fromkeys(("gradcheck", "repeat", "graph", "sync", "small", "large", "profile"), "campaign_checks")
+CHECKS["launches"] = "campaign_launches"
 SKIPPED = 77
 # of the dry run: the losses' compilers alone would take its time
 CPU_BENCHES = ("grad_norm",)
@@ -33,7 +34,7 @@ STEP = ("transformers", "peft", "safetensors", "yaml")
 RUN = (*STEP, "rich", "matplotlib")
 # stage, or bench of the stage "bench" -> modules without which it is left out
 NEEDS = {
-    **dict.fromkeys(("gradcheck", "repeat", "graph", "small"), ("pytest",)),
+    **dict.fromkeys(("launches", "gradcheck", "repeat", "graph", "small"), ("pytest",)),
     "large": ("pytest", "transformers"),
     **dict.fromkeys(("sync", "profile"), ("pytest", *STEP)),
     "tests": ("pytest", "hypothesis"),
@@ -215,7 +216,7 @@ def main() -> int:
         print(f"figure: for want of {', '.join(wanting)}")
         return SKIPPED
     try:
-        run = stages.get(arguments.stage) or getattr(importlib.import_module("campaign_checks"), arguments.stage)
+        run = stages.get(arguments.stage) or getattr(importlib.import_module(CHECKS[arguments.stage]), arguments.stage)
         print(f"figure: {run(arguments)}")
     except Exception as error:
         # whatever it is, the table tells it, and the next stage is tried

@@ -3,7 +3,7 @@
 #
 #   bench/gpu_campaign.sh [--cpu] [PART|STAGE...]     all stages, or those named; --cpu: a dry run of every stage's code
 #
-#   checks     is it right: machine build gradcheck repeat graph sync memcheck racecheck tests
+#   checks     is it right: machine build launches gradcheck repeat graph sync memcheck racecheck tests
 #   figures    how fast are the kernels: machine build bench ncu
 #   options    which launch options, and the step: machine build tune step
 #   training   does it train, and what takes the time: machine build train-tiny train-half profile
@@ -15,9 +15,9 @@
 # what. Checks share the device; what is timed has it alone. Exit code: 0 none failed, 1 some did, 2 bad argument.
 set -u
 cd "$(dirname "$0")/.." || exit 2
-STAGES="machine build gradcheck repeat graph sync memcheck racecheck tests bench ncu tune step train-tiny train-half profile"
+STAGES="machine build launches gradcheck repeat graph sync memcheck racecheck tests bench ncu tune step train-tiny train-half profile"
 declare -A PARTS=(
-  [checks]="machine build gradcheck repeat graph sync memcheck racecheck tests"
+  [checks]="machine build launches gradcheck repeat graph sync memcheck racecheck tests"
   [figures]="machine build bench ncu"
   [options]="machine build tune step"
   [training]="machine build train-tiny train-half profile"
@@ -98,6 +98,7 @@ run machine 30 machine
 stage build 150 env QWEN_FUSED_REQUIRE_EXTENSION=1 bash -c '
   "$0" -c "import torch, qwen_fused._C" 2>/dev/null || "$0" setup.py -q build_ext --inplace || exit
   "$0" -c "from qwen_fused import backends; print(\"figure: extension\", backends.describe()[\"extension\"])"' "$PYTHON"
+beside run launches 120 launches
 beside run gradcheck 60 gradcheck
 beside run repeat 45 repeat
 beside run graph 45 graph

@@ -117,10 +117,9 @@ def efe_forward_kernel(
         x_max, z, q, x_log2 = softmax(x, C, ACC, FAST)
         nll += tl.where(step != 0, step * (x_max - at_label + LN_2 * x_log2), 0.0)
         if t == T - 1:
-            largest = x[0]
-            for c in tl.static_range(1, C):
-                best = tl.where(x[c] > largest, c, best)
-                largest = tl.maximum(x[c], largest)
+            # the first of the largest: going down, it is what was written last
+            for c in tl.static_range(C - 1, -1, -1):
+                best = tl.where(x[c] == x_max, c, best)
         if RISK or AGREEMENT:
             # sum q log2 q, as the probabilities add up to 1
             neg_entropy = -x_log2

@@ -37,16 +37,21 @@ def _why_not_direct() -> str | None:
     """What of Triton is not as known; None where launches may go past it."""
     try:
         source = "".join(inspect.getsource(JITFunction.run).split())
-        hooks = (triton.knobs.runtime.launch_enter_hook.calls, triton.knobs.runtime.launch_exit_hook.calls)
-    except (OSError, AttributeError) as error:
+    except OSError as error:
         return f"{type(error).__name__}: {error}"
-    if LAUNCH not in source or hooks != ([], []):
+    if LAUNCH not in source:
         return f"Triton {triton.__version__} launches in a way that is not known here"
     return None
 
 
 NOT_DIRECT = _why_not_direct()
 _runtime = triton.knobs.runtime
+
+
+def _is_hooked() -> bool:
+    """Whether somebody is told of launches: in one of Triton's chains, or by a function in place of one."""
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def jit_unspecialized(*aligned: str) -> Callable[[Callable], Any]:
@@ -94,14 +99,15 @@ class Kernel:
         found = self.compiled.get(key)
         strides = [None if own is None else tuple([4 * s + 2 for s in own]) for own in strides]
         wide = max(chain.from_iterable(filter(None, strides)), default=0) >= INT32
-        if found is None or wide or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls:
+        if found is None or wide or _is_hooked():
             made = self.jitted[(blocks,)](
                 *pointers, *strides, *numbers, *constants, num_warps=warps, enable_fp_fusion=True
             )
             if made is not None and not wide and NOT_DIRECT is None:
-                self.compiled[key] = made.run, made.function, made.packed_metadata
+                # with what owns the function: Triton unloads it when its own cache lets go of the kernel
+                self.compiled[key] = made.run, made.function, made.packed_metadata, made
             return
-        run, function, packed = found
+        run, function, packed, _ = found
         stream = triton.runtime.driver.active.get_current_stream(index)
         # an address costs less than a tensor that is asked for it
         addresses = [None if x is None else x.data_ptr() for x in pointers]

@@ -105,7 +105,7 @@ def integer_tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def even(count: int) -> int:
-    """Elements that take whole 16 bytes: Triton compiles a kernel anew for what does not begin at such a place."""
+    """Elements that take whole 16 bytes, so that what comes behind them begins where a tensor of its own might."""
     return count + count % 2
 
 

@@ -108,3 +108,22 @@ def test_another_triton_launches_by_itself(monkeypatch):
         kernel(7, (torch.zeros(1), None), (None,), (1,), (), 1)
     assert calls == [(7,), (7,)] and not kernel.compiled
     assert backends._launches() == f"by its own launcher: {reason}"
+
+
+def test_whoever_is_told_of_launches_is_told_by_triton(monkeypatch):
+    """By a chain of hooks, or by a function in a chain's place as in older profilers."""
+    from qwen_fused.kernels import launcher
+
+    hooks = launcher.triton.knobs.runtime
+    assert not launcher._is_hooked()
+    monkeypatch.setattr(hooks, "launch_exit_hook", None)
+    assert not launcher._is_hooked()
+    monkeypatch.setattr(hooks, "launch_exit_hook", print)
+    assert launcher._is_hooked()
+    monkeypatch.undo()
+    hooks.launch_enter_hook.add(print)
+    try:
+        assert launcher._is_hooked()
+    finally:
+        hooks.launch_enter_hook.remove(print)
+    assert not launcher._is_hooked()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from demonstrations import DEMONSTRATIONS
 from peft import AutoPeftModelForFeatureExtraction
-from qwens import qwen_tokenizer, save_qwen
+from qwens import newer, qwen_tokenizer, save_qwen
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from qwen_fused.cli.main import main
@@ -158,8 +158,8 @@ def test_an_untied_head_is_exported_and_a_missing_one_told(few_arc, tmp_path, ca
 
 
 def test_a_model_with_pictures_is_told_its_text_model(tmp_path):
-    from transformers import Qwen3_5Config
+    config = newer("Qwen3_5Config")
 
-    Qwen3_5Config().save_pretrained(tmp_path)
+    config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="got 'qwen3_5' in .*; its text model is 'qwen3_5_text': save it alone"):
         QwenPrompt(str(tmp_path))
