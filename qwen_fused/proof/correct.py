@@ -52,6 +52,9 @@ def correct(
         reason = f"the backward of a second call raised: {str(gradients.error).splitlines()[0]}"
         findings = [] if trace.stale or not gradients.of else [Finding("backward failed", reason, tuple(gradients.of))]
         return Rung("correct", False if findings else None, reason, findings)
+    if trace.exchanges:
+        # each process judges by itself how often it must look: they would wait for each other for ever
+        return Rung("correct", None, "the loss is computed by several processes together, which is not measured")
     if not gradients.of or not isinstance(loss, Tensor):
         return Rung("correct", None, "there is no gradient to judge")
     held: dict[Slot, Held] = {**trace.held(carried=subject.own_backward), **point.linearized}

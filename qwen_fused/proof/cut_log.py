@@ -12,8 +12,9 @@ from qwen_fused.proof import frames, kinds
 from qwen_fused.proof.cuts import Event, Trace
 from qwen_fused.proof.frames import Site
 from qwen_fused.proof.labels import Key, Labels, tensors_in
-from qwen_fused.proof.replay import capture
-from qwen_fused.proof.slots import Slot
+from qwen_fused.proof.reducers import processes
+from qwen_fused.proof.replay import Gathered, capture
+from qwen_fused.proof.slots import Collectives, Slot
 from qwen_fused.proof.switches import GradientSwitch
 
 
@@ -31,6 +32,7 @@ class CutLog:
         self.calls = 0  # made so far
         self.written: set[Key] = set()  # storages that the present call wrote to
         self.switch = GradientSwitch()
+        self.collectives = Collectives()
         self._aliases: dict[Key, list[Event]] = {}
         self._sources: dict[Key, list[Event]] = {}
         # the last write of living values to each storage: made through an alias, autograd may not know of it
@@ -78,6 +80,39 @@ class CutLog:
                     self._aliases.setdefault(key, []).append(event)
             elif labels.values(tensor):
                 labels.add_values(tensor, 0, through)
+
+    def collective(self, func: Any, args: tuple, values: int, cuts: int, *, inside: bool) -> None:
+        """Hand labels on to what processes exchange, and note what autograd is not told of.
+
+        The first argument of each is written to: with what others sent, which carries no gradient back to them.
+
+        Args:
+            func: the operation.
+            args: its arguments.
+            values, cuts: labels of all of them together.
+            inside: whether a custom Function calls it, whose backward is then its author's.
+        """
+        labels, slot = self.labels, self.collectives.next()
+        self.trace.exchanges |= processes() > 1
+        targets = list(tensors_in(args[0] if args else ()))
+        sources = list(tensors_in(args)) if not inside else []
+        living, arriving = 0, 0
+        for tensor in sources:
+            arriving |= labels.alive(tensor)
+        for tensor in targets:
+            # over what carries a gradient: autograd goes on as if nothing had been written
+            living |= labels.alive(tensor) if labels.key(tensor) in {labels.key(t) for t in sources} else 0
+        bit = 0
+        if arriving:
+            kind = "collective in place" if living else "collective"
+            event = Event(kind, kinds.collective_name(func), frames.locate(), arriving, self.calls)
+            event = self._listed(event, arriving)
+            bit = event.bit
+            if not living:
+                event.slot, event.record = slot, Gathered([tensor.detach().clone() for tensor in targets])
+        for tensor in targets:
+            labels.created.add(labels.key(tensor))
+            labels.add_values(tensor, values, cuts | bit)
 
     def note(self, func: Any, name: str, dead: Sequence[tuple[Tensor | None, int]], kind: str | None = None) -> Event:
         """Take down a cut made by the present call, given its results and the labels that each lost."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qwen_fused.proof.draws import Draw
 from qwen_fused.proof.frames import Frame, Site
 from qwen_fused.proof.labels import Labels
-from qwen_fused.proof.replay import PaddedRows, Record
+from qwen_fused.proof.replay import Gathered, PaddedRows, Record
 from qwen_fused.proof.slots import Slot
 
 
@@ -21,7 +21,7 @@ class Cut:
     Args:
         kind: detach, data, requires_grad, no_grad, decorated no_grad, inference_mode, item, tolist, numpy, new tensor,
             argmax, comparison, integer cast, non-differentiable, custom function, checkpoint, new leaf, branch, text,
-            pointer, unseen, or replaced.
+            pointer, unseen, collective, or replaced.
         operation: what was called.
         file, line, function: where; for the gradient modes, what switched gradients off.
         parameters: names of the parameters lost there.
@@ -80,7 +80,7 @@ class Event:
     bit: int = 0
     at: Frame | None = None
     slot: Slot | None = None
-    record: Record | PaddedRows | None = None
+    record: Record | PaddedRows | Gathered | None = None
     continues: bool = False  # whether that storage was used as a tensor later
     carried: bool = False  # whether it became a leaf that the user's own backward can carry on from
     aliased: bool = False  # whether its result was written through later
@@ -132,6 +132,7 @@ class Trace:
     rewritten: int = 0  # parameters whose own values the loss function writes to
     differentiated: int = 0  # parameters upstream of what the loss function takes derivatives of
     differentiates: bool = False  # whether the loss function asks for gradients itself
+    exchanges: bool = False  # whether it exchanges values with other processes
     threads: bool = False  # whether other threads were given something to do
     half: bool = False  # whether anything was computed in 16 bits
     named_after: dict[int, str] = field(default_factory=dict)  # id of a parameter -> its name when the call was over
@@ -156,7 +157,7 @@ class Trace:
         """Cuts that the loss's values lie behind, in the order they were met."""
         return [event for event in self.cuts if event.bit & self.through]
 
-    def held(self, *, carried: bool) -> dict[Slot, Record | PaddedRows]:
+    def held(self, *, carried: bool) -> dict[Slot, Record | PaddedRows | Gathered]:
         """What to hold still so that the loss is the function which autograd differentiates.
 
         Args:

@@ -87,6 +87,9 @@ def measure(
     rounding = 4 * float(torch.finfo(_coarsest(subject, trace)).eps) * abs(loss) + 20 * found.nondeterminism
     size = sum(inner(gradients.of[n], gradients.of[n]) for n in changes) ** 0.5
     size *= sum(inner(change, change) for change in changes.values()) ** 0.5
+    if trace.exchanges:
+        found.reason = "the loss is computed by several processes together"
+        return found
     if not abs(found.predicted) > ACROSS * size:
         return found
     if (

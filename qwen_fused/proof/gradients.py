@@ -15,7 +15,7 @@ from qwen_fused.proof import frames, kinds, modes
 from qwen_fused.proof.frames import Site
 from qwen_fused.proof.moves import has_nonzero
 from qwen_fused.proof.optimizers import watching_steps
-from qwen_fused.proof.reducers import among_processes, finish_reduction
+from qwen_fused.proof.reducers import among_processes, finish_reduction, processes
 
 
 @dataclass
@@ -24,6 +24,8 @@ class Gradients:
 
     Args:
         of: name -> gradient of the loss itself, whatever it was scaled by on its way back.
+        left: name -> what backward left in `.grad`, where processes share their gradients and it is not this one's own;
+            without the scale.
         scale: what the loss was scaled by, as a gradient scaler does.
         erased: names of gradients gone again afterwards.
         erased_at: the first place at which a gradient that had been delivered was set to None or to zeros.
@@ -33,6 +35,7 @@ class Gradients:
     """
 
     of: dict[str, Tensor] = field(default_factory=dict)
+    left: dict[str, Tensor] = field(default_factory=dict)
     scale: float = 1.0
     erased: tuple[str, ...] = ()
     erased_at: Site | None = None
@@ -40,8 +43,13 @@ class Gradients:
     unregistered: list[Tensor] = field(default_factory=list)
     error: RuntimeError | None = None
 
+    def to_step_by(self, name: str) -> Tensor:
+        """The gradient that an optimizer should come to use."""
+        return self.left.get(name, self.of[name])
+
     def forget(self) -> None:
         """Let the gradients themselves go, and keep whose they were."""
+        self.left = {}
         self.of = {name: gradient.new_zeros(()) for name, gradient in self.of.items()}
 
 
@@ -101,6 +109,8 @@ def deliver(
     if not found.stepped:
         found.erased = tuple(n for n in named if n in found.of and _is_gone(named[n].grad, found.of[n]))
         found.erased_at = watch.site
+    if found.error is None and not found.stepped and processes() > 1:
+        found.left = {n: g.detach().clone() for n in found.of if (g := named[n].grad) is not None}
     found.of = {n: g.to_dense() if (g := found.of[n]).is_sparse else g for n in named if n in found.of}
     _take_scale_off(found, float(sum(seeds)))
     return found
@@ -161,7 +171,12 @@ def _take_scale_off(found: Gradients, scale: float) -> None:
         return
     found.scale = scale
     # float32, in which a small gradient survives the loss of its scale
-    found.of = {n: g.to(torch.promote_types(g.dtype, torch.float32)) / scale for n, g in found.of.items()}
+    found.of = _over(found.of, scale)
+    found.left = _over(found.left, scale)
+
+
+def _over(gradients: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    return {n: g.to(torch.promote_types(g.dtype, torch.float32)) / scale for n, g in gradients.items()}
 
 
 def _is_gone(now: Tensor | None, delivered: Tensor) -> bool:

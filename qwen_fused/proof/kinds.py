@@ -79,6 +79,14 @@ _SWITCHES = {
     "decorated no_grad": "@torch.no_grad",
     "inference_mode": "torch.inference_mode",
 }
+_COLLECTIVES = {
+    "allreduce": "all_reduce",
+    "allgather": "all_gather",
+    "allgather_base": "all_gather_into_tensor",
+    "reduce_scatter_base": "reduce_scatter_tensor",
+    "alltoall": "all_to_all",
+    "alltoall_base": "all_to_all_single",
+}
 _BUILTIN = {"aten", "prims", "prim", "higher_order", "profiler", "inductor", "c10d", "_c10d_functional"}
 
 
@@ -176,6 +184,17 @@ def _writes(func: Any) -> tuple[tuple[int, str], ...]:
         return ()
     arguments = enumerate(schema.arguments)
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def is_collective(func: Any) -> bool:
+    """Whether an aten-level operation is one of torch.distributed's that writes what it gathers into its arguments."""
+    return isinstance(func, torch._ops.OpOverload) and func.namespace == "c10d" and "barrier" not in func.__name__
+
+
+def collective_name(func: Any) -> str:
+    """How the user wrote it."""
+    name = func.overloadpacket.__name__.strip("_")
+    return f"torch.distributed.{_COLLECTIVES.get(name, name)}"
 
 
 def written_by(func: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:

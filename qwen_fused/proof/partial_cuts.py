@@ -18,6 +18,7 @@ from qwen_fused.proof.derivative import Directions
 from qwen_fused.proof.frames import Frame
 from qwen_fused.proof.kinds import WRITTEN
 from qwen_fused.proof.ladder import MOST_LOST, Finding, Rung, name_some
+from qwen_fused.proof.reducers import processes
 from qwen_fused.proof.replay import Held, NormalDraw
 from qwen_fused.proof.slots import Slot
 from qwen_fused.proof.subject import Subject
@@ -50,15 +51,23 @@ def weigh_partial_cuts(subject: Subject, point: Point, connected: Rung, base: Ma
     for event in partial_cuts(subject, point.trace, count=False):
         if event.kind not in DISCRETE and event.slot is not None:
             lines.setdefault((event.operation, event.site.user), []).append(event)
+        elif event.kind == "collective in place":
+            detail = f"{event.operation} writes over a tensor that carries a gradient, and autograd is not told of it"
+            connected.ok = None
+            connected.detail += f"; {detail}"
+            names = point.trace.labels.names_of(event.lost & point.trace.alive)
+            connected.findings.append(Finding(event.kind, detail, names, event.site.user, event.site.inside))
     weighed = []
     for (operation, frame), events in list(lines.items())[:WEIGHED]:
         label = 0
         for event in events:
             label |= event.lost & point.trace.alive
         names = point.trace.labels.names_of(label)
-        share = _share_lost(subject, point, events, names, base)
+        share = math.nan if point.trace.exchanges else _share_lost(subject, point, events, names, base)
         weighed.append(PartialCut(operation, frame, share, names))
-        if share > MOST_LOST and events[0].kind not in WRITTEN:
+        # of what other processes send nobody expects a gradient; what comes back from this one alone is lost
+        written = events[0].kind in WRITTEN or (events[0].kind == "collective" and processes() > 1)
+        if share > MOST_LOST and not written:
             detail = f"{operation} loses {share:.0%} of the gradient on one way, "
             detail += f"another way connects {name_some(names)}"
             connected.ok = None

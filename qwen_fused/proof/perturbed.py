@@ -39,7 +39,12 @@ class PerturbedPoint:
             self.at = differentiate(subject, first, take=not theirs)
             subject.snapshot.clear_gradients()
             still_zero = [name for name in zero_before if name in zeros(self.at.gradients.of)]
-            if not still_zero or len(still_zero) == len(zero_before) or number == PERTURBATIONS - 1:
+            if (
+                self.at.trace.exchanges
+                or not still_zero
+                or len(still_zero) == len(zero_before)
+                or number == PERTURBATIONS - 1
+            ):
                 break
             if self.at.gradients.stepped:
                 self.return_to()

@@ -15,6 +15,11 @@ def among_processes() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def processes() -> int:
+    """How many processes train together."""
+    return torch.distributed.get_world_size() if among_processes() else 1
+
+
 def finish_reduction(delivered: Iterable[Tensor]) -> None:
     """Send zeros back to parameters that a backward pass left out, so that a reduction of gradients comes to its end.
 

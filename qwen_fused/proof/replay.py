@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from qwen_fused.proof import frames, kinds, modes
 from qwen_fused.proof.draws import Draw
 from qwen_fused.proof.labels import tensors_in
-from qwen_fused.proof.slots import Slot, Slots
+from qwen_fused.proof.slots import Collectives, Slot, Slots
 from qwen_fused.proof.upcast import CASTS, PLAIN_FORMS, Upcast
 
 
@@ -77,6 +77,20 @@ class NormalDraw(Record):
         mean, deviation = (next(rest) if isinstance(then, Tensor) else then for then in self.given)
         noise = (drawn - self.given[0]) / self.given[1]
         return mean + noise * deviation
+
+
+@dataclass
+class Gathered:
+    """Holds what other processes sent at its recorded values: no gradient goes back to them."""
+
+    tensors: list[Tensor]
+
+    def put(self, ins: list[Tensor], out: Any) -> Any:
+        """Write the recorded values over what was sent now."""
+        for tensor, value in zip(ins, self.tensors, strict=True):
+            # through an alias: autograd may already hold the tensor for a view that nobody may write to
+            tensor.data.copy_(value)
+        return out
 
 
 @dataclass
@@ -157,7 +171,8 @@ class _Replay:
         self.held = dict(held)
         self.upcast = upcast
         self.draws = draws
-        self.slots = Slots()
+        self.slots, self.collectives = Slots(), Collectives()
+        self.gathers = any(isinstance(record, Gathered) for record in held.values())
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         name = kinds.name_of(func)
@@ -174,6 +189,14 @@ class _Replay:
 
     def apply(self, cls: type, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         return self._put(f"{cls.__name__}.apply", call, args, kwargs)
+
+    def aten(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Below autograd: what processes exchange, which the function mode does not see."""
+        out = func(*args, **kwargs)
+        if not kinds.is_collective(func):
+            return out
+        held = self.held.pop(self.collectives.next(), None)
+        return out if held is None else held.put(list(tensors_in(args[0])), out)
 
     def _put(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         slot = self.slots.next(name)
@@ -211,7 +234,8 @@ def evaluate(
         return frames.boundary(loss_fn)
     replay = _Replay(held, upcast, draws or {})
     widened = nullcontext() if upcast is None else upcast.by_default()
-    with modes.uncompiled(), modes.on_apply(replay.apply), modes.FunctionMode(replay.call), widened:
+    exchanged = modes.DispatchMode(replay.aten) if replay.gathers else nullcontext()
+    with modes.uncompiled(), modes.on_apply(replay.apply), modes.FunctionMode(replay.call), exchanged, widened:
         loss = frames.boundary(loss_fn)
     if replay.held:
         raise ReplayMismatch(

@@ -137,11 +137,11 @@ def _step_watched(subject: Subject, step: Step, gradients: Gradients, alive: Seq
         missing = [name for name, grad in now.items() if grad is None or not has_nonzero(grad)]
         step.missing += tuple(name for name in missing if first or name not in step.missing)
         left = {name: grad for name, grad in now.items() if grad is not None and name not in missing}
-        step.changed += tuple(name for name, grad in left.items() if _cosine(grad, gradients.of[name]) < 0.5)
+        step.changed += tuple(name for name, grad in left.items() if _cosine(grad, gradients.to_step_by(name)) < 0.5)
         # a fused optimizer takes the loss's scale off by itself
         taken_off = float(getattr(optimizer, "grad_scale", None) or 1.0)
         if left:
-            ratio = _norm(left.values()) / _norm(gradients.of[name] for name in left) / taken_off
+            ratio = _norm(left.values()) / _norm(gradients.to_step_by(name) for name in left) / taken_off
             step.norm_ratio = max(step.norm_ratio, ratio)
 
     if step.in_backward:

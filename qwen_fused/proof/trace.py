@@ -120,6 +120,8 @@ class Tracer:
             self.log.written.add(labels.key(tensor))
             self.trace.rewritten |= labels.homes.get(labels.key(tensor), 0)
             labels.add_values(tensor, values, cuts)
+        if kinds.is_collective(func):
+            self.log.collective(func, args, values, cuts, inside=bool(self.nested))
         return out
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:

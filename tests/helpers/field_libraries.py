@@ -92,17 +92,88 @@ def preference_loss_with_the_adapter_disabled():
     return given(loss, model)
 
 
-@case("torch", "refused", "is a DTensor")
-def sharded_by_fsdp2():
+def one_process():
+    """A process group of this process alone."""
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     if not dist.is_initialized():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    return dist
+
+
+@case("torch", "connected", "collective")
+def features_gathered_without_a_gradient():
+    dist, net = one_process(), nn.Linear(8, 8)
+
+    def loss():
+        features = F.normalize(net(X), dim=-1)
+        everyone = [torch.zeros_like(features)]
+        dist.all_gather(everyone, features)  # here
+        return F.cross_entropy(torch.cat(everyone) @ torch.cat(everyone).T, torch.arange(16))
+
+    return given(loss, net)
+
+
+@case("torch", "connected", "partial cut")
+def keys_gathered_without_a_gradient():
+    dist, net = one_process(), nn.Linear(8, 8)
+
+    def loss():
+        features = F.normalize(net(X), dim=-1)
+        everyone = [torch.zeros_like(features)]
+        dist.all_gather(everyone, features)  # here
+        return F.cross_entropy(features @ torch.cat(everyone).T / 0.2, torch.arange(16))
+
+    return given(loss, net)
+
+
+@case("torch")
+def own_features_put_back_among_the_gathered():
+    dist, net = one_process(), nn.Linear(8, 8)
+
+    def loss():
+        features = F.normalize(net(X), dim=-1)
+        everyone = [torch.zeros_like(features)]
+        dist.all_gather(everyone, features)
+        everyone[0] = features
+        return F.cross_entropy(features @ torch.cat(everyone).T / 0.2, torch.arange(16))
+
+    return given(loss, net)
+
+
+@case("torch", "connected", "collective in place")
+def summed_over_processes_in_place():
+    dist, net = one_process(), nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def loss():
+        hidden = net[:2](X)
+        dist.all_reduce(hidden)  # here
+        return F.cross_entropy(net[2](hidden), Y)
+
+    return given(loss, net)
+
+
+@case("torch")
+def loss_summed_over_processes_for_the_log():
+    dist, net = one_process(), nn.Linear(8, 3)
+
+    def loss():
+        value = F.cross_entropy(net(X), Y)
+        dist.all_reduce(value.detach().clone())
+        return value
+
+    return given(loss, net)
+
+
+@case("torch", "refused", "is a DTensor")
+def sharded_by_fsdp2():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    one_process()
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
     fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
     return classified(net)
