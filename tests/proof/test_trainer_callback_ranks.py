@@ -1,4 +1,4 @@
-"""ProveCallback in two processes: each judges its own gradient, and what one finds stops both."""
+"""A proof in two processes: each judges its own gradient, and what a callback finds in one stops both."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from proof_cases import marked
 from small_loops import weights
 from test_trainer_callback import trainer_of
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 from two_processes import run_ranks, said
 
@@ -29,7 +32,7 @@ def test_in_a_process_of_its_own() -> None:
         return
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env={**os.environ, ALONE: "1"}, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and "6 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 class DetachedInOne(Trainer):
@@ -79,3 +82,68 @@ def test_both_stop_at_what_one_finds(tmp_path) -> None:
     line = f"test_trainer_callback_ranks.py:{marked(DetachedInOne.compute_loss)} in"
     assert line in said(tmp_path, 1) and line not in said(tmp_path, 0)
     assert "another process" in said(tmp_path, 0)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.body, self.head, self.spare = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.between = between
+
+    def forward(self, x):
+        return self.between(self, self.body(x).relu())
+
+
+def unused(net, hidden):
+    return net.head(hidden)
+
+
+def summed(net, hidden):
+    scores = net.head(hidden)
+    dist.all_reduce(scores)  # here
+    return scores + net.spare(hidden)
+
+
+def gathered(net, hidden):
+    everyone = [torch.zeros_like(hidden) for _ in range(2)]
+    dist.all_gather(everyone, hidden)
+    everyone[dist.get_rank()] = hidden
+    return net.head(torch.cat(everyone)).chunk(2)[dist.get_rank()] + net.spare(hidden)
+
+
+def proof_of(between) -> qf.ProofReport:
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    net = DistributedDataParallel(TwoHeads(between))
+    # what one process sees is nothing like what the other does
+    torch.manual_seed(dist.get_rank())
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    report = qf.prove(lambda: F.cross_entropy(net(x), y), net, torch.optim.AdamW(net.parameters(), lr=1e-3))
+    print(report)
+    dist.destroy_process_group()
+    return report
+
+
+@alone
+def test_head_that_nobody_uses_is_named_by_both(tmp_path) -> None:
+    def judge(rank: int) -> int:
+        (finding,) = proof_of(unused).findings
+        return (
+            0
+            if finding.kind == "unused" and set(finding.parameters) == {"module.spare.weight", "module.spare.bias"}
+            else 1
+        )
+
+    assert run_ranks(judge, tmp_path) == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
+
+
+@alone
+@pytest.mark.parametrize("between", [summed, gathered])
+def test_exchange_in_the_loss_keeps_nobody_waiting(tmp_path, between) -> None:
+    def judge(rank: int) -> int:
+        report = proof_of(between)
+        found = [(f.kind, f.line) for f in report.findings]
+        expected = [("collective in place", marked(summed))] if between is summed else []
+        return 0 if report.verdict == "not proved" and found == expected else 1
+
+    assert run_ranks(judge, tmp_path) == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
