@@ -14,7 +14,7 @@ import torch
 # as flags: --name value
 SMALL = dict(
     val_fraction=0.25, batch_size=4, agent_channels=16, prompt_dim=32, policy_hidden=32, plan_steps=3, device="cpu",
-    epochs=8, log_every=5, prompt_window=1, trackers="none", ttt_seconds=0,
+    epochs=8, log_every=5, prompt_window=1, trackers="none", ttt_seconds=0, start_tasks=0,
 )  # fmt: skip
 
 

@@ -112,4 +112,4 @@ def test_interrupted_and_gone_on_with(config, monkeypatch):
 
 
 def test_small_runs_of_other_tests_have_none():
-    assert SMALL["ttt_seconds"] == 0
+    assert SMALL["start_tasks"] == 0
