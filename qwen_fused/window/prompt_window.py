@@ -45,10 +45,8 @@ def watch_fused_steps() -> None:
     """From now on, count a fused optimizer's step as the write to its parameters that it is: torch does not."""
 
     def count(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        if getattr(optimizer, "counts_writes", False):
-            return
         for group in optimizer.param_groups:
-            if group.get("fused"):
+            if group.get("fused") and not getattr(optimizer, "counts_writes", False):
                 torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
 
     register_optimizer_step_post_hook(count)
@@ -134,15 +132,13 @@ class PromptWindow:
             raise RuntimeError(f"the window has had its {self.size} batches: call flush() before the next one")
         if len(keys) == 0:
             raise ValueError("keys must hold at least one key, got none")
-        if any(isinstance(key, Tensor) or not isinstance(key, Hashable) for key in keys):
-            found = next(type(k).__name__ for k in keys if isinstance(k, Tensor) or not isinstance(k, Hashable))
-            raise ValueError(f"keys must be hashable and equal where they mean the same, as numbers are, got a {found}")
+        for bad in (key for key in keys if isinstance(key, Tensor) or not isinstance(key, Hashable)):
+            raise ValueError(f"keys must be hashable and equal where they mean the same, got a {type(bad).__name__}")
         self._check_parameters()
         new = list(dict.fromkeys(key for key in keys if key not in self.rows))
         if new:
-            start = len(self.rows)
-            self.chunks.append(self._encode(new, start))
-            self.rows.update((key, start + index) for index, key in enumerate(new))
+            self.chunks.append(self._encode(new, len(self.rows)))
+            self.rows |= {key: len(self.rows) + index for index, key in enumerate(new)}
         table = torch.cat([chunk.output.detach() for chunk in self.chunks])
         rows = torch.tensor([self.rows[key] for key in keys]).to(table.device, non_blocking=True)
         leaf = table[rows].requires_grad_()
