@@ -151,11 +151,16 @@ def test_the_pair_left_out_is_asked_at_the_task_s_own_weights(planner, short):
     )
     norm = torch.stack([g.norm() for g in found.gradients.values()]).norm()
     assert 0 < norm <= 1.0001
-    start = start_of(planner)
-    before = copy.deepcopy(start.agent)
-    start.move(replace(found, weights=dict(before.named_parameters())), 0.0)
-    moved = [n for n, p in start.agent.named_parameters() if not torch.equal(p, before.get_parameter(n))]
-    assert "core.mix" in moved and "readout.weight" in moved
+    # along the gradient, and not by weight decay alone
+    stays = dict(planner.agent.named_parameters())
+    zeros = {name: torch.zeros_like(g) for name, g in found.gradients.items()}
+    by_gradient, by_decay = start_of(planner), start_of(planner)
+    by_gradient.move(replace(found, weights=stays), 0.0)
+    by_decay.move(replace(found, weights=stays, gradients=zeros), 0.0)
+    for name in ("core.mix", "readout.weight"):
+        moved = by_gradient.agent.get_parameter(name) - by_decay.agent.get_parameter(name)
+        large = found.gradients[name].abs() > 1e-4
+        assert large.any() and (moved[large].sign() == -found.gradients[name][large].sign()).all()
 
 
 def test_side_by_side_leads_where_one_by_one_does(planner, short):
