@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
@@ -45,11 +46,20 @@ def chosen_of(*names: str) -> list[Drawn]:
     return [Drawn(make_task(name, pairs=3), 1, 5) for name in names]
 
 
+def start_of(planner: StandIn):
+    """Another agent than the planner's own, which the workers are started with."""
+    agent = copy.deepcopy(planner.agent)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.mul_(1.5)
+    return agent
+
+
 def train(*names: str, count: int = 2, **options) -> Trained | None:
     planner, chosen = StandIn(), chosen_of(*names)
     encoded = [encode_task(planner, one.task, 8) for one in chosen]
     with StartWorkers(job_bytes(planner, INNER), count) as workers:
-        found = workers.train(planner.agent, chosen, encoded, **options)
+        found = workers.train(start_of(planner), chosen, encoded, **options)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
     return found
@@ -65,7 +75,8 @@ def test_any_number_of_workers_leads_where_this_process_does():
     names, planner = ("task1", "task2", "task3"), StandIn()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    each = [train_one(planner.agent, one, encode_task(planner, one.task, 8), INNER) for one in chosen_of(*names)]
+    agent = start_of(planner)
+    each = [train_one(agent, one, encode_task(planner, one.task, 8), INNER) for one in chosen_of(*names)]
     torch.set_num_threads(threads)
     called = []
     assert_same(train(*names, count=1, meanwhile=lambda: called.append(1)), mean_of_all(each))
