@@ -42,7 +42,7 @@ class DataSettings:
     max_batches: int | None = None
     """Stop after this many batches in all; the learning-rate schedule still follows the epochs."""
     max_minutes: float | None = None
-    """Stop training after this many minutes of this process; evaluation and start then take up to twice as many."""
+    """Stop training after this many minutes of this process; evaluation and start then take up to 3.6 times as many."""
     seed: int = 0
     """Seed of weights, order, augmentation and noise."""
     split_seed: int = 0

@@ -24,7 +24,8 @@ from qwen_fused.solver.results import TaskResult, fallback
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.solution import Solution, canvas, score_task
 from qwen_fused.solver.task_planner import lines_agent
-from qwen_fused.solver.workers import COMMAND, run_workers, usable_cores
+from qwen_fused.solver.worker_process import usable_cores
+from qwen_fused.solver.workers import COMMAND, run_workers
 
 # seconds between submissions while tasks are being solved
 SUBMIT_EVERY = 10.0

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -24,28 +25,29 @@ from torch import Tensor
 
 from qwen_fused.arc.tasks import Task
 from qwen_fused.config import require
-from qwen_fused.norms.group_grad_norm import GroupGradNorm
 from qwen_fused.planner.agent import GridAgent
-from qwen_fused.solver.adapt import adapt_agent, step_weights
-from qwen_fused.solver.adapt_many import adapt_many
-from qwen_fused.solver.examples import TrainingSet, canvas_of
+from qwen_fused.solver.examples import canvas_of
+from qwen_fused.solver.question import job_bytes
 from qwen_fused.solver.settings import SolveSettings
-from qwen_fused.solver.sizes import size_rule
-from qwen_fused.solver.stacked import stacked_loss
-from qwen_fused.solver.task_planner import encode_task, lines_agent, plan_loss
-from qwen_fused.solver.view_table import ViewTable
+from qwen_fused.solver.start_training import Drawn, Trained, train_side_by_side
+from qwen_fused.solver.start_workers import COMMAND, StartWorkers
+from qwen_fused.solver.task_planner import encode_task, lines_agent
+from qwen_fused.solver.worker_process import usable_cores
 
 if TYPE_CHECKING:
     from qwen_fused.planner.model import QwenPlanner
 
-# what is done for a task: few steps, since many tasks make a start
-INNER = SolveSettings(steps=20)
+# what is done for a task: few steps of small batches, since many tasks make a start
+INNER = SolveSettings(steps=20, batch=4)
 # share of the way to a task's weights that the start goes, and AdamW's learning rate by the pair left out; both fall to
 # a fiftieth over the last seven tenths
 RATE, OUTER_LR, DECAY_FROM, LEAST = 0.15, 1e-3, 0.3, 0.02
 OUTER_BETAS, OUTER_DECAY = (0.9, 0.98), 0.01
-# tasks that a GPU trains on at once; the start then goes towards their mean, as far as it would go one by one
-SIDE_BY_SIDE = 16
+# tasks of a batch, whose mean the start goes towards as far as it would go one by one: what two cores do at once, and
+# what a GPU does
+BATCH, SIDE_BY_SIDE = 2, 16
+# so many tasks in a row are put in order of size, so that those of a batch are done at about the same time
+ALIKE = 8
 
 
 class Start:
@@ -103,40 +105,6 @@ class Start:
         return f"loss on a pair left out after {INNER.steps} steps on the others {now:.3f}, {then:.3f} in the beginning"
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Where training on some tasks led: means of weights and of gradients by name, and each task's loss."""
-
-    weights: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-    losses: list[float]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A task to train on, which of its pairs is left out, and the seed of all else."""
-
-    task: Task
-    left_out: int
-    seed: int
-
-    @property
-    def rest(self) -> Task:
-        """The other train pairs."""
-        pairs, k = self.task.train, self.left_out
-        return replace(self.task, train=pairs[:k] + pairs[k + 1 :], test=())
-
-    @property
-    def asked(self) -> Task:
-        """The pair left out."""
-        return replace(self.task, train=(self.task.train[self.left_out],), test=())
-
-    def asking(self) -> TrainingSet:
-        """Views of the pair left out, recoloured as the others are."""
-        rng = np.random.default_rng([self.seed, 1])
-        return TrainingSet(self.asked, INNER, rng, colors_of=self.rest)
-
-
 def learn_start(
     planner: QwenPlanner,
     tasks: Sequence[Task],
@@ -145,8 +113,10 @@ def learn_start(
     most: int,
     seconds: float | None = None,
     seed: int = 0,
+    workers: int | None = None,
     should_stop: Callable[[], object] = lambda: None,
     on_task: Callable[[int], object] = lambda done: None,
+    command: Sequence[str] = COMMAND,
 ) -> None:
     """Go on learning a start, in place, until it is done or something stops it.
 
@@ -158,32 +128,72 @@ def learn_start(
         most: trainings on a task, in all.
         seconds: end after about so many; how far the start goes falls with them.
         seed: of the order, and of each training.
-        should_stop: asked before each training; something true leaves the rest.
-        on_task: called with the number of trainings done, after each.
+        workers: processes, where the start is on a CPU; by default one per core. The start is the same for any number.
+        should_stop: asked several times a second; something true leaves the rest.
+        on_task: called with the number of trainings done, after each batch.
+        command: what to start as a worker.
 
     Raises:
         ValueError: no task has two train pairs.
+        RuntimeError: workers cannot start, or end in the middle of the same training.
     """
-    device = start.agent.copy_scale.device
     small = smaller_half([task for task in tasks if len(task.train) > 1])
     require(bool(small), "tasks", "at least one with two train pairs", [task.id for task in tasks])
-    together = min(SIDE_BY_SIDE, len(small)) if device.type == "cuda" else 1
-    train_on = train_side_by_side if device.type == "cuda" else train_one_by_one
+    on_device = start.agent.copy_scale.is_cuda
+    size = min(SIDE_BY_SIDE if on_device else BATCH, len(small))
     encoded: dict[str, tuple[Tensor, Tensor]] = {}
-    began, before = time.monotonic(), start.tasks / most
-    while not should_stop():
-        share = start.tasks / most
-        if seconds is not None:
-            share = max(share, before + (1 - before) * (time.monotonic() - began) / seconds)
-        if share >= 1:
-            start.done = True
-            return
-        chosen = [draw(small, start.tasks + k, seed) for k in range(min(together, most - start.tasks))]
+
+    def batch(first: int) -> list[Drawn]:
+        return [draw(small, number, seed) for number in range(first, min(first + size, most))]
+
+    def read(chosen: Sequence[Drawn]) -> list[tuple[Tensor, Tensor]]:
         for task in (one.task for one in chosen):
             if task.id not in encoded:
                 encoded[task.id] = encode_task(planner, task, INNER.symmetries)
-        start.move(train_on(start.agent, chosen, encoded), share)
-        on_task(start.tasks)
+        return [encoded[one.task.id] for one in chosen]
+
+    began, before = time.monotonic(), start.tasks / most
+    opened = side_by_side() if on_device else in_workers(planner, min(workers or usable_cores(), size), command)
+    with opened as train:
+        while not should_stop():
+            share = start.tasks / most
+            if seconds is not None:
+                share = max(share, before + (1 - before) * (time.monotonic() - began) / seconds)
+            if share >= 1:
+                start.done = True
+                return
+            chosen, following = batch(start.tasks), batch(start.tasks + size)
+            found = train(start.agent, chosen, read(chosen), should_stop, partial(read, following))
+            if found is None:
+                return
+            start.move(found, share)
+            on_task(start.tasks)
+
+
+class Train(Protocol):
+    """How a batch is trained on: returns None where it was stopped; `meanwhile` is called where there is time."""
+
+    def __call__(
+        self,
+        agent: GridAgent,
+        chosen: Sequence[Drawn],
+        encoded: Sequence[tuple[Tensor, Tensor]],
+        should_stop: Callable[[], object],
+        meanwhile: Callable[[], object],
+    ) -> Trained | None: ...
+
+
+@contextmanager
+def side_by_side() -> Iterator[Train]:
+    """On the device of the agent's parameters."""
+    yield lambda agent, chosen, encoded, *_: train_side_by_side(agent, chosen, encoded, INNER)
+
+
+@contextmanager
+def in_workers(planner: QwenPlanner, count: int, command: Sequence[str]) -> Iterator[Train]:
+    """By worker processes with one thread each."""
+    with StartWorkers(job_bytes(planner, INNER), count, command) as workers:
+        yield workers.train
 
 
 def smaller_half(tasks: Sequence[Task]) -> list[Task]:
@@ -198,55 +208,19 @@ def canvas_of_pairs(task: Task) -> tuple[int, int]:
 
 
 def draw(tasks: Sequence[Task], number: int, seed: int) -> Drawn:
-    """What to train on in the training of this number, from 0: all tasks in random order, then all again."""
+    """What to train on in the training of this number, from 0: all tasks in random order, then all again.
+
+    Args:
+        tasks: in order of size.
+        number: of the training.
+        seed: of the order and of the training.
+    """
     turn, place = divmod(number, len(tasks))
-    task = tasks[np.random.default_rng([seed, turn]).permutation(len(tasks))[place]]
+    order = np.random.default_rng([seed, turn]).permutation(len(tasks))
+    first = place - place % ALIKE
+    task = tasks[np.sort(order[first : first + ALIKE])[place - first]]
     rng = np.random.default_rng([seed, turn, place])
     return Drawn(task, int(rng.integers(len(task.train))), int(rng.integers(2**31)))
-
-
-def train_one_by_one(agent: GridAgent, chosen: Sequence[Drawn], encoded: dict[str, tuple[Tensor, Tensor]]) -> Trained:
-    """Train a copy of the agent on each task: what a CPU does."""
-    weights, gradients, losses = [], [], []
-    for one in chosen:
-        model = adapt_agent(agent, encoded[one.task.id], one.rest, replace(INNER, seed=one.seed)).planner
-        batch = one.asking().batch()
-        step_weight = step_weights(agent.steps, INNER.early_step_weight)
-        plan, sizes = model(batch)
-        loss = plan_loss(plan, sizes, batch, step_weight, 0.0 if size_rule(one.rest) else INNER.size_weight)
-        model.zero_grad()
-        loss.backward()
-        norms = GroupGradNorm({"task": model.parameters()})
-        norms.clip_(norms.measure(), INNER.clip)
-        named = dict(model.agent.named_parameters())
-        weights.append({name: p.detach() for name, p in named.items()})
-        gradients.append({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()})
-        losses.append(loss.item())
-    return Trained(means(weights), means(gradients), losses)
-
-
-def train_side_by_side(agent: GridAgent, chosen: Sequence[Drawn], encoded: dict[str, tuple[Tensor, Tensor]]) -> Trained:
-    """The same with all tasks at once: what a GPU does. The seed of the first is that of all."""
-    rests, device = [one.rest for one in chosen], agent.copy_scale.device
-    settings = replace(INNER, seed=chosen[0].seed)
-    stacked = adapt_many(agent, [encoded[one.task.id] for one in chosen], rests, settings, capture=False).stacked
-    table = ViewTable([one.asked for one in chosen], INNER, device)
-    batch = table.examples(torch.from_numpy(table.drawn([one.asking() for one in chosen])).to(device))
-    step_weight = step_weights(agent.steps, INNER.early_step_weight).to(device)
-    size_weight = torch.tensor([0.0 if size_rule(task) else INNER.size_weight for task in rests], device=device)
-    groups = stacked.task_parameters()
-    plan, sizes = stacked(batch)
-    loss, own = stacked_loss(plan, sizes, batch, step_weight, size_weight)
-    loss.backward()
-    norms = GroupGradNorm(groups)
-    norms.clip_(norms.measure(), INNER.clip)
-    names = [name for name, _ in agent.named_parameters()]
-    weights, gradients = stacked.weights(), stacked.gradients()
-    return Trained(
-        {name: weights[f"agent.{name}"].detach().mean(0) for name in names},
-        {name: gradients[f"agent.{name}"].mean(0) for name in names},
-        own.tolist(),
-    )
 
 
 def with_agent(planner: QwenPlanner, agent: GridAgent) -> QwenPlanner:
@@ -255,11 +229,6 @@ def with_agent(planner: QwenPlanner, agent: GridAgent) -> QwenPlanner:
     other = copy.copy(planner)
     other._modules = {**planner._modules, "agent": agent}
     return other
-
-
-def means(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each name's tensors."""
-    return {name: torch.stack([row[name] for row in rows]).mean(0) for name in rows[0]}
 
 
 def mean_of(values: Sequence[float]) -> float:

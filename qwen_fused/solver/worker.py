@@ -14,6 +14,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import torch
@@ -42,6 +43,11 @@ def answer(job: Job, question: Question) -> TaskResult:
 
 def serve(job: Job, connection: Connection) -> None:
     """Answer questions until the other side closes."""
+    answer_each(connection, lambda content: json.dumps(answer(job, Question.from_bytes(content)).to_plain()).encode())
+
+
+def answer_each(connection: Connection, answered: Callable[[bytes], bytes]) -> None:
+    """Say that this process has begun, then answer what comes until the other side closes."""
     received: queue.Queue[bytes] = queue.Queue()
 
     def receive() -> None:
@@ -55,18 +61,22 @@ def serve(job: Job, connection: Connection) -> None:
     threading.Thread(target=receive, daemon=True).start()
     connection.send_bytes(b"ready")
     while True:
-        result = answer(job, Question.from_bytes(received.get()))
-        connection.send_bytes(json.dumps(result.to_plain()).encode())
+        connection.send_bytes(answered(received.get()))
 
 
-def main() -> None:
-    """`python -m qwen_fused.solver.worker NUMBER`: of an inherited socket; a `Job` on standard input."""
+def run_as_worker(serve: Callable[[Job, Connection], None]) -> None:
+    """What a worker process does: with one thread, by the `Job` on standard input and the socket of that number."""
     torch.set_num_threads(1)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         # where memory runs out a worker goes, and not whoever holds all the answers
         score.write("500")
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         serve(Job.from_bytes(sys.stdin.buffer.read()), Connection(int(sys.argv[1])))
+
+
+def main() -> None:
+    """`python -m qwen_fused.solver.worker NUMBER`: of an inherited socket; a `Job` on standard input."""
+    run_as_worker(serve)
 
 
 if __name__ == "__main__":

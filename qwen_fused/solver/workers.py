@@ -1,42 +1,26 @@
-"""Worker processes: one per core with one thread each; one that dies costs the task that it was at, and is replaced.
-
-Fresh processes and no forks: they hold what they are sent and nothing else, whatever threads, CUDA contexts or answers
-the process that starts them has.
-"""
+"""Questions for worker processes, one per core: one that dies costs the task that it was at, and is replaced."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from multiprocessing.connection import wait
 
 from qwen_fused.arc.tasks import Task
 from qwen_fused.solver.question import Question
 from qwen_fused.solver.results import TaskResult, fallback
+from qwen_fused.solver.worker_process import MAX_FAILED_STARTS, POLL_SECONDS, WorkerProcess
 
 COMMAND = (sys.executable, "-m", "qwen_fused.solver.worker")
 # a worker that has not answered so many seconds after the time for all tasks ended is ended too
 GRACE_SECONDS = 60.0
-# seconds between looks for a signal
-POLL_SECONDS = 0.2
-# microseconds of CPU in how many, of a container
-CGROUP = Path("/sys/fs/cgroup/cpu.max")
-# processes in a row that end before they have begun
-MAX_FAILED_STARTS = 3
 
 
-class Worker:
+class Worker(WorkerProcess):
     """One process and what it is at.
 
     Args:
@@ -45,41 +29,13 @@ class Worker:
     """
 
     def __init__(self, job: bytes, command: Sequence[str] = COMMAND):
-        self.connection, theirs = Pipe()
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
-        with theirs:
-            self.process = self.start(job, theirs, command)
+        super().__init__(job, command)
         self.task: Task | None = None
-        self.ready = False
-
-    def start(self, job: bytes, theirs: Connection, command: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start the process."""
-        environment = {
-            **os.environ,
-            **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
-            # what is imported here is imported there, and what lies in the current folder is not
-            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            "PYTHONSAFEPATH": "1",
-            # a worker is a core
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        # a file, because a process that is still starting empties no pipe
-        with tempfile.TemporaryFile() as stdin:
-            stdin.write(job)
-            stdin.seek(0)
-            return subprocess.Popen(
-                [*command, str(theirs.fileno())], pass_fds=(theirs.fileno(),), env=environment,
-                stdin=stdin, stdout=self.errors, stderr=self.errors,
-                # Ctrl-C is for the process that asks, which ends its workers
-                start_new_session=True,
-            )  # fmt: skip
 
     def ask(self, question: Question) -> None:
         """Begin with a task."""
         self.task = question.task
-        # where it is no longer there, its end is seen when it is listened to
-        with suppress(OSError):
-            self.connection.send_bytes(question.to_bytes())
+        self.send(question.to_bytes())
 
     def receive(self) -> TaskResult | None:
         """What it says: a row, or None when it has started.
@@ -87,42 +43,11 @@ class Worker:
         Raises:
             EOFError: it has ended.
         """
-        try:
-            content = self.connection.recv_bytes()
-        except OSError as error:
-            raise EOFError from error
-        if not self.ready:
-            self.ready = True
+        content = self.hear()
+        if content is None:
             return None
         self.task = None
         return TaskResult.from_plain(json.loads(content))
-
-    def exit_reason(self) -> str:
-        """In a sentence: the signal or code, and the last line it said."""
-        code = self.process.wait()
-        self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        if code == -signal.SIGKILL:
-            return "its worker process was ended by SIGKILL: memory may have run out"
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return f"its worker process {how}" + (f" ({last[:200]})" if last else "")
-
-    def end(self) -> None:
-        """End the process, if it has not."""
-        self.process.kill()
-        self.process.wait()
-        self.connection.close()
-        self.errors.close()
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: those it is bound to, or fewer where its control group gives it less time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):
-        quota, period = CGROUP.read_text().split()
-        cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
-    return cores
 
 
 def run_workers(

@@ -13,7 +13,7 @@ from qwen_fused.report.run_log import RunLog
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.solve import solve_tasks
 from qwen_fused.solver.task_planner import lines_agent
-from qwen_fused.solver.workers import usable_cores
+from qwen_fused.solver.worker_process import usable_cores
 from qwen_fused.train.signals import Interrupted, catch_signals
 from qwen_fused.train.trainer import Trainer
 

@@ -55,10 +55,16 @@ def learn_run_start(trainer: Trainer, log: RunLog, max_seconds: float | None = N
             saved = time.monotonic()
 
     with catch_signals() as signalled, log.progress(config.start_tasks, start.tasks, "learning a start") as advance:
-        learn_start(
-            trainer.model, trainer.training, start, most=config.start_tasks, seconds=max_seconds, seed=config.seed,
-            should_stop=signalled, on_task=on_task,
-        )  # fmt: skip
+        try:
+            learn_start(
+                trainer.model, trainer.training, start, most=config.start_tasks, seconds=max_seconds, seed=config.seed,
+                should_stop=signalled, on_task=on_task,
+            )  # fmt: skip
+        except RuntimeError as error:
+            # a run is whole without it, and has what was learned until then
+            log.say(f"No more of a start is learned: {error}")
+            if not start.tasks:
+                return None
         write_state(path, start.state_dict())
         if number := signalled():
             log.say(f"Interrupted after {start.tasks} tasks of the start; to go on: --resume {trainer.folder}")

@@ -5,9 +5,12 @@ Only how they start is another: what they do and how they are listened to is the
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,8 +24,8 @@ from qwen_fused.config import TrainConfig
 from qwen_fused.planner.make_agent import make_agent
 from qwen_fused.qwen.prompt_text import ADDED_TOKENS, PromptText
 from qwen_fused.qwen.tiny import byte_tokenizer, seeded
-from qwen_fused.solver import worker, workers
-from qwen_fused.solver.question import Encoded, Job
+from qwen_fused.solver import worker, worker_process
+from qwen_fused.solver.question import Encoded
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.task_solver import TaskAnswer
 
@@ -45,28 +48,34 @@ class ForkedProcess:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def use_forked_workers(monkeypatch, solve_task: Callable[..., TaskAnswer]) -> None:
-    """Fork workers, and have them solve by `solve_task`."""
+def use_forked_workers(monkeypatch, solve_task: Callable[..., TaskAnswer] | None = None) -> None:
+    """Fork workers, and have those that solve do so by `solve_task`."""
 
     def start(self, job: bytes, theirs: Connection, command) -> ForkedProcess:
         process = os.fork()
         if process:
             return ForkedProcess(process)
         try:
-            for number in (1, 2):
-                os.dup2(self.errors.fileno(), number)
+            stdin = os.memfd_create("job")
+            os.write(stdin, job)
+            os.lseek(stdin, 0, os.SEEK_SET)
+            for number, whence in enumerate((stdin, self.errors.fileno(), self.errors.fileno())):
+                os.dup2(whence, number)
             # a fork has the locks and sockets of its parent, and what somebody still has open never ends
             os.closerange(3, theirs.fileno())
             os.closerange(theirs.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
-            torch.set_num_threads(1)
-            worker.solve_task = solve_task
-            worker.serve(Job.from_bytes(job), theirs)
+            if solve_task:
+                worker.solve_task = solve_task
+            sys.stdin, sys.argv = open(0), [command[-1], str(theirs.fileno())]  # noqa: SIM115
+            importlib.import_module(command[-1]).main()
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
         finally:
             os._exit(71)
 
-    monkeypatch.setattr(workers.Worker, "start", start)
+    monkeypatch.setattr(worker_process.WorkerProcess, "start", start)
 
 
 class StandIn(nn.Module):

