@@ -42,7 +42,7 @@ class DataSettings:
     max_batches: int | None = None
     """Stop after this many batches in all; the learning-rate schedule still follows the epochs."""
     max_minutes: float | None = None
-    """Stop training after this many minutes of this process; evaluation and start then take up to 3.6 times as many."""
+    """Stop training after this many minutes of this process; evaluation and start then take up to twice as many."""
     seed: int = 0
     """Seed of weights, order, augmentation and noise."""
     split_seed: int = 0
@@ -181,6 +181,8 @@ class RunSettings:
     start_tasks: int = 1000
     """At the end, trainings on training tasks, for a start that other tasks are near (MAML); 0, or no
     `ttt_seconds`, leaves that out."""
+    start_minutes: float | None = None
+    """Stop learning the start after this many minutes; by default three quarters of `max_minutes`, if there are."""
     ttt_seconds: float = 4.0
     """At the end, seconds of a core to train on each held-out task before it is answered again; 0 leaves that out."""
 
@@ -220,7 +222,7 @@ class TrainConfig(
             "sdpa or eager in float32 (flash_attention_2 needs --qwen-dtype bfloat16 or --precision bf16)",
             self.attention,
         )  # fmt: skip
-        for name in ("max_batches", "max_minutes", "max_prompt_tokens"):
+        for name in ("max_batches", "max_minutes", "start_minutes", "max_prompt_tokens"):
             value = getattr(self, name)
             require(value is None or value > 0, name, "a number above 0", value)
         if self.shard_qwen:

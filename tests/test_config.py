@@ -95,6 +95,7 @@ def test_is_frozen():
         ("seed", -1),
         ("max_batches", 0),
         ("max_minutes", 0.0),
+        ("start_minutes", 0.0),
         ("plan_steps", 0),
         ("agent_lr", float("nan")),
     ],

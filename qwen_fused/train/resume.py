@@ -27,8 +27,8 @@ from qwen_fused.train.located import located
 MAY_CHANGE = frozenset(
     {
         "max_batches", "max_minutes", "device", "cuda_graphs", "prove", "on_nonfinite", "log_every", "checkpoint_every",
-        "keep_checkpoints", "eval_every", "max_eval_tasks", "start_tasks", "ttt_seconds", "out", "resume",
-        "resume_changed", "trackers", "shard_qwen",
+        "keep_checkpoints", "eval_every", "max_eval_tasks", "start_tasks", "start_minutes", "ttt_seconds", "out",
+        "resume", "resume_changed", "trackers", "shard_qwen",
     }
 )  # fmt: skip
 # versions whose runs this one continues: norms are nearer the truth since 0.3, so clipped gradients differ in last bits

@@ -22,9 +22,8 @@ from qwen_fused.train.checkpoint import write_state
 from qwen_fused.train.run_start import learn_run_start
 from qwen_fused.train.trainer import Trainer
 
-# what a run of so many minutes has for its end: shares of them. A start takes longer than the run itself, since answers
-# after training on a task come from it alone
-END_SHARES = {"held-out": 0.4, "training": 0.2, "start": 2.2, "adapted": 0.75}
+# what a run of so many minutes has for its end: shares of them
+END_SHARES = {"held-out": 0.4, "training": 0.2, "start": 0.75, "adapted": 0.6}
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,8 @@ def finish(trainer: Trainer, log: RunLog) -> None:
     # every process asks the same tasks, as the first one's clock has it
     minutes = config.max_minutes if trainer.ranks.world_size == 1 else None
     seconds = {name: 60 * minutes * share if minutes else None for name, share in END_SHARES.items()}
+    if config.start_minutes:
+        seconds["start"] = 60 * config.start_minutes
     started = time.monotonic()
     held_out = validate(trainer, log, seconds["held-out"])
     some = spread(trainer.training, config.max_eval_tasks)

@@ -25,9 +25,9 @@ from qwen_fused.config import LARGEST, TrainConfig
 CORPUS = Path(__file__).with_name("corpus")
 HINTS = {name: hint for name, hint in typing.get_type_hints(TrainConfig).items() if name != "weights"}
 # read from the docstrings of TrainConfig and not from its code
-ABOVE_0 = """batch_size epochs max_batches max_minutes max_prompt_tokens prompt_window prompt_visits prompt_dim
-    agent_channels plan_steps policy_hidden delta_scale qwen_lr agent_lr policy_lr clip log_every checkpoint_every
-    keep_checkpoints max_eval_tasks"""
+ABOVE_0 = """batch_size epochs max_batches max_minutes start_minutes max_prompt_tokens prompt_window prompt_visits
+    prompt_dim agent_channels plan_steps policy_hidden delta_scale qwen_lr agent_lr policy_lr clip log_every
+    checkpoint_every keep_checkpoints max_eval_tasks"""
 AT_LEAST_0 = "seed split_seed lora_rank warmup_batches eval_every weight_decay reversibility start_tasks ttt_seconds"
 SHARES = "augment hard_floor objective_share size_warmup size_weight final_lr early_step_weight"
 RULES = {

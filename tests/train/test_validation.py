@@ -67,6 +67,15 @@ def test_a_run_of_minutes_has_as_many_for_its_end(small_config, monkeypatch):
     assert asked[2] >= training
 
 
+@pytest.mark.parametrize("start_minutes, seconds", [(None, 4.5), (2.0, 120.0)])
+def test_how_long_a_start_is_learned(small_config, monkeypatch, start_minutes, seconds):
+    """Three quarters of the run's minutes, or its own."""
+    given = []
+    monkeypatch.setattr(validation, "learn_run_start", lambda trainer, log, most: given.append(most))
+    train(small_config(val_fraction=0.5, max_minutes=0.1, start_minutes=start_minutes, max_batches=1))
+    assert given == [pytest.approx(seconds)]
+
+
 @pytest.mark.parametrize(
     "seconds, asked, spent, most",
     [(10.0, 6, 3.0, 20), (-4.0, 6, 3.0, 1), (1.0, 6, 60.0, 1), (1.0, 1, 0.0, 999_999_999)],
