@@ -39,8 +39,8 @@ class Drift:
         """Refuse prompts that differ, on CUDA at the next `raise_pending`: the step would have to wait for it.
 
         Args:
-            again: [n, D], with its graph.
-            before: [n, D], as it was handed out.
+            again: [n, ...], with its graph.
+            before: [n, ...], as it was handed out.
             autocast: what it was computed under.
         """
         key = (again.dtype, autocast)
@@ -81,7 +81,8 @@ def narrowest_dtype(output: Tensor) -> torch.dtype:
 
 def relative_change(again: Tensor, before: Tensor) -> Tensor:
     """Largest |again - before| / |before| of a row; 0 where it was not finite before, Inf where it has become so."""
-    again, before = (x.double() if x.dtype == torch.float64 else x.float() for x in (again, before))
+    # the vectors of one key are one prompt
+    again, before = (x.flatten(1).to(torch.promote_types(x.dtype, torch.float32)) for x in (again, before))
     norm = torch.linalg.vector_norm(before, dim=1)
     # a prompt of next to nothing is measured by the others
     change = torch.linalg.vector_norm(again - before, dim=1) / norm.clamp_min(norm.mean() / 8).clamp_min(1e-30)

@@ -35,7 +35,7 @@ class Chunk:
     """One call of encode: new keys of one batch, in rows `start` to `start + len(output)` of the window."""
 
     start: int
-    output: Tensor  # [n, D]; with its graph in retain mode
+    output: Tensor  # [n, ...]; with its graph in retain mode
     random: RandomState
     autocast: tuple[bool, torch.dtype]
 
@@ -70,8 +70,8 @@ class PromptWindow:
     the CPU and 2 % in bfloat16, stands at the head of `qwen_fused.window.drift`.
 
     Args:
-        encode: takes n different keys as a list and returns [n, D], differentiably. Everything it trains must stand
-            still inside a window; what steps at every batch belongs behind the window.
+        encode: takes n different keys as a list and returns [n, D] or [n, K, D], differentiably. Everything it trains
+            must stand still inside a window; what steps at every batch belongs behind the window.
         size: batches per window, at least 1.
         mode: "recompute" runs encode without a graph, and again in `flush` under the same random state, with the memory
             of one call's graph; "retain" keeps all graphs, and runs it once.
@@ -120,8 +120,8 @@ class PromptWindow:
             keys: B hashable keys, repeats allowed.
 
         Returns:
-            [B, D] leaf that requires grad. What its `.grad` holds when `flush` comes is what Qwen receives: scale it
-            or set it to None in between to rescale a batch or leave it out.
+            [B, D] or [B, K, D] leaf that requires grad. What its `.grad` holds when `flush` comes is what Qwen gets:
+            scale it or set it to None in between to rescale a batch or leave it out.
 
         Raises:
             ValueError: no keys, or encode returns another shape or carries no gradient.
@@ -195,8 +195,8 @@ class PromptWindow:
         """The window as it stands, in tensors and plain values: everything but the keys and the graphs.
 
         Returns:
-            batches so far; for each call of encode, its outputs [n, D], random state and autocast; and gradient, the
-            sum so far [keys, D], None before the first batch.
+            batches so far; for each call of encode, its outputs [n, ...], random state and autocast; and gradient, the
+            sum so far [keys, ...], None before the first batch.
 
         Raises:
             RuntimeError: a flush of the window stopped half way.
@@ -251,8 +251,9 @@ class PromptWindow:
         keep_graph = self.mode == "retain" or self.parameters is None
         with torch.set_grad_enabled(keep_graph):
             output = self.encode(keys)
-        if output.dim() != 2 or len(output) != len(keys):
-            raise ValueError(f"encode must return [{len(keys)}, D] for {len(keys)} keys, got {tuple(output.shape)}")
+        n = len(keys)
+        if output.dim() < 2 or len(output) != n:
+            raise ValueError(f"encode must return [{n}, D] or [{n}, K, D] for {n} keys, got {tuple(output.shape)}")
         # a later one without its graph, as in a finite difference, is run again when it comes to be flushed
         if self.parameters is None and not output.requires_grad:
             raise ValueError("encode must be differentiable, got a result that does not require grad")
@@ -278,14 +279,14 @@ class PromptWindow:
         return output
 
     def _gradient(self) -> Tensor:
-        """Sum over the window's batches of the gradients on their leaves [keys, D], at least float32."""
+        """Sum over the window's batches of the gradients on their leaves [keys, ...], at least float32."""
         first = self.chunks[0].output
         if self.restored is None:
-            shape = (sum(len(chunk.output) for chunk in self.chunks), first.shape[1])
+            shape = (sum(len(chunk.output) for chunk in self.chunks), *first.shape[1:])
             total = first.new_zeros(shape, dtype=torch.promote_types(first.dtype, torch.float32))
         else:
             added = len(self.rows) - len(self.restored)
-            total = torch.cat([self.restored, self.restored.new_zeros(added, first.shape[1])])
+            total = torch.cat([self.restored, self.restored.new_zeros(added, *first.shape[1:])])
         for leaf, rows in self.leaves:
             if leaf.grad is not None:
                 # index_put sums repeated rows in a fixed order on every device; index_add does not

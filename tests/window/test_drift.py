@@ -69,6 +69,14 @@ def test_nothing_and_nan(before, again, passes):
         Drift().compare(again, before)
 
 
+def test_several_vectors_are_one_prompt():
+    """What is next to nothing in all of a key's vectors is measured by the rest of them."""
+    before = torch.tensor([[[10.0, 1e-4], [10.0, 1e-4]]])
+    Drift().compare((before + 1e-4).requires_grad_(), before)
+    with pytest.raises(RuntimeError, match="other prompts"):
+        Drift().compare((before + 1e-2).requires_grad_(), before)
+
+
 def test_the_narrowest_type_of_a_graph():
     x, half = torch.ones(2, 3, requires_grad=True), nn.Linear(3, 3).bfloat16()
     assert narrowest_dtype(x.double() * 2) == torch.float32
