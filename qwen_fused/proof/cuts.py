@@ -56,16 +56,18 @@ class PartialCut:
     Args:
         operation: what was called.
         frame: where.
-        share: the part of the loss's derivative along one direction that flows through it, from 0 to 1; NaN where that
-            can't be measured, or where the loss has next to no derivative without the cut: a straight-through
-            estimator, a score function.
+        share: length of the gradient that flows through it over that of the whole, from 0 to 1; NaN where that can't be
+            measured, or where the loss has next to no derivative without the cut: a straight-through estimator, a
+            score function.
         parameters: names of the parameters that lose it.
+        unknown: why the share can't be measured, empty where it was, or where there is nothing to lose.
     """
 
     operation: str
     frame: Frame
     share: float
     parameters: tuple[str, ...]
+    unknown: str = ""
 
 
 @dataclass

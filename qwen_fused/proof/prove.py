@@ -112,7 +112,7 @@ def _climb(subject: Subject, directions: int, seed: int, memory: int | None) -> 
         rungs={name: rung for name, rung in zip(RUNGS, ladder, strict=True)},
         cut=cut,
         notes=notes_of(subject, first.trace, first.gradients, weighed),
-        partial_cuts=weighed,
+        partial_cuts=weighed.cuts,
         allowed=dict(subject.allow.matches),
         layers=by_layer,
         parameters=len(subject.named),

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from qwen_fused.proof.prove import prove
 
 LIBRARIES = ("accelerate", "peft", "torch", "transformers")
-for more in ("field_optimizers", "field_faults", "field_libraries", "field_derivatives"):
+for more in ("field_optimizers", "field_faults", "field_libraries", "field_derivatives", "field_stop_gradients"):
     # each adds its own to the list
     importlib.import_module(more)
 
