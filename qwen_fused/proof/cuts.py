@@ -135,6 +135,7 @@ class Trace:
     differentiated: int = 0  # parameters upstream of what the loss function takes derivatives of
     differentiates: bool = False  # whether the loss function asks for gradients itself
     exchanges: bool = False  # whether it exchanges values with other processes
+    compiled: list[Any] = field(default_factory=list)  # functions whose source was run in place of their compiled code
     threads: bool = False  # whether other threads were given something to do
     half: bool = False  # whether anything was computed in 16 bits
     named_after: dict[int, str] = field(default_factory=dict)  # id of a parameter -> its name when the call was over

@@ -134,7 +134,7 @@ def _share_lost(
     slots = {event.slot for event in events}
     held: dict[Slot, Held] = {**trace.held(carried=subject.own_backward), **point.linearized}
     released = {slot: _let_go(record) for slot, record in held.items() if slot not in slots}
-    judged = {name: g for name, g in point.gradients.of.items() if name in subject.trainable}
+    judged = {name: g for name, g in point.gradients.before_changes().items() if name in subject.trainable}
     unknown = ""
     # 16 bits are too coarse for a share, and other threads' work can't be had in another type
     for wide in (*(() if trace.threads else (torch.float64,)), *(() if trace.half else (None,))):
