@@ -47,7 +47,7 @@ def one_layer_with_ten_times_the_gradient():
 
 
 @case("torch")
-def hooks_that_only_look():
+def parameter_hooks_that_only_look():
     net, norms = mlp(), []
     for p in net.parameters():
         p.register_hook(lambda g: norms.append(g.norm()))
@@ -172,13 +172,13 @@ def noise_alone():
 
 
 @case("torch", "correct", "wrong")
-def noise_beside_half_of_the_gradient():
+def gradient_times_random_numbers():
     net = mlp()
 
     def backward(loss):
         slopes = torch.autograd.grad(loss, list(net.parameters()))
         for p, g in zip(net.parameters(), slopes, strict=True):
-            # the noise multiplies the gradient: that is no noise added to it
-            p.grad = g.flip(0) * (1 + torch.randn_like(p))
+            # no noise that is added: twice the draw is not twice the change
+            p.grad = g * (2 * torch.randn_like(p)).exp()
 
     return classified(net, backward=backward)
