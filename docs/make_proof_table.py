@@ -21,7 +21,14 @@ def render() -> str:
     """The table, with the versions that are installed here."""
     sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     field = importlib.import_module("proof_field")
-    for more in ("field_optimizers", "field_faults", "field_libraries", "field_derivatives"):
+    for more in (
+        "field_optimizers",
+        "field_faults",
+        "field_libraries",
+        "field_derivatives",
+        "field_stop_gradients",
+        "field_changed_gradients",
+    ):
         importlib.import_module(more)
     counts: dict[str, Counter[str]] = {}
     for _, library, _ in importlib.import_module("proof_sweep").loops():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from qwen_fused.proof.cuts import Event
+from qwen_fused.proof.frames import of_function
 
 
 class Allowance:
@@ -37,6 +39,11 @@ class Allowance:
     def custom(self, name: str, callers: Iterable[str]) -> bool:
         """Whether a custom operation's own backward is to be taken at its word."""
         return self._match([name, name.rpartition("::")[2], *_functions(callers)])
+
+    def given(self, function: Callable[..., Any]) -> bool:
+        """Whether what the caller gave, a backward, is to be taken at its word: by its function's name."""
+        frame = of_function(function)
+        return frame is not None and self._match(_functions([f"{frame.file.rpartition('/')[2]}:{frame.function}"]))
 
     def function(self, name: str) -> bool:
         """Whether one of torch's own functions is to be taken at its word: named in full, no pattern."""

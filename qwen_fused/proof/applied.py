@@ -70,7 +70,7 @@ def _check_descent(step: Step, gradients: Gradients) -> list[Finding]:
     """A step that is not down the gradient of this loss."""
     names, change = tuple(gradients.of), step.first_order
     if (
-        not step.had_state
+        not (step.had_state or step.noisy or gradients.noisy)
         # many processes step down the mean of their gradients, which may be up for one of them
         and processes() == 1
         and change.predicted > 0
@@ -146,7 +146,9 @@ def _check_used_gradients(subject: Subject, step: Step, gradients: Gradients) ->
     if lost:
         findings.append(erased(subject, lost, during_step=True))
     changed = tuple(name for name in dict.fromkeys(step.changed) if not subject.allow.name(name))
-    if changed:
+    if changed and step.noisy:
+        subject.note("noise is added to the gradient between backward and the optimizer's step")
+    elif changed:
         detail = f"the gradient of {name_some(changed)} that the optimizer uses is not the one that backward left"
         findings.append(Finding("changed", detail, changed))
     if gradients.scale > 1 and step.norm_ratio > LARGEST_RATIO:

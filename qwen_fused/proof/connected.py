@@ -11,16 +11,13 @@ from torch import Tensor
 from qwen_fused.proof import backtrace
 from qwen_fused.proof.backtrace import breaks_of
 from qwen_fused.proof.cuts import Cut, Event, Trace
+from qwen_fused.proof.departures import NUMBERS, returning
 from qwen_fused.proof.frames import Frame
 from qwen_fused.proof.ladder import Finding, Rung, name_some
 from qwen_fused.proof.nonzero import is_flat
 from qwen_fused.proof.other_draws import skipped_by_this_draw
 from qwen_fused.proof.partial_cuts import DISCRETE
-from qwen_fused.proof.replay import Perturbation, ReplayMismatch
-from qwen_fused.proof.subject import Gradients, Subject, as_float
-
-# departures whose value is a number that can be moved a little
-NUMBERS = ("item", "tolist", "numpy")
+from qwen_fused.proof.subject import Gradients, Subject
 
 
 def connected(subject: Subject, trace: Trace, gradients: Gradients) -> tuple[Rung, Cut | None]:
@@ -153,26 +150,6 @@ def _ends(subject: Subject, trace: Trace) -> list[Event]:
     # integers and branches can't be moved a little
     ends = [e for e in trace.departures if not e.continues and e.kind != "text"]
     return returning(subject, trace, most=6) or ends[-1:]
-
-
-def returning(subject: Subject, trace: Trace, most: int) -> list[Event]:
-    """Values that left tensors and come back into the loss, found by moving them, the last few of them."""
-    found: list[Event] = []
-    candidates = [e for e in trace.departures if e.kind in NUMBERS]
-    seen: set[Any] = set()
-    base = None
-    for event in reversed(candidates):
-        if event.slot is None or event.site.user in seen or len(seen) >= most:
-            continue
-        seen.add(event.site.user)
-        try:
-            base = subject.value() if base is None else base
-            moved = as_float(subject.call({event.slot: Perturbation(0.01)}))
-        except (ReplayMismatch, RuntimeError, ValueError):
-            continue
-        if moved != base:
-            found.append(event)
-    return found
 
 
 def _lost_in_backward(subject: Subject, names: list[str]) -> tuple[list[Finding], list[Cut]]:

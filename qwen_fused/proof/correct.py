@@ -156,7 +156,7 @@ def _judged(trace: Trace, gradients: Gradients) -> dict[str, Tensor]:
         for stale, _ in trace.stale:
             label |= stale
     left = set(trace.labels.names_of(label))
-    return {name: g for name, g in gradients.of.items() if name not in left}
+    return {name: g for name, g in gradients.before_changes().items() if name not in left}
 
 
 def _coarsest(subject: Subject, trace: Trace, loss: Tensor) -> torch.dtype:

@@ -56,16 +56,18 @@ class PartialCut:
     Args:
         operation: what was called.
         frame: where.
-        share: the part of the loss's derivative along one direction that flows through it, from 0 to 1; NaN where that
-            can't be measured, or where the loss has next to no derivative without the cut: a straight-through
-            estimator, a score function.
+        share: length of the gradient that flows through it over that of the whole, from 0 to 1; NaN where that can't be
+            measured, or where the loss has next to no derivative without the cut: a straight-through estimator, a
+            score function.
         parameters: names of the parameters that lose it.
+        unknown: why the share can't be measured, empty where it was, or where there is nothing to lose.
     """
 
     operation: str
     frame: Frame
     share: float
     parameters: tuple[str, ...]
+    unknown: str = ""
 
 
 @dataclass
@@ -133,6 +135,7 @@ class Trace:
     differentiated: int = 0  # parameters upstream of what the loss function takes derivatives of
     differentiates: bool = False  # whether the loss function asks for gradients itself
     exchanges: bool = False  # whether it exchanges values with other processes
+    compiled: list[Any] = field(default_factory=list)  # functions whose source was run in place of their compiled code
     threads: bool = False  # whether other threads were given something to do
     half: bool = False  # whether anything was computed in 16 bits
     named_after: dict[int, str] = field(default_factory=dict)  # id of a parameter -> its name when the call was over

@@ -136,23 +136,6 @@ class Directions:
             verdict.reason = "a kink: autograd's value lies between the slopes to both sides" if verdict.ok else ""
         return verdict
 
-    def change_along(self, number: int, names: Collection[str]) -> tuple[float, float]:
-        """How measured and autograd's derivative differ along one direction in which the named parameters move.
-
-        Returns:
-            The difference over the larger of the two, and the measured over the larger of the two: both NaN where
-            autograd's is zero.
-        """
-        weights = self._weights(number, names)
-        slope, shares = self._predict(self.last / 10, weights)
-        scale = math.sqrt(sum(share * share for share in shares.values()))
-        if not scale:
-            return math.nan, math.nan
-        step = self._first_step(self.here(), scale)
-        deviation = self._deviation(step, weights, scale)[0] * scale
-        larger = max(abs(slope + deviation), abs(slope))
-        return abs(deviation) / larger, abs(slope + deviation) / larger
-
     def wrong_among(self, groups: Mapping[str, list[str]]) -> list[str]:
         """Names of the groups of parameters whose own derivative deviates, each group judged alone."""
         return [group for group, names in groups.items() if self._is_wrong(names)]
@@ -216,11 +199,14 @@ class Directions:
                 self._along[name] = torch.view_as_complex(along) if gradient.is_complex() else along
             # over the direction before it, which nobody needs any more
             mixed = real_parts(self._along[name]).copy_(parts)
-            # the gradient at its own size, what stands out of it cut off, half and half with noise
-            mixed.div_(max(_size_of(mixed), torch.finfo(torch.float32).tiny)).clamp_(-3, 3)
+            self._shape(mixed)
             noise.add_to(mixed)
             mixed.mul_(0.5 * self.scales[name])
         self._shares = {name: inner(self.gradients[name], along) for name, along in self._along.items()}
+
+    def _shape(self, mixed: Tensor) -> None:
+        """Make a gradient into what noise is added to: at its own size, what stands out of it cut off."""
+        mixed.div_(max(_size_of(mixed), torch.finfo(torch.float32).tiny)).clamp_(-3, 3)
 
     def _weights(self, number: int, names: Collection[str]) -> dict[str, float]:
         self._use(number)

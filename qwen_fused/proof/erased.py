@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from qwen_fused.proof import frames, kinds, modes
+from qwen_fused.proof.frames import of_function
+from qwen_fused.proof.hooks import hooks_of
 from qwen_fused.proof.labels import tensors_in
 from qwen_fused.proof.ladder import Finding, name_some
 from qwen_fused.proof.subject import Subject
@@ -35,5 +37,7 @@ def erased(subject: Subject, names: tuple[str, ...], during_step: bool) -> Findi
         subject.snapshot.reset_optimizers()
     subject.snapshot.clear_gradients()
     when = "between backward and the optimizer's step" if during_step else "before backward was done"
-    frame = found[0].user if found else None
+    # no mode sees what a hook calls while backward runs
+    hooks = hooks_of(watched) if not during_step else []
+    frame = found[0].user if found else of_function(hooks[-1]) if hooks else None
     return Finding("erased", f"the gradient of {name_some(names)} is erased {when}", names, frame)

@@ -76,7 +76,8 @@ def measure(
     # what the loss function writes to itself it can't be said to follow
     written = set(trace.labels.names_of(trace.rewritten))
     changes = {name: change for name, change in changes.items() if name not in written}
-    found = FirstOrder(predicted=sum(inner(gradients.of[name], change) for name, change in changes.items()))
+    slopes = gradients.before_changes()
+    found = FirstOrder(predicted=sum(inner(slopes[name], change) for name, change in changes.items()))
     moved = {name: subject.named[name] for name in changes}
     held: dict[Slot, Held] = {**trace.held(carried=subject.own_backward), **linearized}
     own = Moves(moved, lambda _: subject.value(), None, before)
@@ -85,7 +86,7 @@ def measure(
     own.restore()
     found.nondeterminism = abs(subject.value() - loss)
     rounding = 4 * float(torch.finfo(_coarsest(subject, trace)).eps) * abs(loss) + 20 * found.nondeterminism
-    size = sum(inner(gradients.of[n], gradients.of[n]) for n in changes) ** 0.5
+    size = sum(inner(slopes[n], slopes[n]) for n in changes) ** 0.5
     size *= sum(inner(change, change) for change in changes.values()) ** 0.5
     if trace.exchanges:
         found.reason = "the loss is computed by several processes together"

@@ -25,7 +25,7 @@ class GradientError(RuntimeError):
 
 
 def settle(report: ProofReport, only_warn: bool, device: torch.device | str = "cpu") -> None:
-    """Stop where the gradient is broken, in every process where it is in one; tell what is not proved.
+    """Stop where the gradient is broken, in every process where it is in one; warn of what is not proved, and of a cut.
 
     Args:
         report: of this process.
@@ -41,5 +41,5 @@ def settle(report: ProofReport, only_warn: bool, device: torch.device | str = "c
         torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
     if broken and not only_warn:
         raise GradientError(report)
-    headline = str(report).partition("\n")[0]
-    log.log(logging.INFO if report.ok else logging.WARNING, "%s", headline if report.ok else report)
+    first_line = str(report).partition("\n")[0]
+    log.log(logging.INFO if report.headline == "proved" else logging.WARNING, "%s", first_line if report.ok else report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from qwen_fused.common.autograd_graph import graph_leaves
 from qwen_fused.proof import frames, kinds, modes
+from qwen_fused.proof.added_noise import NORMAL
 from qwen_fused.proof.frames import Site
+from qwen_fused.proof.labels import is_wrapped, tensors_in
 from qwen_fused.proof.moves import has_nonzero
 from qwen_fused.proof.optimizers import watching_steps
 from qwen_fused.proof.reducers import among_processes, finish_reduction, processes
@@ -24,8 +27,12 @@ class Gradients:
 
     Args:
         of: name -> gradient of the loss itself, whatever it was scaled by on its way back.
-        left: name -> what backward left in `.grad`, where processes share their gradients and it is not this one's own;
-            without the scale.
+        left: name -> what backward left in `.grad`, where processes share their gradients and it is not this one's own,
+            or a hook may have changed it; without the scale.
+        own: name -> gradient as autograd had made it, of those that hooks or the given backward then changed.
+        draws: whether normal noise was drawn meanwhile.
+        per_sample: whether gradients of single samples were taken meanwhile, by torch.func.
+        noisy: whether the given backward was found to add noise.
         scale: what the loss was scaled by, as a gradient scaler does.
         erased: names of gradients gone again afterwards.
         erased_at: the first place at which a gradient that had been delivered was set to None or to zeros.
@@ -36,6 +43,10 @@ class Gradients:
 
     of: dict[str, Tensor] = field(default_factory=dict)
     left: dict[str, Tensor] = field(default_factory=dict)
+    own: dict[str, Tensor] = field(default_factory=dict)
+    draws: bool = False
+    per_sample: bool = False
+    noisy: bool = False
     scale: float = 1.0
     erased: tuple[str, ...] = ()
     erased_at: Site | None = None
@@ -47,9 +58,13 @@ class Gradients:
         """The gradient that an optimizer should come to use."""
         return self.left.get(name, self.of[name])
 
+    def before_changes(self) -> dict[str, Tensor]:
+        """Gradients as autograd had made them."""
+        return {name: self.own.get(name, gradient) for name, gradient in self.of.items()}
+
     def forget(self) -> None:
         """Let the gradients themselves go, and keep whose they were."""
-        self.left = {}
+        self.left, self.own = {}, {}
         self.of = {name: gradient.new_zeros(()) for name, gradient in self.of.items()}
 
 
@@ -61,6 +76,7 @@ def deliver(
     parameters: Iterable[Tensor],
     optimizers: Iterable[Any],
     take: bool = False,
+    watched: bool = True,
 ) -> Gradients:
     """Send the loss back.
 
@@ -72,6 +88,7 @@ def deliver(
         parameters: whose `.grad` is the caller's business to put back; other leaves' is put back here.
         optimizers: whose steps in the middle of backward are noticed.
         take: whether the gradients themselves may be kept in place of copies, as nobody writes to them afterwards.
+        watched: whether calls in between are looked at, which compiled functions would be compiled anew for.
     """
     found = Gradients()
     known = {id(p) for p in parameters}
@@ -91,7 +108,7 @@ def deliver(
         found.stepped = True
 
     try:
-        with watching_steps(optimizers, stepped), modes.FunctionMode(watch.call):
+        with watching_steps(optimizers, stepped), modes.FunctionMode(watch.call) if watched else nullcontext():
             frames.boundary(backward, sent)
     except RuntimeError as error:
         found.error = error
@@ -109,8 +126,10 @@ def deliver(
     if not found.stepped:
         found.erased = tuple(n for n in named if n in found.of and _is_gone(named[n].grad, found.of[n]))
         found.erased_at = watch.site
-    if found.error is None and not found.stepped and processes() > 1:
-        found.left = {n: g.detach().clone() for n in found.of if (g := named[n].grad) is not None}
+    if found.error is None and not found.stepped:
+        shared = processes() > 1
+        changed = [n for n in found.of if shared or getattr(named[n], "_post_accumulate_grad_hooks", None)]
+        found.left = {n: g.detach().clone() for n in changed if (g := named[n].grad) is not None}
     found.of = {n: g.to_dense() if (g := found.of[n]).is_sparse else g for n in named if n in found.of}
     _take_scale_off(found, float(sum(seeds)))
     return found
@@ -143,7 +162,7 @@ def _hook_first(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:
 
 
 class _Erasure:
-    """Finds the first call during backward after which a gradient that was there is not."""
+    """Finds the first call during backward after which a gradient that was there is not, and what else was called."""
 
     def __init__(self, found: Gradients, trainable: Mapping[str, Tensor]):
         self._found = found
@@ -152,6 +171,8 @@ class _Erasure:
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         name = kinds.name_of(func)
+        self._found.draws |= name in NORMAL
+        self._found.per_sample = self._found.per_sample or any(map(is_wrapped, tensors_in((args, kwargs))))
         if self.site is not None or name not in ("grad.__set__", "zero_", "_foreach_zero_") or not self._found.of:
             return func(*args, **kwargs)
         held = [n for n in self._found.of if _is_alive(self._trainable[n].grad)]

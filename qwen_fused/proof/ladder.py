@@ -115,13 +115,17 @@ class ProofReport:
 
     @property
     def headline(self) -> str:
-        """The verdict, and of a gradient that is proved the cut that takes most of it, where that is above a tenth."""
-        large = [cut for cut in self.partial_cuts if cut.share > MOST_LOST]
+        """The verdict, and of a gradient that is proved the cut that takes most of it, where that is above a tenth.
+
+        A cut whose share can't be measured is told too.
+        """
+        large = [cut for cut in self.partial_cuts if cut.share > MOST_LOST or cut.unknown]
         if self.verdict != "proved" or not large:
             return self.verdict
-        most = max(large, key=lambda cut: cut.share)
+        most = max(large, key=lambda cut: -1.0 if cut.unknown else cut.share)
         others = f" ({len(large) - 1} more below)" if len(large) > 1 else ""
-        taken = f"{most.share:.0%} of the gradient of {name_some(most.parameters, 1)}"
+        share = "an unknown share" if most.unknown else f"{most.share:.0%}"
+        taken = f"{share} of the gradient of {name_some(most.parameters, 1)}"
         return f"proved, with a cut: {most.operation} at {most.frame} takes {taken}{others}"
 
     @property

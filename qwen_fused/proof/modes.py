@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,9 +108,30 @@ def on_thread(handler: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def uncompiled() -> Iterator[None]:
-    """Run the source of compiled functions and modules instead of their compiled code."""
+def uncompiled(note: Callable[[Any], None] = lambda function: None) -> Iterator[None]:
+    """Run the source of compiled functions and modules instead of their compiled code.
+
+    Args:
+        note: called with every function that would have run compiled.
+    """
     # without dynamo there is nothing compiled, and importing it takes seconds
-    loaded = "torch._dynamo" in sys.modules
-    with torch.compiler.set_stance("force_eager") if loaded else nullcontext():
+    if "torch._dynamo" not in sys.modules:
         yield
+        return
+    from torch._dynamo import eval_frame
+
+    original = eval_frame._callback_from_stance
+
+    def callback_of(callback: Any) -> Any:
+        if callback not in (None, False):
+            # the wrapper around the function, which holds it
+            note(sys._getframe(1).f_locals.get("fn"))
+        return original(callback)
+
+    # nor for this
+    eval_frame._callback_from_stance = callback_of
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        eval_frame._callback_from_stance = original

@@ -28,8 +28,7 @@ def nonzero(subject: Subject, gradients: Gradients, later: Mapping[str, Tensor] 
     """Every gradient is finite and, there or one small step away (None: its backward raised), not all zero."""
     if not gradients.of:
         return Rung("nonzero", None, "there is no gradient to look at")
-    finite = [math.isfinite(_largest(g)) for g in gradients.of.values()]
-    nonfinite = tuple(name for name, whole in zip(gradients.of, finite, strict=True) if not whole)
+    nonfinite = tuple(n for n, g in gradients.of.items() if not (_is_finite(g) and _is_finite(gradients.left.get(n))))
     zero = [n for n in zeros(gradients.of) if not subject.allow.name(n)]
     zero = [n for n in zero if gradients.of[n].numel()]
     always_zero = tuple(n for n in zero if later is not None and (n not in later or not has_nonzero(later[n])))
@@ -42,7 +41,9 @@ def nonzero(subject: Subject, gradients: Gradients, later: Mapping[str, Tensor] 
     elif cancels:
         subject.notes.append(f"the loss does not depend on {name_some(cancels)}: its gradient cancels to zero")
     if nonfinite:
-        findings += _explain_nonfinite(subject, nonfinite, loss)
+        findings += _nonfinite_by_hook(subject, gradients, nonfinite)
+        rest = tuple(name for name in nonfinite if all(name not in finding.parameters for finding in findings))
+        findings += _explain_nonfinite(subject, rest, loss) if rest else []
     if always_zero:
         findings += _explain_zeros(subject, always_zero)
     if findings:
@@ -96,6 +97,10 @@ def _largest(gradient: Tensor) -> float:
     # a tenth of the time that torch's largest norm takes
     least, most = torch.aminmax(gradient)
     return max(abs(float(least)), float(most)) if most == most else math.nan
+
+
+def _is_finite(gradient: Tensor | None) -> bool:
+    return gradient is None or math.isfinite(_largest(gradient))
 
 
 def _norm(gradient: Tensor) -> float:
@@ -169,6 +174,18 @@ def _by_hook(subject: Subject, finding: Finding) -> Finding:
         return finding
     detail = f"{hook.name}, registered here, leaves only zeros to {name_some(finding.parameters)}"
     return dataclasses.replace(finding, detail=detail, frame=hook.site.user, inside=hook.site.inside)
+
+
+def _nonfinite_by_hook(subject: Subject, gradients: Gradients, names: Sequence[str]) -> list[Finding]:
+    """Those whose gradient was finite before the hooks on the parameter had it."""
+    findings = []
+    for name in names:
+        hooks = hooks_of(subject.named[name])
+        before = gradients.own.get(name, gradients.of[name])
+        if hooks and _is_finite(before):
+            detail = f"a hook on {name} makes NaN or Inf of its gradient"
+            findings.append(Finding("non-finite", detail, (name,), of_function(hooks[-1])))
+    return findings
 
 
 def _explain_nonfinite(subject: Subject, names: tuple[str, ...], loss: Any) -> list[Finding]:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
-from qwen_fused.proof.connected import returning
 from qwen_fused.proof.cuts import PartialCut, Trace
 from qwen_fused.proof.frames import Frame
 from qwen_fused.proof.ladder import name_some
-from qwen_fused.proof.partial_cuts import partial_cuts
+from qwen_fused.proof.partial_cuts import Weighed, partial_cuts
 from qwen_fused.proof.subject import Gradients, Subject
 
 
-def notes_of(subject: Subject, trace: Trace, gradients: Gradients, weighed: Sequence[PartialCut] = ()) -> list[str]:
+def notes_of(subject: Subject, trace: Trace, gradients: Gradients, weighed: Weighed) -> list[str]:
     """Cuts beside a way that does connect, with what they were found to take, and allowances that nothing needed."""
-    shares = {(cut.operation, cut.frame): cut.share for cut in weighed if not math.isnan(cut.share)}
+    taken = {(cut.operation, cut.frame): _taken(cut) for cut in weighed.cuts}
     labels = trace.labels
     lines: dict[tuple[str, Frame], int] = {}
     for event in partial_cuts(subject, trace, count=True):
@@ -26,11 +24,14 @@ def notes_of(subject: Subject, trace: Trace, gradients: Gradients, weighed: Sequ
     notes = [*subject.notes]
     notes += [
         f"one way to the loss is cut, another is not: {operation} at {frame} ({name_some(labels.names_of(label), 2)})"
-        + (f"; it takes {shares[operation, frame]:.0%} of the gradient" if (operation, frame) in shares else "")
+        + taken.get((operation, frame), "")
         for (operation, frame), label in lines.items()
     ]
-    came_back = returning(subject, trace, most=3) if trace.alive == labels.trainable else []
-    notes += [f"a value that left tensors comes back into the loss: {e.operation} at {e.site.user}" for e in came_back]
+    notes += [
+        f"a value that left tensors comes back into the loss: {event.operation} at {event.site.user}"
+        + taken.get((event.operation, event.site.user), "")
+        for event in weighed.returned
+    ]
     if trace.threads:
         notes.append("parts of the loss are computed by other threads, which are not followed")
     carried = [event for event in trace.reaching if event.carried]
@@ -44,3 +45,9 @@ def notes_of(subject: Subject, trace: Trace, gradients: Gradients, weighed: Sequ
         notes.append("gradients were switched off where prove was called")
     notes += [f"allow entry {entry!r} matched nothing" for entry, count in subject.allow.matches.items() if not count]
     return notes
+
+
+def _taken(cut: PartialCut) -> str:
+    if cut.unknown:
+        return f"; what it takes of the gradient can't be measured: {cut.unknown}"
+    return "" if math.isnan(cut.share) else f"; it takes {cut.share:.0%} of the gradient"

@@ -1,6 +1,6 @@
 """A cut beside a way that still connects: how much of the gradient is lost by it.
 
-The loss is measured along one direction twice: with everything held still that autograd takes as constant, and with the
+The loss is measured along random directions: with everything held still that autograd takes as constant, and with the
 results of the cut let go. What differs is what the cut loses. A `detach` or a `no_grad` is how a gradient is stopped on
 purpose, and what it takes is told; a cut that nobody wrote down, a `create_graph` that was forgotten say, is doubted.
 """
@@ -8,26 +8,29 @@ purpose, and what it takes is told; a cut that nobody wrote down, a `create_grap
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from qwen_fused.proof.cuts import Event, PartialCut, Trace
-from qwen_fused.proof.derivative import Directions
+from qwen_fused.proof.departures import NUMBERS, returning
 from qwen_fused.proof.frames import Frame
 from qwen_fused.proof.kinds import WRITTEN
 from qwen_fused.proof.ladder import MOST_LOST, Finding, Rung, name_some
+from qwen_fused.proof.noise_directions import NoiseDirections
 from qwen_fused.proof.reducers import processes
 from qwen_fused.proof.replay import Held, NormalDraw
 from qwen_fused.proof.slots import Slot
-from qwen_fused.proof.subject import Subject
+from qwen_fused.proof.subject import Subject, as_float
 from qwen_fused.proof.trusted_ops import Point
 
 # kinds of a cut whose result has no derivative to lose
 DISCRETE = ("argmax", "comparison", "integer cast")
-# cuts that are weighed, each at the cost of two evaluations
-WEIGHED = 4
+# lines that are weighed one by one, each at the cost of four evaluations; those behind them together, and if that is
+# much one by one too, so many
+WEIGHED, MORE = 4, 12
 
 
 def partial_cuts(subject: Subject, trace: Trace, *, count: bool) -> list[Event]:
@@ -40,61 +43,113 @@ def partial_cuts(subject: Subject, trace: Trace, *, count: bool) -> list[Event]:
     return [e for e in events if not subject.allow.event(e, count=count)]
 
 
-def weigh_partial_cuts(subject: Subject, point: Point, connected: Rung, base: Mapping[str, Tensor]) -> list[PartialCut]:
+@dataclass
+class Weighed:
+    """What the cuts beside a way that connects were found to take.
+
+    Args:
+        cuts: those that were weighed.
+        returned: values that left tensors and come back into the loss.
+    """
+
+    cuts: list[PartialCut] = field(default_factory=list)
+    returned: list[Event] = field(default_factory=list)
+
+
+def weigh_partial_cuts(subject: Subject, point: Point, connected: Rung, base: Mapping[str, Tensor]) -> Weighed:
     """Measure what each cut beside a way that connects takes of the gradient, the first few of them.
 
     Where nobody wrote the cut down and it takes more than a tenth, the second rung is not judged.
     """
     if connected.ok is not True or not point.gradients.of:
-        return []
-    lines: dict[tuple[str, Frame], list[Event]] = {}
-    for event in partial_cuts(subject, point.trace, count=False):
-        if event.kind not in DISCRETE and event.slot is not None:
-            lines.setdefault((event.operation, event.site.user), []).append(event)
-        elif event.kind == "collective in place":
+        return Weighed()
+    trace = point.trace
+    cuts, returned = partial_cuts(subject, trace, count=False), returning(subject, trace, most=3)
+    for event in cuts:
+        if event.kind == "collective in place":
             detail = f"{event.operation} writes over a tensor that carries a gradient, and autograd is not told of it"
-            connected.ok = None
-            connected.detail += f"; {detail}"
-            names = point.trace.labels.names_of(event.lost & point.trace.alive)
-            connected.findings.append(Finding(event.kind, detail, names, event.site.user, event.site.inside))
+            _doubt(connected, Finding(event.kind, detail, _names(trace, [event]), event.site.user, event.site.inside))
+    places = {(event.operation, event.site.user) for event in returned}
+    lines = _by_line(trace, [*cuts, *(e for e in trace.departures if (e.operation, e.site.user) in places)])
     weighed = []
-    for (operation, frame), events in list(lines.items())[:WEIGHED]:
-        label = 0
-        for event in events:
-            label |= event.lost & point.trace.alive
-        names = point.trace.labels.names_of(label)
-        share = math.nan if point.trace.exchanges else _share_lost(subject, point, events, names, base)
-        weighed.append(PartialCut(operation, frame, share, names))
+    for events in _worth_weighing(subject, point, lines, base) if lines else ():
+        first, names = events[0], _names(trace, events)
+        share, unknown = _share_lost(subject, point, events, base)
         # of what other processes send nobody expects a gradient; what comes back from this one alone is lost
-        written = events[0].kind in WRITTEN or (events[0].kind == "collective" and processes() > 1)
-        if share > MOST_LOST and not written:
-            detail = f"{operation} loses {share:.0%} of the gradient on one way, "
+        sent = first.kind == "collective" and processes() > 1
+        weighed.append(PartialCut(first.operation, first.site.user, share, names, "" if sent else unknown))
+        if share > MOST_LOST and not sent and first.kind not in (*WRITTEN, *NUMBERS):
+            detail = f"{first.operation} loses {share:.0%} of the gradient on one way, "
             detail += f"another way connects {name_some(names)}"
-            connected.ok = None
-            connected.detail += f"; {detail}"
-            connected.findings.append(Finding("partial cut", detail, names, frame, events[0].site.inside))
-    return weighed
+            _doubt(connected, Finding("partial cut", detail, names, first.site.user, first.site.inside))
+    return Weighed(weighed, returned)
+
+
+def _doubt(connected: Rung, finding: Finding) -> None:
+    connected.ok = None
+    connected.detail += f"; {finding.detail}"
+    connected.findings.append(finding)
+
+
+def unweighed(subject: Subject, trace: Trace, why: str) -> Weighed:
+    """The cuts beside a way that connects, where the loss function can't be called again to weigh them."""
+    lines = _by_line(trace, partial_cuts(subject, trace, count=False))
+    cuts = [PartialCut(e[0].operation, e[0].site.user, math.nan, _names(trace, e), why) for e in lines]
+    return Weighed(cuts)
+
+
+def _by_line(trace: Trace, events: Iterable[Event]) -> list[list[Event]]:
+    """Events that lose something that a gradient could be of, those of one line together."""
+    lines: dict[tuple[str, Frame], list[Event]] = {}
+    for event in events:
+        if event.kind not in DISCRETE and event.slot is not None and event.lost & trace.alive:
+            lines.setdefault((event.operation, event.site.user), []).append(event)
+    return list(lines.values())
+
+
+def _names(trace: Trace, events: Sequence[Event]) -> tuple[str, ...]:
+    """Parameters that the cuts lose on one way and that another connects."""
+    label = 0
+    for event in events:
+        label |= event.lost & trace.alive
+    return trace.labels.names_of(label)
+
+
+def _worth_weighing(
+    subject: Subject, point: Point, lines: list[list[Event]], base: Mapping[str, Tensor]
+) -> list[list[Event]]:
+    """The first few lines, and those behind them where they take something together."""
+    first, rest = lines[:WEIGHED], lines[WEIGHED : WEIGHED + MORE]
+    together = [event for events in rest for event in events]
+    return first if not rest or _share_lost(subject, point, together, base)[0] <= MOST_LOST else first + rest
 
 
 def _share_lost(
-    subject: Subject, point: Point, events: list[Event], names: Sequence[str], base: Mapping[str, Tensor]
-) -> float:
-    """The part of the loss's derivative by the named parameters that the cuts lose; NaN if it can't be had."""
+    subject: Subject, point: Point, events: Sequence[Event], base: Mapping[str, Tensor]
+) -> tuple[float, str]:
+    """The part of the gradient by the parameters concerned that the cuts lose, or NaN and why it can't be had."""
+    trace, loss = point.trace, as_float(point.loss)
+    if trace.exchanges:
+        return math.nan, "the loss is computed by several processes together"
     slots = {event.slot for event in events}
-    held: dict[Slot, Held] = {**point.trace.held(carried=subject.own_backward), **point.linearized}
+    held: dict[Slot, Held] = {**trace.held(carried=subject.own_backward), **point.linearized}
     released = {slot: _let_go(record) for slot, record in held.items() if slot not in slots}
-    judged = {name: g for name, g in point.gradients.of.items() if name in subject.trainable}
-    evaluate = subject.evaluation(point.trace, released, torch.float64)
-    lines = Directions(subject.trainable, judged, evaluate, torch.float32, torch.float64, 0, base)
-    try:
-        share, left = lines.change_along(0, names)
-        # a way that pulls against the others may be more than the whole
-        return min(1.0, share) if left > MOST_LOST else math.nan
-    except Exception:
-        # what can't be computed in float64, or makes other calls, is told as a note
-        return math.nan
-    finally:
-        lines.restore()
+    judged = {name: g for name, g in point.gradients.before_changes().items() if name in subject.trainable}
+    unknown = ""
+    # 16 bits are too coarse for a share, and other threads' work can't be had in another type
+    for wide in (*(() if trace.threads else (torch.float64,)), *(() if trace.half else (None,))):
+        evaluate = subject.evaluation(trace, released, wide)
+        lines = NoiseDirections(subject.trainable, judged, evaluate, torch.float32, wide, 0, base)
+        try:
+            share, left = lines.change_along(_names(trace, events), loss)
+            # a way that pulls against the others may be more than the whole
+            return (min(1.0, share) if left > MOST_LOST else math.nan), ""
+        except Exception as error:
+            # some code insists on its own type, and says so in its own way; or it makes other calls there
+            unknown = str(error).strip().partition("\n")[0]
+        finally:
+            lines.restore()
+    return math.nan, unknown
 
 
 def _let_go(record: Held) -> Held:

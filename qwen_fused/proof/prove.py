@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qwen_fused.proof.applied import applied
+from qwen_fused.proof.compiled import compare_compiled
 from qwen_fused.proof.connected import connected
 from qwen_fused.proof.correct import correct
 from qwen_fused.proof.declared import declared
@@ -51,9 +52,9 @@ def prove(
         params: a module, or a mapping of names to parameters or modules. Modules' buffers and modes are kept too.
         optimizer: a torch optimizer, or several; without one nothing is stepped, and the last rung is not asked.
         allow: what is intended: names of parameters that may go without gradient; of functions, files and lines where a
-            value may lose it (a hard mask, a reward); of custom operations to take at their word. `*` and `?` are wild.
-            An operation allowed never excuses a parameter that is left without any gradient: that takes the parameter's
-            own name.
+            value may lose it (a hard mask, a reward); of custom operations, or of the given backward, to take at their
+            word. `*` and `?` are wild. An operation allowed never excuses a parameter that is left without any
+            gradient: that takes the parameter's own name.
         directions: random directions along which finite differences are taken.
         seed: for the directions.
         backward: how the loop sends the loss back, default `loss.backward()`; a scaled loss is seen to be scaled.
@@ -104,6 +105,7 @@ def _climb(subject: Subject, directions: int, seed: int, memory: int | None) -> 
     repeats = step is not None and step.repeats
     ladder.append(correct(subject, near.at, directions, seed, near.values, memory, repeats))
     near.return_to()
+    compare_compiled(subject, near.at, ladder[3])
     weighed = weigh_partial_cuts(subject, near.at, ladder[1], near.values)
     subject.snapshot.reset_values()
     ladder.append(applied(subject, step, first.gradients, first.trace, near.at.trace))
@@ -112,7 +114,7 @@ def _climb(subject: Subject, directions: int, seed: int, memory: int | None) -> 
         rungs={name: rung for name, rung in zip(RUNGS, ladder, strict=True)},
         cut=cut,
         notes=notes_of(subject, first.trace, first.gradients, weighed),
-        partial_cuts=weighed,
+        partial_cuts=weighed.cuts,
         allowed=dict(subject.allow.matches),
         layers=by_layer,
         parameters=len(subject.named),

@@ -21,6 +21,7 @@ from qwen_fused.proof.ladder import Finding, ProofReport, Rung, name_some
 from qwen_fused.proof.moves import has_nonzero
 from qwen_fused.proof.nonzero import layers, nonzero
 from qwen_fused.proof.notes import notes_of
+from qwen_fused.proof.partial_cuts import Weighed, unweighed
 from qwen_fused.proof.script_names import name_parameters
 from qwen_fused.proof.script_trace import SITE, joint_loss
 from qwen_fused.proof.script_watch import FirstStep
@@ -120,10 +121,12 @@ def report_of(seen: FirstStep, allow: Iterable[str]) -> ProofReport:
         Rung("correct", None, UNASKED, asked=False),
         _applied(seen, subject, trace, left, erased),
     ]
+    weighed = unweighed(subject, trace, "a script is run once") if second.ok else Weighed()
     return ProofReport(
         rungs={rung.name: rung for rung in ladder},
         cut=cut,
-        notes=_notes(seen, subject, trace, [names[key] for key in frozen]),
+        notes=_notes(seen, subject, trace, [names[key] for key in frozen], weighed),
+        partial_cuts=weighed.cuts,
         allowed=dict(subject.allow.matches),
         layers=layers(gradients),
         parameters=len(named),
@@ -199,8 +202,8 @@ def _applied(
     return Rung("applied", True, f"{len(alive)} parameters moved ({step.moved:.0%} of their elements)")
 
 
-def _notes(seen: FirstStep, subject: Subject, trace: Trace, frozen: list[str]) -> list[str]:
-    notes = notes_of(subject, trace, Gradients())
+def _notes(seen: FirstStep, subject: Subject, trace: Trace, frozen: list[str], weighed: Weighed) -> list[str]:
+    notes = notes_of(subject, trace, Gradients(), weighed)
     skipped = [name for name, p in subject.named.items() if id(p) in seen.later and id(p) not in seen.gradients]
     if skipped:
         notes.append(f"{name_some(skipped)} is skipped by the first step, and reached by a later one")

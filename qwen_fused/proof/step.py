@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_fused.proof import modes
+from qwen_fused.proof.changed_gradients import noise_of_step
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.first_order import FirstOrder, measure
 from qwen_fused.proof.kinds import written_by
@@ -43,6 +44,7 @@ class Step:
         warming_up: names whose learning rate a scheduler keeps at 0 for now; the step was taken at the rate to come.
         had_state: whether the optimizer had stepped before.
         in_backward: whether the optimizer stepped while backward was going on.
+        noisy: whether what changed the gradients before the optimizer used them is noise that was added.
         repeats: whether the loss was the same, bit for bit, when it was computed again where the step began.
     """
 
@@ -59,6 +61,7 @@ class Step:
     warming_up: tuple[str, ...] = ()
     had_state: bool = False
     in_backward: bool = False
+    noisy: bool = False
     repeats: bool = False
 
 
@@ -99,6 +102,8 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace, l
     step.first_order = measure(subject, gradients, changes, before, as_float(loss), trace, linearized)
     step.repeats = step.first_order.nondeterminism == 0.0
     subject.snapshot.reset_values()
+    if alive and not step.in_backward and (step.changed or step.first_order.predicted > 0):
+        step.noisy = noise_of_step(subject, gradients, step.changed or alive)
     return step
 
 

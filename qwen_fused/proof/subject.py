@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qwen_fused.proof import frames
+from qwen_fused.proof import frames, modes
 from qwen_fused.proof.allowance import Allowance
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.draws import Draw
@@ -82,10 +83,17 @@ class Subject:
         self.evaluations += 1
         self.snapshot.reset()
         if not held and upcast is None:
-            return frames.boundary(self.loss_fn)
+            with modes.uncompiled():
+                return frames.boundary(self.loss_fn)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return evaluate(self.loss_fn, held or {}, upcast, draws)
+
+    def call_compiled(self) -> Any:
+        """The loss function's result as the caller's loop has it: what is compiled runs compiled."""
+        self.evaluations += 1
+        self.snapshot.reset()
+        return frames.boundary(self.loss_fn)
 
     def value(
         self,
@@ -136,18 +144,37 @@ class Subject:
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def gradients(self, loss: Any, take: bool = False) -> Gradients:
-        """Run the backward pass from cleared gradients and take down what each parameter was given, see `deliver`."""
+    def gradients(
+        self,
+        loss: Any,
+        take: bool = False,
+        backward: Callable[[Tensor], Any] | None = None,
+        compiled: bool = False,
+    ) -> Gradients:
+        """Run a backward pass, the caller's by default, from cleared gradients; take down what it gave: `deliver`."""
         self.snapshot.clear_gradients()
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return Gradients()
-        found = deliver(
-            loss, self.trainable, self.named, self.backward, self.snapshot.parameters, self.optimizers, take
-        )
+        with nullcontext() if compiled else modes.uncompiled():
+            found = deliver(
+                loss,
+                self.trainable,
+                self.named,
+                backward or self.backward,
+                self.snapshot.parameters,
+                self.optimizers,
+                take,
+                watched=not compiled,
+            )
         if found.stepped:
             # an optimizer that steps in the middle of backward: the step is looked at once, and undone
             self.snapshot.reset_optimizers()
         return found
+
+    def note(self, said: str) -> None:
+        """Note what is no fault, once."""
+        if said not in self.notes:
+            self.notes.append(said)
 
     def note_gradients_left(self) -> None:
         """Note what the loss function itself has put into `.grad`, an attack that calls backward say."""

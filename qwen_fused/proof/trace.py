@@ -66,7 +66,7 @@ def trace(
     """
     tracer = Tracer(parameters, on_custom, earlier, trusted)
     with (
-        modes.uncompiled(),
+        modes.uncompiled(tracer.trace.compiled.append),
         modes.on_apply(tracer.apply),
         modes.on_inference_mode(lambda: tracer.log.switch.note("inference_mode", False)),
         modes.on_thread(tracer.note_thread),

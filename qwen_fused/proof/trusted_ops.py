@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_fused.proof.changed_gradients import find_changes
 from qwen_fused.proof.cuts import CustomOp, Trace
 from qwen_fused.proof.derivative import TOLERANCE
 from qwen_fused.proof.draws import Draw
@@ -110,6 +111,7 @@ def differentiate(subject: Subject, earlier: Trace | None = None, take: bool = F
     gradients = subject.gradients(trace.loss, take)
     for op in linearized.values():
         op.finish()
+    find_changes(subject, gradients)
     loss = trace.loss
     return Point(trace, loss, gradients, linearized)
 

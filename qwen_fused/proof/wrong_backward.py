@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwen_fused.proof.derivative import Directions
 from qwen_fused.proof.frames import Frame, of_function
-from qwen_fused.proof.hooks import hook_to_blame, hooks_of
+from qwen_fused.proof.hooks import hook_to_blame
 from qwen_fused.proof.ladder import Finding, name_some
 from qwen_fused.proof.real_parts import inner
 from qwen_fused.proof.subject import Subject
@@ -41,9 +41,6 @@ def find_wrong_backward(subject: Subject, point: Point, lines: Directions, verdi
     # alike by accident is not alike: most of them must be wrong by themselves
     uniform = uniform and 2 * len(names) > len(judged)
     names = tuple(judged) if uniform else names
-    for name in names:
-        for function in hooks_of(subject.named[name]):
-            return [Finding("wrong", f"a hook on {name} changes its gradient", names, of_function(function))]
     detail = f"the loss's own derivative disagrees for {name_some(names)}"
     if found := _module_hook(subject, point, judged):
         return [Finding("wrong", f"{detail}; {found[0]} changes it", names, found[1])]

@@ -186,12 +186,6 @@ def test_checkpointed_segment(reentrant):
     assert x.grad is None
 
 
-def test_compiled_module():
-    model = mlp()
-    compiled = torch.compile(model, backend="aot_eager")
-    assert_proved(prove(lambda: F.cross_entropy(compiled(X), Y), model, optimizer_of(model)))
-
-
 def test_scripted_module():
     model = torch.jit.script(mlp(nn.Tanh))
     assert_proved(prove(lambda: F.cross_entropy(model(X), Y), model, optimizer_of(model)))
