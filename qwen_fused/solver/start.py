@@ -37,8 +37,8 @@ from qwen_fused.solver.worker_process import usable_cores
 if TYPE_CHECKING:
     from qwen_fused.planner.model import QwenPlanner
 
-# what is done for a task: few steps of small batches, since many tasks make a start
-INNER = SolveSettings(steps=20, batch=4)
+# what is done for a task: few steps, since many tasks make a start
+INNER = SolveSettings(steps=20)
 # share of the way to a task's weights that the start goes, and AdamW's learning rate by the pair left out; both fall to
 # a fiftieth over the last seven tenths
 RATE, OUTER_LR, DECAY_FROM, LEAST = 0.15, 1e-3, 0.3, 0.02
