@@ -60,9 +60,18 @@ class Page(HTMLParser):
             self.words.append(text)
 
 
-def test_page_stands_alone(tmp_path, held_out):
-    path = write_report(make_run(tmp_path, held_out))
-    assert path == tmp_path / "report.html"
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory, held_out) -> Path:
+    """A whole run with its report, written over an earlier one's picture: to read, not to change."""
+    folder = make_run(tmp_path_factory.mktemp("run"), held_out)
+    (folder / "report").mkdir()
+    (folder / "report" / "example-99.png").write_bytes(b"of an earlier report")
+    assert write_report(folder) == folder / "report.html"
+    return folder
+
+
+def test_page_stands_alone(reported, held_out):
+    path = reported / "report.html"
     page = Page(path)
     # nothing is fetched: every reference is data or a place in the page
     assert page.links and all(link.startswith(("data:", "#")) for link in page.links)
@@ -89,11 +98,11 @@ def test_svg_takes_its_colours_from_the_page(tmp_path, held_out):
             assert f"{variable}:" in light and f"{variable}:" in dark
 
 
-def test_figures_are_those_of_the_run(tmp_path, held_out):
-    page = Page(write_report(make_run(tmp_path, held_out))).text
+def test_figures_are_those_of_the_run(reported, held_out):
+    page = Page(reported / "report.html").text
     episodes = test_episodes(held_out)
     assert f"{len(episodes[::3])} of {len(episodes)}" in page
-    result = json.loads((tmp_path / "evaluation.json").read_text())["validation"]
+    result = json.loads((reported / "evaluation.json").read_text())["validation"]
     assert 0 < result["copy_cell_accuracy"] < result["cell_accuracy"] < 1
     for key in ("pass_at_1", "cell_accuracy", "copy_cell_accuracy", "size_accuracy"):
         assert f"{100 * result[key]:.1f} %" in page
@@ -120,8 +129,8 @@ def test_truncated_prompts_are_told_with_the_flag_to_change(tmp_path, held_out):
     assert "each demonstration. Cut to 512 tokens: 3 of 9 training prompts." in Page(write_report(folder)).text
 
 
-def test_examples_say_what_was_solved(tmp_path, held_out):
-    page = Page(write_report(make_run(tmp_path, held_out))).text
+def test_examples_say_what_was_solved(reported, held_out):
+    page = Page(reported / "report.html").text
     for number, episode in enumerate(test_episodes(held_out)[:12]):
         place = f"{episode.task_id} test input {episode.index + 1}"
         verdict = re.search(rf"{place} (✓ solved|[\d.]+ % of cells right)", page)
@@ -129,22 +138,22 @@ def test_examples_say_what_was_solved(tmp_path, held_out):
     assert page.count("demonstrations") == 12
 
 
-def test_films_show_each_moment(tmp_path, held_out):
-    page = Page(write_report(make_run(tmp_path, held_out))).text
+def test_films_show_each_moment(reported, tmp_path):
+    page = Page(reported / "report.html").text
     films = page[page.index("Held-out tasks over time") : page.index("Examples: nearest")]
-    shown = read_predictions(tmp_path / "predictions.jsonl")
+    shown = read_predictions(reported / "predictions.jsonl")
     for first, last in zip(shown[0], shown[100], strict=True):
         told = f"batch 0 {100 * first.cells_right:.1f} % batch 50 {100 * last.cells_right:.1f} % batch 100"
         assert told in films.replace("\u00a0", " ")
     # one moment is no film
-    path = tmp_path / "predictions.jsonl"
-    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    first_line = (reported / "predictions.jsonl").read_text().splitlines(keepends=True)[0]
+    (tmp_path / "predictions.jsonl").write_text(first_line)
     assert "over time" not in Page(write_report(tmp_path)).text
 
 
-def test_hardest_tasks_are_listed(tmp_path, held_out):
-    page = Page(write_report(make_run(tmp_path, held_out))).text.replace("\u00a0", " ")
-    records = json.loads((tmp_path / "evaluation.json").read_text())["validation"]["records"]
+def test_hardest_tasks_are_listed(reported):
+    page = Page(reported / "report.html").text.replace("\u00a0", " ")
+    records = json.loads((reported / "evaluation.json").read_text())["validation"]["records"]
     worst = min(records, key=lambda r: (r["score"]["cells"], r["task_id"]))
     assert f"Size right {worst['task_id']} {100 * worst['score']['cells']:.1f} %" in page
 
@@ -176,16 +185,12 @@ def test_gradient_that_does_not_arrive_is_said(tmp_path):
     assert (tmp_path / "report" / "gradients.png").exists()
 
 
-def test_pictures_beside_the_page(tmp_path, held_out):
-    make_run(tmp_path, held_out)
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "example-99.png").write_bytes(b"of an earlier report")
-    write_report(tmp_path)
-    names = {file.name for file in (tmp_path / "report").iterdir()}
+def test_pictures_beside_the_page(reported):
+    names = {file.name for file in (reported / "report").iterdir()}
     curves = {"loss", "loss-parts", "qwen-grad", "gradients", "mask-ratio", "reward", "accuracy", "speed"}
     drawn = curves | {"layers", "sizes", "tasks"} | {f"example-{i:02d}" for i in range(1, 13)}
     assert names == {f"{name}.png" for name in drawn}
-    assert all((tmp_path / "report" / name).read_bytes()[:4] == b"\x89PNG" for name in names)
+    assert all((reported / "report" / name).read_bytes()[:4] == b"\x89PNG" for name in names)
 
 
 @pytest.mark.parametrize(
