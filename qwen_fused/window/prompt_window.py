@@ -73,8 +73,7 @@ class PromptWindow:
         encode: takes n different keys as a list and returns [n, D] or [n, K, D], differentiably. Everything it trains
             must stand still inside a window; what steps at every batch belongs behind the window.
         size: batches per window, at least 1.
-        mode: "recompute" runs encode without a graph, and again in `flush` under the same random state, with the memory
-            of one call's graph; "retain" keeps all graphs, and runs it once.
+        mode: "recompute" runs encode again in `flush`, with the memory of one call's graph; "retain" keeps all graphs.
 
     Raises:
         ValueError: size or mode out of range.
