@@ -55,9 +55,11 @@ def on_apply(handler: Callable[[type, Callable[..., Any], tuple, dict], Any]) ->
     thread = threading.get_ident()
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        # a classmethod of Python's, and of C's since torch 2.14
+        bound = original.__get__(None, cls)
         if threading.get_ident() != thread:
-            return original.__func__(cls, *args, **kwargs)
-        return handler(cls, lambda *a, **k: original.__func__(cls, *a, **k), args, kwargs)
+            return bound(*args, **kwargs)
+        return handler(cls, bound, args, kwargs)
 
     # there is no hook for it
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]

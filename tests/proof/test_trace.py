@@ -138,6 +138,28 @@ def test_operations_inside_a_custom_function_are_not_cuts():
     assert [op.name for op in found.custom] == ["Twice"]
 
 
+def test_functions_whose_apply_is_no_classmethod_of_python(monkeypatch):
+    class ClassmethodOfC:  # as it is since torch 2.14
+        def __init__(self, known):
+            self.known = known
+
+        def __get__(self, instance, owner):
+            return self.known.__get__(instance, owner)
+
+    class Negated(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h):
+            return -h
+
+        @staticmethod
+        def backward(ctx, grad):
+            return -grad
+
+    monkeypatch.setattr(torch.autograd.Function, "apply", ClassmethodOfC(torch.autograd.Function.__dict__["apply"]))
+    found = follow(lambda: Negated.apply(A).sum())
+    assert [op.name for op in found.custom] == ["Negated"]
+
+
 def test_parameter_used_inside_a_custom_function_without_being_given():
     class Scaled(torch.autograd.Function):
         @staticmethod
