@@ -297,9 +297,9 @@ def test_no_such_file(tmp_path) -> None:
 
 
 def test_nothing_stays_patched(prove_text) -> None:
-    before = torch.optim.Optimizer.add_param_group, torch.autograd.backward, torch.autograd.Function.apply.__func__
+    before = torch.optim.Optimizer.add_param_group, torch.autograd.backward, torch.autograd.Function.__dict__["apply"]
     prove_text("net = Net()" + LOOP)
     assert before == (
-        torch.optim.Optimizer.add_param_group, torch.autograd.backward, torch.autograd.Function.apply.__func__
+        torch.optim.Optimizer.add_param_group, torch.autograd.backward, torch.autograd.Function.__dict__["apply"]
     )  # fmt: skip
     assert not _global_optimizer_pre_hooks
