@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from small_runs import skip_unless_forkable
 from torch import nn
 
 from qwen_fused.arc.tasks import Pair, Task
@@ -52,6 +53,7 @@ def use_forked_workers(monkeypatch, solve_task: Callable[..., TaskAnswer] | None
     """Fork workers, and have those that solve do so by `solve_task`."""
 
     def start(self, job: bytes, theirs: Connection, command) -> ForkedProcess:
+        skip_unless_forkable()
         process = os.fork()
         if process:
             return ForkedProcess(process)

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 # as flags: --name value
@@ -58,8 +59,29 @@ def rows(folder: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k != "episodes_per_second"} for line in lines]
 
 
+def skip_unless_forkable() -> None:
+    """Skip a test whose copies of this process could not go backward.
+
+    A torch that is built for CUDA refuses it in a copy, once autograd has threads of its own, which tests before this
+    one may have started.
+    """
+    if torch.version.cuda is None:
+        return
+    process = os.fork()
+    if not process:
+        code = 1
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+            code = 0
+        finally:
+            os._exit(code)
+    if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]):
+        pytest.skip("torch for CUDA: no copy of this process can go backward; run this file by itself")
+
+
 def fork(call: Callable[[], int], output: Path) -> int:
     """Call in a process of its own that starts with everything imported, its output to a file; returns the process."""
+    skip_unless_forkable()
     sys.stdout.flush()
     process = os.fork()
     if process:
