@@ -179,9 +179,8 @@ class PromptWindow:
             self.half_sent = True
             output.backward(gradient[rows].to(output.dtype))
             chunk.output = output.detach()
-        count = len(keys)
         self._begin()
-        return count
+        return len(keys)
 
     def discard(self) -> None:
         """Drop the window and the gradient collected in it; prompts already handed out are void.
@@ -249,8 +248,10 @@ class PromptWindow:
         # the first graph of all shows which parameters must stand still
         keep_graph = self.mode == "retain" or self.parameters is None
         with torch.set_grad_enabled(keep_graph):
-            output = self.encode(keys)
-        n = len(keys)
+            output, n = self.encode(keys), len(keys)
+        if not keep_graph:
+            # torch 2.10 would hand weights that autocast cast here, without a graph, to the pass that needs one
+            torch.clear_autocast_cache()
         if output.dim() < 2 or len(output) != n:
             raise ValueError(f"encode must return [{n}, D] or [{n}, K, D] for {n} keys, got {tuple(output.shape)}")
         # a later one without its graph, as in a finite difference, is run again when it comes to be flushed
@@ -262,8 +263,7 @@ class PromptWindow:
             self.parameters = [leaf for leaf in leaves if isinstance(leaf, torch.nn.Parameter)] or leaves
         if not self.versions:
             self.versions = self._versions()
-        device = output.device.type
-        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        autocast = torch.is_autocast_enabled(on := output.device.type), torch.get_autocast_dtype(on)
         return Chunk(start, output if self.mode == "retain" else output.detach(), random, autocast)
 
     def _recompute(self, chunk: Chunk, keys: list[Hashable]) -> Tensor:
