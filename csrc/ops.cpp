@@ -96,10 +96,18 @@ PyMethodDef methods[] = {
      METH_FASTCALL,
      "The direct way to the op of the same name, with hard_mode by its name: the fields of EFEOutput, or None where a "
      "tensor, an argument or the moment is not plain."},
+    {"measure_gradients", reinterpret_cast<PyCFunction>(&qwen_fused::measure_gradients), METH_FASTCALL,
+     "(list of parameters, rows over it, inv_scale: number, tensor or None) -> what group_grad_norm gives for those "
+     "that "
+     "have a gradient, or None where there is none or one that is not plain."},
+    {"clip_gradients", reinterpret_cast<PyCFunction>(&qwen_fused::clip_gradients), METH_FASTCALL,
+     "(list of parameters, rows over it, values, bounds, their tensor or None) -> whether group_grad_clip_ scaled "
+     "their gradients; not where there is none or one that is not plain."},
     {"remember_gradients", &qwen_fused::remember_gradients, METH_O,
-     "List of tensors or None -> what `first_changed_gradient` asks for; holds none of them alive."},
+     "List of parameters -> what `first_changed_gradient` asks for; holds no gradient alive."},
     {"first_changed_gradient", reinterpret_cast<PyCFunction>(&qwen_fused::first_changed_gradient), METH_FASTCALL,
-     "(what was remembered, list) -> place of the first tensor that is another or was written to since, or -1."},
+     "(what was remembered, the same list) -> place of the first parameter whose gradient is another or was written to "
+     "since, or -1."},
     {}};
 
 }  // namespace

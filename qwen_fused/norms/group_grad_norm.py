@@ -38,8 +38,8 @@ if backends.has_op("group_grad_norm"):
 if backends.HAS_EXTENSION:
     import qwen_fused._C
 
-COMPILED: Any = qwen_fused._C if backends.HAS_EXTENSION else None
-REMEMBER = getattr(COMPILED, "remember_gradients", None)
+# an extension that is older can't look at parameters itself
+COMPILED: Any = qwen_fused._C if backends.HAS_EXTENSION and hasattr(qwen_fused._C, "measure_gradients") else None
 
 
 def _has_kernel(name: str, device: str) -> bool:
@@ -49,6 +49,11 @@ def _has_kernel(name: str, device: str) -> bool:
 
 # as torch.compiler.assume_constant_result marks it, which takes a second and a half to import torch._dynamo
 _has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _is_direct() -> bool:
+    """Whether the extension may find the gradients itself: torch.compile can't look into it."""
+    return not torch.compiler.is_compiling() and COMPILED is not None and _has_kernel("group_grad_norm", "cpu")
 
 
 def _call(name: str, plain: Any, grads: Sequence[Tensor], *rest: Any) -> Any:
@@ -112,28 +117,13 @@ class GroupGradNorm:
             ValueError: the gradients lie on several devices, are sparse, or are not float16, bfloat16, float32 or
                 float64.
         """
-        held = [parameter.grad for parameter in self.parameters]
-        grads, rows, position = self._gather(held, self._ranges, self._all_rows)
-        factor, factor_tensor = 1.0, None
-        if isinstance(inv_scale, Tensor):
-            factor_tensor = inv_scale
-        elif inv_scale is not None:
-            factor = float(inv_scale)
-            if torch.compiler.is_compiling() and grads:
-                # as an argument of the op a number would be compiled in: one compilation for each
-                factor, factor_tensor = 1.0, on_device(factor, grads[0])
-        mesh = sharded.mesh_of(grads)
-        if mesh is None:
-            values, counts = self._measure(grads, rows, position, factor, factor_tensor)
-        else:
-            # ranks may hold different kinds of gradients: they must agree on the type of the result
-            wide = any(grad.dtype == torch.float64 for grad in grads)
-            share = sharded.local_share(grads, rows, position, mesh)
-            values, counts = self._measure(*share, factor, factor_tensor)
-            values = values.to(torch.float64 if wide else torch.float32)
-            values, counts = sharded.combine(values, counts, mesh)
-        measured = None if REMEMBER is None or torch.compiler.is_compiling() else REMEMBER(held)
-        return GradStats(self._columns, len(self.groups), values, counts, self.tensors, self._written, measured)
+        found = remembered = None
+        if _is_direct():
+            found = COMPILED.measure_gradients(self.parameters, self._all_rows, inv_scale)
+        values, counts = found or self._measure_any(inv_scale)
+        if COMPILED is not None and not torch.compiler.is_compiling():
+            remembered = COMPILED.remember_gradients(self.parameters)
+        return GradStats(self._columns, len(self.groups), values, counts, self.tensors, self._written, remembered)
 
     @torch.no_grad()
     def clip_(
@@ -167,25 +157,26 @@ class GroupGradNorm:
             )
         if stats.written:
             raise RuntimeError("stats must be measured anew: clip_ has scaled the gradients since these were measured")
-        held = [parameter.grad for parameter in self.parameters]
-        self._check_unchanged(stats, held)
+        self._check_unchanged(stats)
         numbers, bounds = read_bounds(max_norm, self.groups, stats.values)
         if error_if_nonfinite:
             refuse_nonfinite(stats.to_dict())
         stats.written.append(True)
         self._written = []
-        count = len(self.groups)
-        grads, rows, _ = self._gather(held, self._ranges[:count], self._all_rows[: 3 * count])
+        rows = self._all_rows[: 3 * len(self.groups)]
+        if _is_direct() and COMPILED.clip_gradients(self.parameters, rows, stats.values, numbers, bounds):
+            return
+        grads, rows, _ = self._gather(rows)
         if not grads:
             return
         _call("group_grad_clip_", reference.clip_, sharded.local(grads), rows, stats.values, numbers, bounds)
         sharded.count_write(grads)
 
-    def _check_unchanged(self, stats: GradStats, held: list[Tensor | None]) -> None:
+    def _check_unchanged(self, stats: GradStats) -> None:
         """Refuse to scale by the norm of what was there before."""
         if stats.measured is None or torch.compiler.is_compiling():
             return
-        place = COMPILED.first_changed_gradient(stats.measured, held)
+        place = COMPILED.first_changed_gradient(stats.measured, self.parameters)
         if place < 0:
             return
         name = next(
@@ -198,18 +189,38 @@ class GroupGradNorm:
             f"measured"
         )
 
-    def _gather(
-        self, grads: list[Tensor | None], ranges: list[tuple[int, int]], rows: list[int]
-    ) -> tuple[list[Tensor], list[int], list[int]]:
+    def _gather(self, rows: list[int]) -> tuple[list[Tensor], list[int], list[int]]:
         """The gradients there are, the rows over them, and their places in the full list (empty: all of them)."""
+        grads = [parameter.grad for parameter in self.parameters]
         present = [grad for grad in grads if grad is not None]
         if len(present) == len(grads):
             return present, rows, []
         before = [0]
         for grad in grads:
             before.append(before[-1] + (grad is not None))
-        rows = [number for begin, end in ranges for number in (before[begin], before[end], begin)]
+        # the third of three is where a row's parameters begin, and stays
+        rows = [n if i % 3 == 2 else before[n] for i, n in enumerate(rows)]
         return present, rows, [place for place, grad in enumerate(grads) if grad is not None]
+
+    def _measure_any(self, inv_scale: float | Tensor | None) -> tuple[Tensor, Tensor]:
+        """Whatever the gradients are: none, compiled, sharded, of their own class, on a device without a kernel."""
+        grads, rows, position = self._gather(self._all_rows)
+        factor, factor_tensor = 1.0, None
+        if isinstance(inv_scale, Tensor):
+            factor_tensor = inv_scale
+        elif inv_scale is not None:
+            factor = float(inv_scale)
+            if torch.compiler.is_compiling() and grads:
+                # as an argument of the op a number would be compiled in: one compilation for each
+                factor, factor_tensor = 1.0, on_device(factor, grads[0])
+        mesh = sharded.mesh_of(grads)
+        if mesh is None:
+            return self._measure(grads, rows, position, factor, factor_tensor)
+        # ranks may hold different kinds of gradients: they must agree on the type of the result
+        wide = any(grad.dtype == torch.float64 for grad in grads)
+        share = sharded.local_share(grads, rows, position, mesh)
+        values, counts = self._measure(*share, factor, factor_tensor)
+        return sharded.combine(values.to(torch.float64 if wide else torch.float32), counts, mesh)
 
     def _measure(
         self, grads: list[Tensor], rows: list[int], position: list[int], factor: float, factor_tensor: Tensor | None
