@@ -33,6 +33,7 @@ SOURCES = (
     "norms/grad_norm_cpu.cpp",
     "norms/grad_clip_cpu.cpp",
     "norms/measured.cpp",
+    "plan/plan_core_cpu.cpp",
     TILES,
 )
 FLAGS = {
@@ -50,7 +51,10 @@ GRADIENTS = (
     "norms/test_group_grad_norm.py",
     "norms/test_clip.py",
     "norms/test_measured.py",
+    "norms/test_direct.py",
 )
+# a thread a process: nothing there for the thread sanitizer
+PLAN = ("planner/test_plan_core.py",)
 LOSS = (
     "system/test_raw_ops.py",
     "loss/test_efe_ops.py",
@@ -87,7 +91,7 @@ class Fault:
 
 
 RUNS = (
-    Run("address", 4, (*LOSS, "loss/test_efe_torch.py", *GRADIENTS)),
+    Run("address", 4, (*LOSS, "loss/test_efe_torch.py", *GRADIENTS, *PLAN)),
     Run("address", 3, LOSS),
     Run("address", 1, LOSS),
     Run("thread", 4, (*LOSS, *GRADIENTS)),
@@ -107,8 +111,8 @@ FAULTS = (
         Run("address", 4, ("norms/test_clip.py",)),
         "norms/grad_clip_cpu.cpp",
         "norms/grad_clip_cpu.cpp",
-        "(x + i), &out, bytes)",
-        "(x + i), &out, 16)",
+        "(x + i), tail, (n - i) * sizeof(BFloat16));",
+        "(x + i), tail, sizeof(tail));",
         "heap-buffer-overflow",
     ),
     Fault(
@@ -128,6 +132,15 @@ FAULTS = (
         "  Vector to;\n  std::memcpy(&to, from, sizeof(Vector));\n  return to;",
         "  return *reinterpret_cast<const Vector*>(from);",
         "misaligned address",
+    ),
+    Fault(
+        "room for one row of the planner's sums too few",
+        Run("address", 4, PLAN),
+        "plan/plan_core_cpu.cpp",
+        "plan/plan_core_cpu.cpp",
+        "at::empty({3 * (p.H + p.W + 2) * p.c}, options)",
+        "at::empty({(p.H + p.W) * p.c}, options)",
+        "heap-buffer-overflow",
     ),
     Fault(
         "one slot for every tile of the loss",
