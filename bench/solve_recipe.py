@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="screen")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--stride", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, help="of the tasks, for several processes with one stride")
     parser.add_argument("--run", type=Path)
     parser.add_argument("--set", nargs="*", default=[])
     parser.add_argument("--config", nargs="*", default=[])
@@ -111,7 +112,7 @@ def main() -> None:
             assert learned, "the run has no start"
     else:
         planner = QwenPlanner(TrainConfig(**{"seed": args.seed, **typed(TrainConfig, args.config)}))
-    tasks = chosen_tasks(args.tasks)[:: args.stride][: args.limit]
+    tasks = chosen_tasks(args.tasks)[args.first :: args.stride][: args.limit]
     adapt.encode_task = prompts_of(args.prompt, tasks)
     rows = []
     for task in tasks:
