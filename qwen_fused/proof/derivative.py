@@ -192,13 +192,11 @@ class Directions:
         self._number = number
         noise = Noise(self.seed * 7919 + number)
         for name in self.parameters:
-            gradient = self.gradients[name]
-            parts = real_parts(gradient)
+            parts = real_parts(self.gradients[name])
             if name not in self._along:
-                along = torch.empty(parts.shape, dtype=torch.float32, device=parts.device)
-                self._along[name] = torch.view_as_complex(along) if gradient.is_complex() else along
+                self._along[name] = torch.empty(parts.shape, dtype=torch.float32, device=parts.device)
             # over the direction before it, which nobody needs any more
-            mixed = real_parts(self._along[name]).copy_(parts)
+            mixed = self._along[name].copy_(parts)
             self._shape(mixed)
             noise.add_to(mixed)
             mixed.mul_(0.5 * self.scales[name])

@@ -145,7 +145,7 @@ def _look_along(
 
 def _is_plain(trace: Trace, held: Mapping[Slot, Held]) -> bool:
     """Whether the loss function as it is, called in its own precision, is the function that autograd differentiates."""
-    return not held and not trace.half and all(event.kind != "requires_grad" for event in trace.cuts)
+    return not held and not trace.half
 
 
 def _is_close(found: FirstOrder, part: float, actual: float) -> bool:

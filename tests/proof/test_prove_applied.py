@@ -100,6 +100,40 @@ def test_step_uphill():
     only_finding(proof(model, optimizer), "applied", "uphill")
 
 
+def test_optimizers_that_step_in_backward_begin_each_call_as_they_were():
+    model, seen = Pair(), []
+    optimizers = {p: torch.optim.Adam([p]) for p in model.parameters()}
+
+    def hook(p):
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(hook)
+
+    def loss():
+        seen.append(sum(len(optimizer.state) for optimizer in optimizers.values()))
+        return F.cross_entropy(model(X), Y)
+
+    report = prove(loss, model, list(optimizers.values()), step=lambda: None)
+    assert report.ok and "while backward was going on" in report.rungs["applied"].detail, report
+    assert set(seen) == {0}
+
+
+def test_gradient_erased_inside_a_wrapper_of_the_optimizer():
+    class Wrapper:
+        def __init__(self, inside):
+            self.inside, self.param_groups = inside, inside.param_groups
+
+        def step(self):
+            self.inside.zero_grad()  # here
+            self.inside.step()
+
+    model = Pair()
+    report = proof(model, Wrapper(torch.optim.SGD(model.parameters(), lr=0.1)))
+    assert only_finding(report, "applied", "erased").line == marked(Wrapper.step)
+
+
 class Tanh(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h):

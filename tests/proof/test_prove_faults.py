@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from proof_cases import ENCODER, Pair, marked, only_finding, proof
+from proof_cases import ENCODER, Pair, X, marked, only_finding, proof
+
+from qwen_fused.proof.prove import prove
 
 
 def test_healthy():
@@ -125,6 +127,18 @@ def test_wrong_by_a_hook():
 
     found = only_finding(proof(Pair(between)), "correct", "wrong")
     assert found.line == marked(between) and set(ENCODER) <= set(found.parameters)
+
+
+def test_gradient_put_in_place_of_one_that_is_zero():
+    # rounded, the loss does not move at all: no multiple of its derivative is the gradient
+    model = Pair()
+
+    def backward(loss):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+
+    report = prove(lambda: model(X).round().mean(), model, backward=backward)
+    assert only_finding(report, "correct", "wrong").parameters
 
 
 def test_parameter_hook_is_told_with_its_line():
