@@ -16,7 +16,7 @@ def subset_of_what_the_optimizer_steps():
     reader, head = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)), nn.Linear(8, 3)
     target = torch.randn(16, 3)
     # the head, which is not named, goes much further
-    groups = [{"params": [*reader.parameters()]}, {"params": [*head.parameters()], "lr": 0.3}]
+    groups = [{"params": [*reader.parameters()]}, {"params": [*head.parameters()], "lr": 5.0}]
     optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9)
     return given(lambda: F.mse_loss(head(reader(X)), target), dict(reader.named_parameters()), optimizer)
 

@@ -20,12 +20,6 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 
 @case("torch")
-def complex_layer_asked_for_by_its_type():
-    net = nn.Linear(8, 4)
-    return given(lambda: (net(X).to(torch.complex64) * Z[:, :4]).abs().mean(), net)
-
-
-@case("torch")
 def complex_layer_with_a_loss_in_double():
     net = complex_layer()
     return given(lambda: (net(Z).abs().double() - 1).pow(2).mean(), net, adam(net))

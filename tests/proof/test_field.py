@@ -52,6 +52,7 @@ def test_case(case):
             resolved = "3e-02" if case.name == "clip_after_unscaling" else "2e-03"
             detail = report.rungs["correct"].detail
             assert "in float64 to" in detail and f"(resolved {resolved})" in detail, report
+            assert "first order says" in report.rungs["applied"].detail, report
         return
     assert report.verdict != "proved", report
     assert case.says in [finding.kind for finding in report.rungs[case.answer].findings], report
@@ -166,6 +167,13 @@ def test_generator_that_is_named_stands_where_it_stood():
     loss = lambda: F.cross_entropy(net(X + 0.1 * torch.randn(16, 8, generator=generator)), Y)  # noqa: E731
     assert prove(loss, net, adamw(net)).ok
     assert torch.equal(generator.get_state(), state)
+
+
+def test_complex_type_that_is_asked_for_by_name_is_widened():
+    net = nn.Linear(8, 3)
+    report = prove(lambda: (1j * net(X).to(torch.complex64)).exp().real.pow(2).mean(), net, adamw(net))
+    deviation = report.rungs["correct"].detail.partition("in float64 to ")[2].split()[0]
+    assert report.ok and float(deviation) < 1e-6, report
 
 
 def test_zeros_that_a_checkpoint_hides_are_no_cancellation():

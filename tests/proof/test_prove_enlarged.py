@@ -85,6 +85,10 @@ def clipped_by_group(model):
         nn.utils.clip_grad_norm_(part.parameters(), 0.01 if part is model.encoder else 1e3)
 
 
+def clipped_but_one(model):
+    nn.utils.clip_grad_norm_([*model.encoder.parameters(), model.head.bias], 0.01)
+
+
 def clipped_one_by_one(model):
     for p in model.parameters():
         nn.utils.clip_grad_norm_([p], 0.05)
@@ -109,7 +113,15 @@ def noise_added(model):
         p.grad.add_(0.1 * p.grad.norm() * torch.randn_like(p))
 
 
-CHANGES = [clipped_by_group, clipped_one_by_one, clipped_by_value, all_doubled, all_normalised, noise_added]
+CHANGES = [
+    clipped_by_group,
+    clipped_but_one,
+    clipped_one_by_one,
+    clipped_by_value,
+    all_doubled,
+    all_normalised,
+    noise_added,
+]
 
 
 @pytest.mark.parametrize("where", ["backward", "step"])
