@@ -173,7 +173,7 @@ def test_complex_type_that_is_asked_for_by_name_is_widened():
     net = nn.Linear(8, 3)
     report = prove(lambda: (1j * net(X).to(torch.complex64)).exp().real.pow(2).mean(), net, adamw(net))
     deviation = report.rungs["correct"].detail.partition("in float64 to ")[2].split()[0]
-    assert report.ok and float(deviation) < 1e-6, report
+    assert report.ok and float(deviation) < 1e-5, report
 
 
 def test_zeros_that_a_checkpoint_hides_are_no_cancellation():
