@@ -82,6 +82,26 @@ def test_learning_rate_zero():
     assert found.parameters == ENCODER
 
 
+def test_one_group_of_two_that_warms_up():
+    model = Pair()
+    optimizer = torch.optim.AdamW([{"params": part.parameters()} for part in (model.encoder, model.head)], lr=1e-3)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: min(1.0, step / 10), lambda step: 1.0])
+    report = proof(model, optimizer)
+    assert report.ok and any("warm-up holds the learning rate of encoder.weight" in note for note in report.notes)
+
+
+def test_step_of_an_optimizer_without_a_rate_that_moves_nothing():
+    class Idle:
+        def __init__(self, params):
+            self.param_groups = [{"params": list(params)}]
+
+        def step(self):
+            pass
+
+    model = Pair()
+    assert len(only_finding(proof(model, Idle(model.parameters())), "applied", "not moved").parameters) == 4
+
+
 def test_step_that_never_steps():
     found = only_finding(proof(Pair(), step=lambda: None), "applied", "no step")
     assert len(found.parameters) == 4

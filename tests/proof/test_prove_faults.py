@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from proof_cases import ENCODER, Pair, X, marked, only_finding, proof
+import torch.nn.functional as F
+from proof_cases import ENCODER, Pair, X, Y, marked, only_finding, proof
 
 from qwen_fused.proof.prove import prove
 
@@ -29,6 +30,28 @@ def test_not_in_the_optimizer():
     assert only_finding(report, "declared", "not in the optimizer").parameters == ENCODER
     # what no optimizer holds is not blamed a second time
     assert report.rungs["applied"].ok
+
+
+def in_a_dict_of_lists():
+    return {"layers": [nn.Linear(8, 8)]}, "kept.layers.0.weight", lambda kept, h: kept["layers"][0](h)
+
+
+def in_a_tuple():
+    return (nn.Linear(8, 8),), "kept.0.weight", lambda kept, h: kept[0](h)
+
+
+def converted():
+    return nn.Parameter(torch.eye(8, dtype=torch.float64)).to(torch.float32), "kept", lambda kept, h: h @ kept
+
+
+@pytest.mark.parametrize("make", [in_a_dict_of_lists, in_a_tuple, converted])
+def test_what_a_module_keeps_outside_its_registries_is_named(make):
+    kept, name, use = make()
+    model = Pair(lambda h: use(kept, h))
+    model.kept = kept
+    # without an optimizer too
+    report = prove(lambda: F.cross_entropy(model(X), Y), model)
+    assert only_finding(report, "declared", "unregistered").parameters[0] == name
 
 
 @pytest.mark.parametrize("two", ["groups", "optimizers"])
