@@ -80,6 +80,14 @@ def test_one_gradient_that_is_still_scaled_is_named() -> None:
     assert only_finding(report, "applied", "still scaled").parameters == ("head.weight", "head.bias")
 
 
+def test_optimizer_that_takes_the_scale_off_by_itself() -> None:
+    model = Pair()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    given = {"backward": lambda loss: scaler.scale(loss).backward(), "step": lambda: scaler.step(optimizer)}
+    assert proof(model, optimizer, **given).headline == "proved"
+
+
 def clipped_by_group(model):
     for part in (model.encoder, model.head):
         nn.utils.clip_grad_norm_(part.parameters(), 0.01 if part is model.encoder else 1e3)
