@@ -96,6 +96,24 @@ def bias_that_cancels():
     return given(lambda: -F.logsigmoid(net(X) - net(other)).mean(), net)
 
 
+@case("torch", says="gradient cancels to zero")
+def bias_that_cancels_in_one_call():
+    net, other = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(16, 8)
+
+    def loss():
+        one, two = net(torch.cat([X, other])).chunk(2)
+        return (one - two).mean()
+
+    return given(loss, net)
+
+
+@case("torch", says="is frozen, and no optimizer holds it")
+def frozen_backbone_in_evaluation_mode():
+    net = nn.ModuleDict({"backbone": nn.Sequential(nn.Linear(8, 8), nn.Dropout()), "head": nn.Linear(8, 3)})
+    net["backbone"].requires_grad_(False).eval()
+    return given(lambda: F.cross_entropy(net["head"](net["backbone"](X)), Y), net)
+
+
 @case("torch", says="is frozen, and no optimizer holds it")
 def frozen_backbone():
     net = nn.ModuleDict({"backbone": nn.Linear(8, 8), "head": nn.Linear(8, 3)})
