@@ -28,6 +28,7 @@ def render() -> str:
         "field_derivatives",
         "field_stop_gradients",
         "field_changed_gradients",
+        "field_types",
     ):
         importlib.import_module(more)
     counts: dict[str, Counter[str]] = {}

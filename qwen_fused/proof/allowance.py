@@ -40,8 +40,8 @@ class Allowance:
         """Whether a custom operation's own backward is to be taken at its word."""
         return self._match([name, name.rpartition("::")[2], *_functions(callers)])
 
-    def given(self, function: Callable[..., Any]) -> bool:
-        """Whether what the caller gave, a backward, is to be taken at its word: by its function's name."""
+    def given(self, function: Callable[..., Any] | None) -> bool:
+        """Whether what the caller gave, a backward or a step, is to be taken at its word: by its function's name."""
         frame = of_function(function)
         return frame is not None and self._match(_functions([f"{frame.file.rpartition('/')[2]}:{frame.function}"]))
 

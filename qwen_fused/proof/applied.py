@@ -78,7 +78,11 @@ def _check_descent(step: Step, gradients: Gradients) -> list[Finding]:
         and change.part != 0.0
     ):
         detail = f"the step goes uphill: the loss rises by {change.actual:.2g}, as its gradient predicts"
-        return [Finding("uphill", detail, names)]
+        turned = [
+            Finding("uphill", f"{detail}; a hook on {name_some(whose)} turns its gradient round", whose, frame)
+            for frame, whose in gradients.turned
+        ]
+        return turned or [Finding("uphill", detail, names)]
     if change.part == 0.0:
         ratio = change.part_actual / change.part_predicted
         detail = f"a small part of the step changes the loss by {ratio:.2g} times what its gradient predicts"
@@ -154,7 +158,7 @@ def _check_used_gradients(subject: Subject, step: Step, gradients: Gradients) ->
     if gradients.scale > 1 and step.norm_ratio > LARGEST_RATIO:
         detail = f"the loss is scaled by {gradients.scale:g} for backward, and the gradient that the optimizer uses is "
         detail += f"still {step.norm_ratio:.3g} times the loss's own: unscale it before it is clipped and used"
-        findings.append(Finding("still scaled", detail, tuple(gradients.of)))
+        findings.append(Finding("still scaled", detail, tuple(step.enlarged or gradients.of)))
     elif _is_clipped_first(step.factors, gradients.scale):
         detail = f"the gradient is clipped while it is still scaled by {gradients.scale:g}: what the optimizer uses is "
         detail += f"{step.norm_ratio:.2g} of the loss's own; unscale it before it is clipped"

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwen_fused.proof.added_noise import is_added, scaled_noise
 from qwen_fused.proof.frames import Frame, of_function
-from qwen_fused.proof.hooks import hooks_of
+from qwen_fused.proof.hooks import TRIED, hooks_of
 from qwen_fused.proof.ladder import name_some
 from qwen_fused.proof.optimizers import watching_steps
 from qwen_fused.proof.real_parts import inner
@@ -47,13 +48,33 @@ def _before_hooks(subject: Subject, gradients: Gradients, hooked: Mapping[str, T
         bare = subject.gradients(subject.call()).of
     gradients.own = {name: bare[name] for name in hooked if name in bare and differ(gradients.of[name], bare[name])}
     after = {name: gradients.to_step_by(name) for name in hooked if name in bare}
+    changed = {name: gradient for name, gradient in after.items() if differ(gradient, bare[name])}
     places: dict[Frame | None, list[str]] = {}
-    for name, gradient in after.items():
-        if differ(gradient, bare[name]):
-            places.setdefault(of_function(hooks_of(subject.named[name])[-1]), []).append(name)
+    for name, frame in _changing_hooks(subject, changed).items():
+        places.setdefault(frame, []).append(name)
     for frame, names in places.items():
         where = "" if frame is None else f" ({frame})"
         subject.note(f"a hook{where} on {name_some(names)} changes its gradient: judged before the hook")
+        if turned := tuple(name for name in names if inner(changed[name], bare[name]) < 0):
+            gradients.turned.append((frame, turned))
+
+
+def _changing_hooks(subject: Subject, changed: Mapping[str, Tensor]) -> dict[str, Frame | None]:
+    """Where the hook is defined that changes each of the gradients, by leaving out those of one place after another."""
+    places = {name: [of_function(hook) for hook in hooks_of(subject.named[name])] for name in changed}
+    found = {name: frames[-1] for name, frames in places.items()}
+    several = [name for name, frames in places.items() if len(set(frames)) > 1]
+    left = set(several)
+    for place in list(dict.fromkeys(frame for name in several for frame in places[name]))[:TRIED]:
+        if not left:
+            break
+        parameters = [subject.named[name] for name in left]
+        with _without_hooks(parameters, _defined_at(place)):
+            without = subject.gradients(subject.call())
+        mended = {name for name in left if name in without.of and differ(without.to_step_by(name), changed[name])}
+        found |= dict.fromkeys(mended, place)
+        left -= mended
+    return found
 
 
 def _before_given_backward(subject: Subject, gradients: Gradients) -> None:
@@ -125,13 +146,20 @@ def differ(one: Tensor, other: Tensor) -> bool:
     return not inner(one - other, one - other) <= DIFFERS * size
 
 
+def _defined_at(place: Frame | None) -> Callable[[Callable[..., Any]], bool]:
+    return lambda hook: of_function(hook) == place
+
+
 @contextmanager
-def _without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
-    # the registries themselves are emptied: autograd holds on to them
+def _without_hooks(
+    parameters: Iterable[Tensor], is_left_out: Callable[[Callable[..., Any]], bool] = lambda hook: True
+) -> Iterator[None]:
+    # the registries themselves are written to: autograd holds on to them
     tables = [t for p in parameters for t in (p._backward_hooks, p._post_accumulate_grad_hooks) if t]
     held = [dict(table) for table in tables]
-    for table in tables:
-        table.clear()
+    for table, hooks in zip(tables, held, strict=True):
+        for key in [key for key, hook in hooks.items() if is_left_out(hook)]:
+            del table[key]
     try:
         yield
     finally:

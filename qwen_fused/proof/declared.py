@@ -72,12 +72,17 @@ def _frozen_on_purpose(subject: Subject, named: Mapping[str, Tensor], held: Coll
 def _evaluating(subject: Subject) -> list[Finding]:
     """Modules in evaluation mode, the outermost ones, with the trainable parameters in them."""
     found: list[tuple[str, nn.Module]] = []
+    # frozen parts with all that is in them, dropout without a parameter of its own too
+    resting: list[str] = []
     for root, module in subject.modules.items():
         for name, part in module.named_modules(prefix=root):
-            inside = any(name.startswith(f"{outer}.") or outer == "" for outer, _ in found)
+            outside = [*(outer for outer, _ in found), *resting]
+            inside = any(name.startswith(f"{outer}.") or outer == "" for outer in outside)
             asleep = not part.training and not inside
             idle = any(True for _ in part.parameters()) and not any(p.requires_grad for p in part.parameters())
-            if asleep and not idle and not subject.allow.name(name):
+            if asleep and idle:
+                resting.append(name)
+            elif asleep and not subject.allow.name(name):
                 found.append((name, part))
     names = {id(p): name for name, p in subject.named.items()}
     norms = [name or type(part).__name__ for name, part in found if isinstance(part, _NormBase)]

@@ -72,6 +72,7 @@ class Directions:
         self.scales = scales_of(self.parameters)
         self._number: int | None = None
         self._along: dict[str, Tensor] = {}
+        self._sizes: dict[str, float] = {}
         self._shares: dict[str, float] = {}
         self._here: float | None = None
         # a step along the first direction and the loss at both its ends, whose mean `_here` is meanwhile
@@ -109,8 +110,15 @@ class Directions:
         if self._ends is not None and number == 0 and not only:
             first, ends = self._ends
         shares = {name: share / scale for name, share in shares.items()}
-        deviation, slope = self._deviation(first, weights, scale, ends)
         rounding = floor / (first * scale)
+        if self._ends is not None and ends is None:
+            # one side is enough where it agrees: the loss in between is known from the first direction
+            plus, slope = self._loss_at(first, weights), sum(shares.values()) * scale
+            deviation = ((plus - loss) / first - slope) / scale
+            if abs(deviation) <= self.tolerance and 2 * rounding <= self.tolerance:
+                return Verdict(True, deviation, self.tolerance + 2 * rounding, 1 + deviation * scale / slope, shares)
+            ends = plus, self._loss_at(-first, weights)
+        deviation, slope = self._deviation(first, weights, scale, ends)
         if abs(deviation) <= self.tolerance and rounding <= self.tolerance:
             # two ways to the same number: no error estimate can make that plainer
             return Verdict(True, deviation, self.tolerance + rounding, 1 + deviation * scale / slope, shares)
@@ -192,21 +200,24 @@ class Directions:
         self._number = number
         noise = Noise(self.seed * 7919 + number)
         for name in self.parameters:
-            gradient = self.gradients[name]
-            parts = real_parts(gradient)
+            parts, size = real_parts(self.gradients[name]), 0.5 * self.scales[name]
             if name not in self._along:
-                along = torch.empty(parts.shape, dtype=torch.float32, device=parts.device)
-                self._along[name] = torch.view_as_complex(along) if gradient.is_complex() else along
+                self._along[name] = torch.empty(parts.shape, dtype=torch.float32, device=parts.device)
             # over the direction before it, which nobody needs any more
-            mixed = real_parts(self._along[name]).copy_(parts)
-            self._shape(mixed)
-            noise.add_to(mixed)
-            mixed.mul_(0.5 * self.scales[name])
+            self._begin(name, self._along[name], parts, size)
+            noise.add_to(self._along[name], size)
         self._shares = {name: inner(self.gradients[name], along) for name, along in self._along.items()}
 
-    def _shape(self, mixed: Tensor) -> None:
-        """Make a gradient into what noise is added to: at its own size, what stands out of it cut off."""
-        mixed.div_(max(_size_of(mixed), torch.finfo(torch.float32).tiny)).clamp_(-3, 3)
+    def _begin(self, name: str, along: Tensor, gradient: Tensor, size: float) -> None:
+        """What noise is added to: the gradient at the size asked for, what stands out of it cut off."""
+        if name not in self._sizes:
+            self._sizes[name] = _size_of(gradient)
+        factor = size / self._sizes[name] if self._sizes[name] else 0.0
+        if gradient.dtype == along.dtype:
+            torch.mul(gradient, factor, out=along)
+        else:
+            along.copy_(gradient).mul_(factor)
+        along.clamp_(-3 * size, 3 * size)
 
     def _weights(self, number: int, names: Collection[str]) -> dict[str, float]:
         self._use(number)
@@ -280,4 +291,5 @@ class Directions:
 
 
 def _size_of(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor)) / max(1, tensor.numel()) ** 0.5
+    wide = None if tensor.dtype in (torch.float32, torch.float64) else torch.float32
+    return float(torch.linalg.vector_norm(tensor, dtype=wide)) / max(1, tensor.numel()) ** 0.5

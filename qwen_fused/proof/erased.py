@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from qwen_fused.proof import frames, kinds, modes
+from qwen_fused.proof.changing_line import changing_line
 from qwen_fused.proof.frames import of_function
 from qwen_fused.proof.hooks import hooks_of
-from qwen_fused.proof.labels import tensors_in
 from qwen_fused.proof.ladder import Finding, name_some
 from qwen_fused.proof.subject import Subject
 
 
 def erased(subject: Subject, names: tuple[str, ...], during_step: bool) -> Finding:
-    """Name the line that erased gradients, by doing backward and step once more with every call watched."""
-    loss = subject.call()
-    found: list[frames.Site] = []
+    """Name the line that erased gradients, or the hook that may have."""
     watched = subject.named[names[0]]
-
-    def handler(func: Any, args: tuple, kwargs: dict) -> Any:
-        held = watched.grad
-        was = held is not None and bool(held.any())
-        out = func(*args, **kwargs)
-        concerned = kinds.name_of(func) == "grad.__set__" or any(True for _ in tensors_in((args, kwargs)))
-        if was and not found and concerned and (watched.grad is None or not watched.grad.any()):
-            found.append(frames.locate())
-        return out
-
-    subject.snapshot.clear_gradients()
-    with modes.FunctionMode(handler):
-        frames.boundary(subject.backward, loss)
-        if during_step:
-            subject.step()
-    if during_step:
-        subject.snapshot.reset_values()
-        subject.snapshot.reset_optimizers()
-    subject.snapshot.clear_gradients()
-    when = "between backward and the optimizer's step" if during_step else "before backward was done"
-    # no mode sees what a hook calls while backward runs
+    frame = changing_line(subject, watched, lambda before, after: before > 0 and after == 0, during_step)
     hooks = hooks_of(watched) if not during_step else []
-    frame = found[0].user if found else of_function(hooks[-1]) if hooks else None
+    if frame is None and hooks:
+        frame = of_function(hooks[-1])
+    when = "between backward and the optimizer's step" if during_step else "before backward was done"
     return Finding("erased", f"the gradient of {name_some(names)} is erased {when}", names, frame)

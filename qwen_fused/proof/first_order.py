@@ -117,9 +117,11 @@ def _look_along(
 ) -> None:
     """Try smaller and smaller parts of the step, in float64 if that can be, else down to what rounding hides."""
     whole = dict.fromkeys(changes, 1.0)
-    # its own precision is enough where nothing is held still and the change is no matter of rounding
-    plain = _is_plain(trace, held)
-    for wide in (*((None,) if plain else ()), torch.float64, None):
+    # where the change is no matter of rounding its own precision is enough, and quicker
+    types: tuple[torch.dtype | None, ...] = (torch.float64, None) if trace.half else (None, torch.float64)
+    # the whole step of a loss in which nothing is held still has been looked at
+    parts = PARTS if held or trace.half else PARTS[1:]
+    for wide in types:
         moves = Moves(moved, subject.evaluation(trace, held, wide), wide, before)
         try:
             here = moves.loss_at(0.0, {}, {}) if wide or held else loss
@@ -128,7 +130,7 @@ def _look_along(
                 found.reason = "the loss is another when it is computed in float64"
                 continue
             noise = 4 * float(torch.finfo(torch.float64).eps) * abs(here) if wide else rounding
-            for part in PARTS[1:] if plain else PARTS:
+            for part in parts:
                 if abs(part * found.predicted) <= TOLD_APART * noise:
                     break
                 if _is_close(found, part, moves.loss_at(part, changes, whole) - here):
@@ -141,11 +143,6 @@ def _look_along(
         except Exception as error:
             # some code insists on its own type, and says so in its own way; the model's own precision is still to come
             found.reason = str(error).partition("\n")[0]
-
-
-def _is_plain(trace: Trace, held: Mapping[Slot, Held]) -> bool:
-    """Whether the loss function as it is, called in its own precision, is the function that autograd differentiates."""
-    return not held and not trace.half and all(event.kind != "requires_grad" for event in trace.cuts)
 
 
 def _is_close(found: FirstOrder, part: float, actual: float) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from qwen_fused.common.autograd_graph import graph_leaves
 from qwen_fused.proof import frames, kinds, modes
 from qwen_fused.proof.added_noise import NORMAL
-from qwen_fused.proof.frames import Site
+from qwen_fused.proof.frames import Frame, Site
 from qwen_fused.proof.labels import is_wrapped, tensors_in
 from qwen_fused.proof.moves import has_nonzero
 from qwen_fused.proof.optimizers import watching_steps
@@ -30,6 +30,7 @@ class Gradients:
         left: name -> what backward left in `.grad`, where processes share their gradients and it is not this one's own,
             or a hook may have changed it; without the scale.
         own: name -> gradient as autograd had made it, of those that hooks or the given backward then changed.
+        turned: hooks that turn gradients round, and whose: the lines and the names.
         draws: whether normal noise was drawn meanwhile.
         per_sample: whether gradients of single samples were taken meanwhile, by torch.func.
         noisy: whether the given backward was found to add noise.
@@ -44,6 +45,7 @@ class Gradients:
     of: dict[str, Tensor] = field(default_factory=dict)
     left: dict[str, Tensor] = field(default_factory=dict)
     own: dict[str, Tensor] = field(default_factory=dict)
+    turned: list[tuple[Frame | None, tuple[str, ...]]] = field(default_factory=list)
     draws: bool = False
     per_sample: bool = False
     noisy: bool = False

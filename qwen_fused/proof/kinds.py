@@ -54,6 +54,8 @@ SURROGATES = {
     "fractional_max_pool2d",
     "fractional_max_pool3d",
 }
+# whose sixth argument has them divide each row's gradient by how often it was looked up
+LOOKUPS = ("embedding", "embedding_bag")
 # draws: another floating-point type may draw other numbers
 RANDOM = {
     name + suffix
@@ -148,9 +150,9 @@ def is_inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def is_surrogate(func: Any, name: str) -> bool:
+def is_surrogate(func: Any, name: str, args: tuple, kwargs: dict) -> bool:
     """Whether it is a function of torch's own whose backward is meant to be another than its forward's derivative."""
-    if name in SURROGATES:
+    if name in SURROGATES or (name in LOOKUPS and (kwargs.get("scale_grad_by_freq") or any(args[5:6]))):
         return True
     return isinstance(func, type) and func.__module__.startswith(("torch.distributions.", "torch.ao."))
 

@@ -72,6 +72,29 @@ class Rung:
         return tuple(dict.fromkeys(name for finding in self.findings for name in finding.parameters))
 
 
+@dataclass(frozen=True)
+class Enlarged:
+    """Gradients that are longer than backward made them when the optimizer uses them, while others are not.
+
+    Args:
+        parameters: whose gradients.
+        factor: by which the most enlarged one is longer.
+        frame: the line that does it, None where it was not found.
+    """
+
+    parameters: tuple[str, ...]
+    factor: float
+    frame: Frame | None
+
+    @property
+    def told(self) -> str:
+        """All that in one sentence."""
+        place = f" at {self.frame}" if self.frame else ""
+        many = "up to " if len(self.parameters) > 1 else ""
+        whose = name_some(self.parameters, 1)
+        return f"the gradient of {whose} is made {many}{self.factor:.3g} times as long{place}"
+
+
 @dataclass
 class ProofReport:
     """What `prove` found; printing it shows the ladder.
@@ -81,6 +104,7 @@ class ProofReport:
         cut: the first operation that loses the gradient of a named parameter, or None.
         notes: no faults, but worth knowing: partial cuts, places not seen through, allowances that matched nothing.
         partial_cuts: cuts beside a way that connects, with the share of the gradient that each takes.
+        enlarged: gradients that something between backward and the optimizer makes longer, while others are not.
         allowed: entry of `allow` -> how many cuts and parameters it matched.
         layers: per layer: number of parameters, gradient norm, largest element, tensors that are zero or not finite;
             of the gradient without its loss scale.
@@ -94,6 +118,7 @@ class ProofReport:
     cut: Cut | None = None
     notes: list[str] = field(default_factory=list)
     partial_cuts: list[PartialCut] = field(default_factory=list)
+    enlarged: Enlarged | None = None
     allowed: dict[str, int] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
     parameters: int = 0
@@ -117,16 +142,22 @@ class ProofReport:
     def headline(self) -> str:
         """The verdict, and of a gradient that is proved the cut that takes most of it, where that is above a tenth.
 
-        A cut whose share can't be measured is told too.
+        A cut whose share can't be measured is told too, and so is a gradient that is made longer while others are not.
         """
-        large = [cut for cut in self.partial_cuts if cut.share > MOST_LOST or cut.unknown]
-        if self.verdict != "proved" or not large:
+        if self.verdict != "proved":
             return self.verdict
+        change = [f"with a change: {self.enlarged.told}"] if self.enlarged else []
+        return ", ".join([self.verdict, *self._large_cut(), *change])
+
+    def _large_cut(self) -> list[str]:
+        large = [cut for cut in self.partial_cuts if cut.share > MOST_LOST or cut.unknown]
+        if not large:
+            return []
         most = max(large, key=lambda cut: -1.0 if cut.unknown else cut.share)
         others = f" ({len(large) - 1} more below)" if len(large) > 1 else ""
         share = "an unknown share" if most.unknown else f"{most.share:.0%}"
         taken = f"{share} of the gradient of {name_some(most.parameters, 1)}"
-        return f"proved, with a cut: {most.operation} at {most.frame} takes {taken}{others}"
+        return [f"with a cut: {most.operation} at {most.frame} takes {taken}{others}"]
 
     @property
     def findings(self) -> list[Finding]:
@@ -157,9 +188,10 @@ class ProofReport:
             }
             for name, rung in self.rungs.items()
         }
-        told = ("rungs", "cut", "partial_cuts")
+        told = ("rungs", "cut", "partial_cuts", "enlarged")
         rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in told}
         rest["partial_cuts"] = [dataclasses.asdict(cut) for cut in self.partial_cuts]
+        rest["enlarged"] = dataclasses.asdict(self.enlarged) if self.enlarged else None
         cut = dataclasses.asdict(self.cut) | {"source": self.cut.frame.source} if self.cut else None
         return {"ok": self.ok, "verdict": self.verdict, "headline": self.headline, "rungs": rungs, "cut": cut, **rest}
 

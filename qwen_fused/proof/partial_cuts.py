@@ -19,7 +19,7 @@ from qwen_fused.proof.departures import NUMBERS, returning
 from qwen_fused.proof.frames import Frame
 from qwen_fused.proof.kinds import WRITTEN
 from qwen_fused.proof.ladder import MOST_LOST, Finding, Rung, name_some
-from qwen_fused.proof.noise_directions import NoiseDirections
+from qwen_fused.proof.noise_directions import Loss, NoiseDirections
 from qwen_fused.proof.reducers import processes
 from qwen_fused.proof.replay import Held, NormalDraw
 from qwen_fused.proof.slots import Slot
@@ -72,9 +72,8 @@ def weigh_partial_cuts(subject: Subject, point: Point, connected: Rung, base: Ma
     places = {(event.operation, event.site.user) for event in returned}
     lines = _by_line(trace, [*cuts, *(e for e in trace.departures if (e.operation, e.site.user) in places)])
     weighed = []
-    for events in _worth_weighing(subject, point, lines, base) if lines else ():
+    for events, share, unknown in _weighed(subject, point, lines, base) if lines else ():
         first, names = events[0], _names(trace, events)
-        share, unknown = _share_lost(subject, point, events, base)
         # of what other processes send nobody expects a gradient; what comes back from this one alone is lost
         sent = first.kind == "collective" and processes() > 1
         weighed.append(PartialCut(first.operation, first.site.user, share, names, "" if sent else unknown))
@@ -115,41 +114,56 @@ def _names(trace: Trace, events: Sequence[Event]) -> tuple[str, ...]:
     return trace.labels.names_of(label)
 
 
-def _worth_weighing(
+def _weighed(
     subject: Subject, point: Point, lines: list[list[Event]], base: Mapping[str, Tensor]
-) -> list[list[Event]]:
-    """The first few lines, and those behind them where they take something together."""
+) -> list[tuple[list[Event], float, str]]:
+    """The first few lines with what they take, and those behind them where they take something together."""
     first, rest = lines[:WEIGHED], lines[WEIGHED : WEIGHED + MORE]
-    together = [event for events in rest for event in events]
-    return first if not rest or _share_lost(subject, point, together, base)[0] <= MOST_LOST else first + rest
+    together = [[event for events in rest for event in events]] if rest else []
+    found = _shares_lost(subject, point, first + together, base)
+    if together and found.pop()[0] > MOST_LOST:
+        found += _shares_lost(subject, point, rest, base)
+        first += rest
+    return [(events, *share) for events, share in zip(first, found, strict=True)]
 
 
-def _share_lost(
-    subject: Subject, point: Point, events: Sequence[Event], base: Mapping[str, Tensor]
-) -> tuple[float, str]:
-    """The part of the gradient by the parameters concerned that the cuts lose, or NaN and why it can't be had."""
-    trace, loss = point.trace, as_float(point.loss)
+def _shares_lost(
+    subject: Subject, point: Point, lines: Sequence[Sequence[Event]], base: Mapping[str, Tensor]
+) -> list[tuple[float, str]]:
+    """The part of the gradient by the parameters concerned that each line loses, or NaN and why it can't be had."""
+    trace = point.trace
     if trace.exchanges:
-        return math.nan, "the loss is computed by several processes together"
-    slots = {event.slot for event in events}
+        return [(math.nan, "the loss is computed by several processes together")] * len(lines)
     held: dict[Slot, Held] = {**trace.held(carried=subject.own_backward), **point.linearized}
-    released = {slot: _let_go(record) for slot, record in held.items() if slot not in slots}
     judged = {name: g for name, g in point.gradients.before_changes().items() if name in subject.trainable}
-    unknown = ""
-    # 16 bits are too coarse for a share, and other threads' work can't be had in another type
-    for wide in (*(() if trace.threads else (torch.float64,)), *(() if trace.half else (None,))):
-        evaluate = subject.evaluation(trace, released, wide)
-        lines = NoiseDirections(subject.trainable, judged, evaluate, torch.float32, wide, 0, base)
-        try:
-            share, left = lines.change_along(_names(trace, events), loss)
-            # a way that pulls against the others may be more than the whole
-            return (min(1.0, share) if left > MOST_LOST else math.nan), ""
-        except Exception as error:
-            # some code insists on its own type, and says so in its own way; or it makes other calls there
-            unknown = str(error).strip().partition("\n")[0]
-        finally:
-            lines.restore()
-    return math.nan, unknown
+
+    def without(events: Sequence[Event], wide: torch.dtype | None) -> Loss:
+        slots = {event.slot for event in events}
+        released = {slot: _let_go(record) for slot, record in held.items() if slot not in slots}
+        return Loss(_names(trace, events), subject.evaluation(trace, released, wide))
+
+    found: list[Loss] = []
+    # its own precision is enough for a share, and quicker; 16 bits are too coarse, and other threads' work can't be had
+    # in another type
+    for wide in (*(() if trace.half else (None,)), *(() if trace.threads else (torch.float64,))):
+        asked = [n for n in range(len(lines)) if not found or found[n].unknown]
+        losses = [without(lines[n], wide) for n in asked]
+        if losses:
+            directions = NoiseDirections(subject.trainable, judged, losses[0].evaluate, torch.float32, wide, 0, base)
+            try:
+                directions.measure(losses, as_float(point.loss))
+            finally:
+                directions.restore()
+        found = [losses[asked.index(n)] if n in asked else loss for n, loss in enumerate(found)] or losses
+    return [_share_of(loss) for loss in found] or [(math.nan, "")] * len(lines)
+
+
+def _share_of(loss: Loss) -> tuple[float, str]:
+    if loss.unknown:
+        return math.nan, loss.unknown
+    share, left = loss.shares
+    # a way that pulls against the others may be more than the whole
+    return (min(1.0, share) if left > MOST_LOST else math.nan), ""
 
 
 def _let_go(record: Held) -> Held:

@@ -19,6 +19,7 @@ from qwen_fused.proof.compiled import compare_compiled
 from qwen_fused.proof.connected import connected
 from qwen_fused.proof.correct import correct
 from qwen_fused.proof.declared import declared
+from qwen_fused.proof.enlarged import enlarged
 from qwen_fused.proof.ladder import RUNGS, ProofReport
 from qwen_fused.proof.nonzero import layers, nonzero
 from qwen_fused.proof.notes import notes_of
@@ -52,8 +53,8 @@ def prove(
         params: a module, or a mapping of names to parameters or modules. Modules' buffers and modes are kept too.
         optimizer: a torch optimizer, or several; without one nothing is stepped, and the last rung is not asked.
         allow: what is intended: names of parameters that may go without gradient; of functions, files and lines where a
-            value may lose it (a hard mask, a reward); of custom operations, or of the given backward, to take at their
-            word. `*` and `?` are wild. An operation allowed never excuses a parameter that is left without any
+            value may lose it (a hard mask, a reward); of custom operations, or of the given backward or step, to take
+            at their word. `*` and `?` are wild. An operation allowed never excuses a parameter that is left without any
             gradient: that takes the parameter's own name.
         directions: random directions along which finite differences are taken.
         seed: for the directions.
@@ -109,12 +110,14 @@ def _climb(subject: Subject, directions: int, seed: int, memory: int | None) -> 
     weighed = weigh_partial_cuts(subject, near.at, ladder[1], near.values)
     subject.snapshot.reset_values()
     ladder.append(applied(subject, step, first.gradients, first.trace, near.at.trace))
+    longer = enlarged(subject, step.enlarged) if step is not None and ladder[4].ok else None
 
     return ProofReport(
         rungs={name: rung for name, rung in zip(RUNGS, ladder, strict=True)},
         cut=cut,
         notes=notes_of(subject, first.trace, first.gradients, weighed),
         partial_cuts=weighed.cuts,
+        enlarged=longer,
         allowed=dict(subject.allow.matches),
         layers=by_layer,
         parameters=len(subject.named),

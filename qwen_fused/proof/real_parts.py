@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -27,3 +29,11 @@ def inner(one: Tensor, other: Tensor) -> float:
         rows = torch.linalg.vecdot(one[:whole].view(-1, ROW), other[:whole].view(-1, ROW))
         return float(rows.double().sum()) + float((one[whole:].double() * other[whole:].double()).sum())
     return float((one.double() * other.double()).sum())
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """Length of all the tensors together, sparse ones too, in float32 at least."""
+    parts = [real_parts(t.detach().to_dense() if t.is_sparse else t.detach()) for t in tensors]
+    # squares of float16 overflow in float16 itself
+    wide = [None if t.dtype in (torch.float32, torch.float64) else torch.float32 for t in parts]
+    return sum(float(torch.linalg.vector_norm(t, dtype=w)) ** 2 for t, w in zip(parts, wide, strict=True)) ** 0.5

@@ -54,6 +54,7 @@ class Snapshot:
         self._optimizers = [HeldOptimizer.of(o, copy_of) for o in everyone.values()]
         self._generators = [(g, generator_state(g)) for g in _generators([*self.modules.values()], loss_fn)]
         self._random = GlobalRandomState.now()
+        self._start = self.attributes_now()
 
     def reset(self) -> None:
         """Put random generators and buffers back, so that the loss function does once more what it did."""
@@ -75,9 +76,9 @@ class Snapshot:
     def mark_attributes(self, marks: Sequence[AttributeMark] | None = None) -> None:
         """From now on `reset` brings back the tensors in modules' plain attributes, a recurrent state say.
 
-        As they are now, or as they were when other marks were taken.
+        As they were at the start, or when other marks were taken.
         """
-        self._marks = self.attributes_now() if marks is None else marks
+        self._marks = self._start if marks is None else marks
 
     def attributes_now(self) -> list[AttributeMark]:
         """Marks of what modules keep in plain attributes at this moment."""
@@ -125,6 +126,8 @@ class Snapshot:
             module.__dict__.update(own)
             for name, entries in (registries | containers).items():
                 _refill(module.__dict__[name], entries)
+        for mark in self._start:
+            mark.put_back()
         self.reset_values()
         for parameter, requires_grad, grad in self._flags:
             parameter.requires_grad_(requires_grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor
 from qwen_fused.proof import modes
 from qwen_fused.proof.changed_gradients import noise_of_step
 from qwen_fused.proof.cuts import Trace
+from qwen_fused.proof.enlarged import Change, longer_alone
 from qwen_fused.proof.first_order import FirstOrder, measure
 from qwen_fused.proof.kinds import written_by
 from qwen_fused.proof.moves import has_nonzero, scales_of
 from qwen_fused.proof.optimizers import has_stepped, innermost, rate_of, rate_to_come, watching_steps
-from qwen_fused.proof.real_parts import inner, real_parts
+from qwen_fused.proof.real_parts import inner, norm
 from qwen_fused.proof.subject import Gradients, Subject, as_float
 from qwen_fused.proof.trusted_ops import Linearized
 
@@ -34,7 +35,9 @@ class Step:
         stepped: whether any optimizer's step was called.
         missing: names whose gradient was gone, or all zero, when the optimizer came to use it.
         changed: names whose gradient pointed another way by then than backward had left it.
-        norm_ratio: norm of the gradient that the optimizer uses over that of the loss's own gradient.
+        norm_ratio: norm of the gradient that the optimizer uses over that of the loss's own, of a loss that was scaled
+            up for backward.
+        enlarged: name -> factor of gradients that are longer by then than backward had left them, while others are not.
         factors: what the gradients were multiplied by on the way to the optimizer, in order.
         unmoved: names that did not move, though their gradient is more than the rounding of the others.
         master_only: names that rounded back to what they were, while the float32 master in the optimizer's state moved.
@@ -52,6 +55,7 @@ class Step:
     missing: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     norm_ratio: float = 0.0
+    enlarged: dict[str, float] = field(default_factory=dict)
     factors: list[float] = field(default_factory=list)
     unmoved: tuple[str, ...] = ()
     master_only: tuple[str, ...] = ()
@@ -133,6 +137,7 @@ def _after_warm_up(subject: Subject, step: Step, gradients: Gradients) -> Iterat
 
 def _step_watched(subject: Subject, step: Step, gradients: Gradients, alive: Sequence[str]) -> None:
     """Step as the caller does, and look at the gradients when an optimizer comes to use them."""
+    changes: dict[str, Change] = {}
 
     def look(optimizer: Any) -> None:
         first, step.stepped = not step.stepped, True
@@ -142,25 +147,24 @@ def _step_watched(subject: Subject, step: Step, gradients: Gradients, alive: Seq
         missing = [name for name, grad in now.items() if grad is None or not has_nonzero(grad)]
         step.missing += tuple(name for name in missing if first or name not in step.missing)
         left = {name: grad for name, grad in now.items() if grad is not None and name not in missing}
-        step.changed += tuple(name for name, grad in left.items() if _cosine(grad, gradients.to_step_by(name)) < 0.5)
         # a fused optimizer takes the loss's scale off by itself
         taken_off = float(getattr(optimizer, "grad_scale", None) or 1.0)
-        if left:
-            ratio = _norm(left.values()) / _norm(gradients.to_step_by(name) for name in left) / taken_off
+        met = {name: _change(grad, gradients.to_step_by(name), taken_off) for name, grad in left.items()}
+        step.changed += tuple(name for name, change in met.items() if change.cosine < 0.5)
+        changes.update(met)
+        if left and gradients.scale > 1:
+            ratio = norm(left.values()) / norm(gradients.to_step_by(name) for name in left) / taken_off
             step.norm_ratio = max(step.norm_ratio, ratio)
 
     if step.in_backward:
         # the gradients are used up: what is left of the step is the caller's
         subject.step()
         return
-    factors = _Factors(subject, step, gradients, alive)
     scaled = gradients.scale != 1 and alive
-    with watching_steps(subject.optimizers, look):
-        if scaled:
-            with modes.DispatchMode(factors.aten):
-                subject.step()
-        else:
-            subject.step()
+    factors = modes.DispatchMode(_Factors(subject, step, gradients, alive).aten) if scaled else nullcontext()
+    with watching_steps(subject.optimizers, look), factors:
+        subject.step()
+    step.enlarged = longer_alone(changes, gradients.scale)
 
 
 class _Factors:
@@ -168,13 +172,13 @@ class _Factors:
 
     def __init__(self, subject: Subject, step: Step, gradients: Gradients, alive: Sequence[str]):
         self._step = step
-        largest = max(alive, key=lambda name: _norm([gradients.of[name]]), default=None)
+        largest = max(alive, key=lambda name: norm([gradients.of[name]]), default=None)
         self._parameter = None if largest is None else subject.named[largest]
         self._norm = self._now()
 
     def _now(self) -> float:
         gradient = None if self._parameter is None else self._parameter.grad
-        return 0.0 if gradient is None else _norm([gradient])
+        return 0.0 if gradient is None else norm([gradient])
 
     def aten(self, func: Any, args: tuple, kwargs: dict) -> Any:
         out = func(*args, **kwargs)
@@ -202,7 +206,7 @@ def measure_movement(
     """
     # a bias before a normalisation has a gradient of rounding noise, which need not move it
     weight = scales_of({name: before[name] for name in counts})
-    shares = {name: weight[name] * _norm([gradients[name]]) for name in counts}
+    shares = {name: weight[name] * norm([gradients[name]]) for name in counts}
     floor = {True: 1e-3, False: 1e-6}[half] * max(shares.values(), default=0.0)
     step.unmoved = tuple(name for name, moved in counts.items() if not moved and shares[name] > floor)
     step.moved = sum(counts.values()) / max(1, sum(before[name].numel() for name in counts))
@@ -228,16 +232,18 @@ def _is_wider(value: Any, parameter: Tensor) -> bool:
     return same and value.dtype.itemsize > parameter.dtype.itemsize
 
 
-def _norm(tensors: Iterable[Tensor]) -> float:
-    parts = [real_parts(t.detach().to_dense() if t.is_sparse else t.detach()) for t in tensors]
-    # squares of float16 overflow in float16 itself
-    wide = [None if t.dtype in (torch.float32, torch.float64) else torch.float32 for t in parts]
-    return sum(float(torch.linalg.vector_norm(t, dtype=w)) ** 2 for t, w in zip(parts, wide, strict=True)) ** 0.5
+def _change(now: Tensor, before: Tensor, taken_off: float) -> Change:
+    """What became of a gradient.
 
-
-def _cosine(one: Tensor, other: Tensor) -> float:
-    if one.dtype == other.dtype and not one.is_sparse and torch.equal(one, other):
-        return 1.0
-    one = one.detach().to_dense() if one.is_sparse else one.detach()
-    size = _norm([one]) * _norm([other])
-    return inner(one, other) / size if size else 1.0
+    Args:
+        now: when the optimizer uses it.
+        before: as backward left it.
+        taken_off: what the optimizer will divide it by itself.
+    """
+    if now.dtype == before.dtype and not now.is_sparse and torch.equal(now, before):
+        return Change(1.0 / taken_off, 1.0)
+    now = now.detach().to_dense() if now.is_sparse else now.detach()
+    length, made, along = norm([now]), norm([before]), inner(now, before)
+    if not length * made:
+        return Change()
+    return Change(along / made**2 / taken_off, along / (length * made), length)

@@ -57,7 +57,7 @@ class Subject:
         self.own_backward = backward is not None
         # how the caller's loop sends the loss back
         self.backward = backward or (lambda loss: loss.backward())
-        self._step = step
+        self.given_step = step
         self.evaluations = 0
         # no faults, but worth knowing: what the rungs come across
         self.notes: list[str] = []
@@ -138,8 +138,8 @@ class Subject:
 
     def step(self) -> None:
         """Step as the caller's loop does."""
-        if self._step is not None:
-            frames.boundary(self._step)
+        if self.given_step is not None:
+            frames.boundary(self.given_step)
             return
         for optimizer in self.optimizers:
             optimizer.step()

@@ -180,7 +180,7 @@ class Tracer:
             if not self.nested:
                 self.log.lose(cls, cls.__name__, slot, ins, out, alive | inside, cuts)
                 if not kinds.recomputes(cls):
-                    surrogate = kinds.is_surrogate(cls, cls.__name__)
+                    surrogate = kinds.is_surrogate(cls, cls.__name__, args, kwargs)
                     self._custom(slot, values | inside, call, args, kwargs, out, surrogate)
         return out
 
@@ -257,7 +257,7 @@ class Tracer:
         for tensor in outs + [t for t in ins if labels.key(t) in self.log.written]:
             labels.set_alive(tensor, alive)
         self.log.lose(func, name, slot, ins, out, alive, cuts)
-        surrogate = kinds.is_surrogate(func, name)
+        surrogate = kinds.is_surrogate(func, name, *given)
         if alive and (surrogate or kinds.is_custom(func) or self._is_trusted(name, outs)):
             self._custom(slot, values, func, *given, out, surrogate=surrogate)
 

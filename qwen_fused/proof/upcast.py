@@ -28,7 +28,6 @@ _OF_THE_TENSOR_ITSELF = {
     "dim",
     "is_contiguous",
     "register_hook",
-    "requires_grad_",
     "retain_grad",
 }
 # type -> the real one that it is as wide as

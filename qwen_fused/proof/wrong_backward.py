@@ -36,7 +36,8 @@ def find_wrong_backward(subject: Subject, point: Point, lines: Directions, verdi
         return findings
     lines.restore()
     ratios = [verdict.ratio for verdict in verdicts if verdict.ok is False]
-    uniform = len(ratios) > 1 and all(abs(ratio / ratios[0] - 1) < 0.02 for ratio in ratios)
+    # of a loss that does not move at all nothing is a multiple
+    uniform = len(ratios) > 1 and all(abs(r - ratios[0]) < 0.02 * abs(ratios[0]) for r in ratios)
     names = tuple(_narrowed(lines, list(judged)))
     # alike by accident is not alike: most of them must be wrong by themselves
     uniform = uniform and 2 * len(names) > len(judged)

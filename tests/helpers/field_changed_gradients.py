@@ -154,6 +154,31 @@ def hooks_with_the_wrong_sign():
     return classified(net)
 
 
+@case("torch", "applied", "uphill")
+def first_of_two_hooks_turns_the_gradient_round():
+    net, norms = mlp(), []
+
+    def turn(g):  # here
+        return -g
+
+    for p in net.parameters():
+        p.register_hook(turn)
+        p.register_hook(lambda g: norms.append(g.norm()))
+    return classified(net)
+
+
+@case("torch", "applied", "uphill")
+def gradient_turned_round_once_it_is_accumulated():
+    net = mlp()
+
+    def turn(p):  # here
+        p.grad.mul_(-1)
+
+    for p in net.parameters():
+        p.register_post_accumulate_grad_hook(turn)
+    return classified(net)
+
+
 @case("torch", "correct", "wrong")
 def private_sgd_with_the_wrong_sign():
     net = mlp()

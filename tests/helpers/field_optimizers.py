@@ -15,7 +15,9 @@ def subset_of_what_the_optimizer_steps():
     torch.manual_seed(0)
     reader, head = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)), nn.Linear(8, 3)
     target = torch.randn(16, 3)
-    optimizer = torch.optim.SGD([*reader.parameters(), *head.parameters()], lr=1e-2, momentum=0.9)
+    # the head, which is not named, goes much further
+    groups = [{"params": [*reader.parameters()]}, {"params": [*head.parameters()], "lr": 5.0}]
+    optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9)
     return given(lambda: F.mse_loss(head(reader(X)), target), dict(reader.named_parameters()), optimizer)
 
 
@@ -92,6 +94,24 @@ def optimizer_that_derives_from_nothing():
 def bias_that_cancels():
     net, other = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(16, 8)
     return given(lambda: -F.logsigmoid(net(X) - net(other)).mean(), net)
+
+
+@case("torch", says="gradient cancels to zero")
+def bias_that_cancels_in_one_call():
+    net, other = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(16, 8)
+
+    def loss():
+        one, two = net(torch.cat([X, other])).chunk(2)
+        return (one - two).mean()
+
+    return given(loss, net)
+
+
+@case("torch", says="is frozen, and no optimizer holds it")
+def frozen_backbone_in_evaluation_mode():
+    net = nn.ModuleDict({"backbone": nn.Sequential(nn.Linear(8, 8), nn.Dropout()), "head": nn.Linear(8, 3)})
+    net["backbone"].requires_grad_(False).eval()
+    return given(lambda: F.cross_entropy(net["head"](net["backbone"](X)), Y), net)
 
 
 @case("torch", says="is frozen, and no optimizer holds it")

@@ -82,6 +82,26 @@ def test_learning_rate_zero():
     assert found.parameters == ENCODER
 
 
+def test_one_group_of_two_that_warms_up():
+    model = Pair()
+    optimizer = torch.optim.AdamW([{"params": part.parameters()} for part in (model.encoder, model.head)], lr=1e-3)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: min(1.0, step / 10), lambda step: 1.0])
+    report = proof(model, optimizer)
+    assert report.ok and any("warm-up holds the learning rate of encoder.weight" in note for note in report.notes)
+
+
+def test_step_of_an_optimizer_without_a_rate_that_moves_nothing():
+    class Idle:
+        def __init__(self, params):
+            self.param_groups = [{"params": list(params)}]
+
+        def step(self):
+            pass
+
+    model = Pair()
+    assert len(only_finding(proof(model, Idle(model.parameters())), "applied", "not moved").parameters) == 4
+
+
 def test_step_that_never_steps():
     found = only_finding(proof(Pair(), step=lambda: None), "applied", "no step")
     assert len(found.parameters) == 4
@@ -98,6 +118,40 @@ def test_step_uphill():
     model = Pair()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, maximize=True)
     only_finding(proof(model, optimizer), "applied", "uphill")
+
+
+def test_optimizers_that_step_in_backward_begin_each_call_as_they_were():
+    model, seen = Pair(), []
+    optimizers = {p: torch.optim.Adam([p]) for p in model.parameters()}
+
+    def hook(p):
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(hook)
+
+    def loss():
+        seen.append(sum(len(optimizer.state) for optimizer in optimizers.values()))
+        return F.cross_entropy(model(X), Y)
+
+    report = prove(loss, model, list(optimizers.values()), step=lambda: None)
+    assert report.ok and "while backward was going on" in report.rungs["applied"].detail, report
+    assert set(seen) == {0}
+
+
+def test_gradient_erased_inside_a_wrapper_of_the_optimizer():
+    class Wrapper:
+        def __init__(self, inside):
+            self.inside, self.param_groups = inside, inside.param_groups
+
+        def step(self):
+            self.inside.zero_grad()  # here
+            self.inside.step()
+
+    model = Pair()
+    report = proof(model, Wrapper(torch.optim.SGD(model.parameters(), lr=0.1)))
+    assert only_finding(report, "applied", "erased").line == marked(Wrapper.step)
 
 
 class Tanh(torch.autograd.Function):

@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from proof_cases import ENCODER, Pair, marked, only_finding, proof
+import torch.nn.functional as F
+from proof_cases import ENCODER, Pair, X, Y, marked, only_finding, proof
+
+from qwen_fused.proof.prove import prove
 
 
 def test_healthy():
@@ -27,6 +30,28 @@ def test_not_in_the_optimizer():
     assert only_finding(report, "declared", "not in the optimizer").parameters == ENCODER
     # what no optimizer holds is not blamed a second time
     assert report.rungs["applied"].ok
+
+
+def in_a_dict_of_lists():
+    return {"layers": [nn.Linear(8, 8)]}, "kept.layers.0.weight", lambda kept, h: kept["layers"][0](h)
+
+
+def in_a_tuple():
+    return (nn.Linear(8, 8),), "kept.0.weight", lambda kept, h: kept[0](h)
+
+
+def converted():
+    return nn.Parameter(torch.eye(8, dtype=torch.float64)).to(torch.float32), "kept", lambda kept, h: h @ kept
+
+
+@pytest.mark.parametrize("make", [in_a_dict_of_lists, in_a_tuple, converted])
+def test_what_a_module_keeps_outside_its_registries_is_named(make):
+    kept, name, use = make()
+    model = Pair(lambda h: use(kept, h))
+    model.kept = kept
+    # without an optimizer too
+    report = prove(lambda: F.cross_entropy(model(X), Y), model)
+    assert only_finding(report, "declared", "unregistered").parameters[0] == name
 
 
 @pytest.mark.parametrize("two", ["groups", "optimizers"])
@@ -125,6 +150,18 @@ def test_wrong_by_a_hook():
 
     found = only_finding(proof(Pair(between)), "correct", "wrong")
     assert found.line == marked(between) and set(ENCODER) <= set(found.parameters)
+
+
+def test_gradient_put_in_place_of_one_that_is_zero():
+    # rounded, the loss does not move at all: no multiple of its derivative is the gradient
+    model = Pair()
+
+    def backward(loss):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+
+    report = prove(lambda: model(X).round().mean(), model, backward=backward)
+    assert only_finding(report, "correct", "wrong").parameters
 
 
 def test_parameter_hook_is_told_with_its_line():
