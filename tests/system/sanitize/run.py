@@ -220,8 +220,9 @@ def tested(home: Path, run: Run) -> subprocess.CompletedProcess:
     }
     # ThreadSanitizer's memory map wants addresses that are not randomised
     command = ["setarch", "-R"] if run.sanitizer == "thread" and shutil.which("setarch") else []
-    # without it every test would be skipped, and nothing found
-    loaded = [*command, sys.executable, "-c", "import torch, qwen_fused._C"]
+    # without it every test would be skipped, or run with the one that is installed, and nothing found
+    own = "import os, torch, qwen_fused._C as C; assert os.path.samefile(os.path.dirname(C.__file__), 'qwen_fused'), C"
+    loaded = [*command, sys.executable, "-c", own]
     done = subprocess.run(loaded, cwd=home, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return done
