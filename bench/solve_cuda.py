@@ -1,14 +1,17 @@
 """Solve tasks side by side on one device, and write what came of it: solved, seconds a task, memory.
 
-    python bench/solve_cuda.py --tasks held-out eval100 --steps 100 300 1000 --max-seconds 120 --out x.json
+    python bench/solve_cuda.py --tasks held-out eval100 --steps 100 300 1000 --max-seconds 120 --check --out x.json
+    python bench/solve_cuda.py --steps 100 --variants "T = 3" "lr 1e-3" --out x.json
 
-The task sets are those of solve_recipe.py; from random weights, or from a run (--run). Every number of steps is written
-when it is through. A GPU second is a second of wall time: the device does nothing else.
+The task sets are those of solve_recipe.py, the variants ablate_recipe.py's of settings and planners; from random
+weights, or from the start that a run has learned (--run). Every number of steps is written when it is through. A GPU
+second is a second of wall time: the device does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 import traceback
@@ -17,6 +20,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+from ablate_recipe import CONFIGS, SETTINGS
 from machine import device_name, output_of
 from solve_recipe import chosen_tasks, solved, typed
 
@@ -33,6 +37,7 @@ from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.solve import make_questions
 from qwen_fused.solver.stacked import StackedPlanner, stack_prompts
 from qwen_fused.solver.task_planner import encode_task
+from qwen_fused.train.run_start import with_start
 from qwen_fused.train.saved import load_model
 
 
@@ -144,10 +149,12 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[100, 300, 1000])
     parser.add_argument("--max-seconds", type=float, default=120.0, help="for each number of steps of each set")
     parser.add_argument("--limit", type=int, help="only so many tasks of each set")
-    parser.add_argument("--run", type=Path)
+    parser.add_argument("--run", type=Path, help="whose start is begun from; default: random weights")
+    parser.add_argument("--variants", nargs="+", default=["base"], choices=[*SETTINGS, *CONFIGS], metavar="VARIANT")
     parser.add_argument("--set", nargs="*", default=[], help="settings, as name=value")
     parser.add_argument("--config", nargs="*", default=[], help="of the planner, as name=value")
     parser.add_argument("--tf32", action="store_true", help="matrix products in TF32")
+    parser.add_argument("--check", action="store_true", help="three tasks' losses against one by one on the CPU, first")
     parser.add_argument("--profile", type=Path, help="write where a step's time goes, of the first set, and end")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
@@ -155,38 +162,47 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    torch.manual_seed(args.seed)
-    if args.run:
-        planner = load_model(args.run, "last", device)
-    else:
-        planner = QwenPlanner(TrainConfig(**{"seed": args.seed, **typed(TrainConfig, args.config)})).to(device)
     plain = {"seed": args.seed, **typed(SolveSettings, args.set)}
     if args.profile:
         settings = SolveSettings(**{**plain, "steps": 10})
-        args.profile.write_text(profile(planner, chosen_tasks(args.tasks[0])[: args.limit], settings))
+        args.profile.write_text(profile(start_of(args, {}), chosen_tasks(args.tasks[0])[: args.limit], settings))
         return
-    found = {
+    found: dict = {
         "arguments": {key: str(value) for key, value in vars(args).items()},
         "machine": device_name(device),
         "torch": torch.__version__,
         "commit": output_of("git", "rev-parse", "HEAD"),
         "results": [],
     }
-    found["check"] = check(planner, chosen_tasks(args.tasks[0]), SolveSettings(**{**plain, "steps": 8}))
-    print("losses of three tasks against one by one on the CPU, step by step:", found["check"], flush=True)
-    if not captured.CAPTURE:
-        print("no graph could be captured: steps run launch by launch", flush=True)
-    for name in args.tasks:
-        tasks = chosen_tasks(name)[: args.limit]
-        for steps in args.steps:
-            result = measure(planner, tasks, SolveSettings(**{**plain, "steps": steps}), args.max_seconds)
-            found["results"].append({"set": name, "steps": steps, **result})
-            shown = {key: result[key] for key in result if key not in ("ids", "chunks", "rows")}
-            print(name, steps, {k: round(v, 3) if isinstance(v, float) else v for k, v in shown.items()}, flush=True)
-            for chunk in result["chunks"]:
-                print("   ", {k: round(v, 2) if isinstance(v, float) else v for k, v in chunk.items()}, flush=True)
-            if args.out:
-                args.out.write_text(json.dumps(found))
+    if args.check:
+        settings = SolveSettings(**{**plain, "steps": 8})
+        found["check"] = check(start_of(args, {}), chosen_tasks(args.tasks[0]), settings)
+        print("losses of three tasks against one by one on the CPU, step by step:", found["check"], flush=True)
+        if not captured.CAPTURE:
+            print("no graph could be captured: steps run launch by launch", flush=True)
+    for variant, name, steps in itertools.product(args.variants, args.tasks, args.steps):
+        planner = start_of(args, CONFIGS.get(variant, {}))
+        settings = SolveSettings(**{**plain, "steps": steps, **SETTINGS.get(variant, {})})
+        result = measure(planner, chosen_tasks(name)[: args.limit], settings, args.max_seconds)
+        found["results"].append({"variant": variant, "set": name, "steps": settings.steps, **result})
+        shown = {key: result[key] for key in result if key not in ("ids", "chunks", "rows")}
+        shown = {key: round(value, 3) if isinstance(value, float) else value for key, value in shown.items()}
+        print(variant, name, settings.steps, shown, flush=True)
+        for chunk in result["chunks"]:
+            print("   ", {k: round(v, 2) if isinstance(v, float) else v for k, v in chunk.items()}, flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(found))
+
+
+def start_of(args: argparse.Namespace, changes: dict) -> QwenPlanner:
+    """What every task begins from."""
+    device = torch.device(args.device)
+    torch.manual_seed(args.seed)
+    if args.run:
+        planner, learned = with_start(load_model(args.run, "last", device), args.run)
+        assert learned, "the run has no start"
+        return planner
+    return QwenPlanner(TrainConfig(**{"seed": args.seed, **typed(TrainConfig, args.config), **changes})).to(device)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python bench/solve_recipe.py --tasks screen --stride 2 --set steps=100 lr=2e-3 --config plan_steps=8 --out x.json
 
 Tasks: screen (held-out and public evaluation tasks with sides up to 16, to decide by), held-out (forty of arc1's
-training tasks), eval100 (every fourth of arc1's public evaluation tasks), small (half of the held-out screen). From
-random weights, from the start that a run has learned (--run), or from the run's own agent (--run --agent).
+training tasks), eval100 (every fourth of arc1's public evaluation tasks), others (the other 300, which nothing is
+decided by), small (half of the held-out screen). From random weights, from the start that a run has learned (--run),
+or from the run's own agent (--run --agent).
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ def side(task: Task) -> int:
 def chosen_tasks(name: str) -> list[Task]:
     """The tasks of a named set."""
     held_out = list(split_tasks(load_tasks("arc1").tasks, 0.1, 0)[1])
-    evaluation = list(load_tasks("arc1", "evaluation").tasks[::4])
+    public = load_tasks("arc1", "evaluation").tasks
+    evaluation = list(public[::4])
     sets = {
         "held-out": held_out,
         "eval100": evaluation,
+        "others": [task for number, task in enumerate(public) if number % 4],
         "screen": [t for t in held_out if side(t) <= 16] + [t for t in evaluation if side(t) <= 16][::3],
         "small": [t for t in held_out if side(t) <= 16][::2],
     }
