@@ -4,8 +4,9 @@
 
 Tasks: screen (held-out and public evaluation tasks with sides up to 16, to decide by), held-out (forty of arc1's
 training tasks), eval100 (every fourth of arc1's public evaluation tasks), others (the other 300, which nothing is
-decided by), small (half of the held-out screen). From random weights, from the start that a run has learned (--run),
-or from the run's own agent (--run --agent).
+decided by), small (half of the held-out screen), large (the other training tasks with a side above 12, to decide by on
+a GPU). From random weights, from the start that a run has learned (--run), or from the run's own agent (--run
+--agent).
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ def side(task: Task) -> int:
 
 def chosen_tasks(name: str) -> list[Task]:
     """The tasks of a named set."""
-    held_out = list(split_tasks(load_tasks("arc1").tasks, 0.1, 0)[1])
+    training, held_out = (list(tasks) for tasks in split_tasks(load_tasks("arc1").tasks, 0.1, 0))
     public = load_tasks("arc1", "evaluation").tasks
     evaluation = list(public[::4])
     sets = {
         "held-out": held_out,
+        "large": [t for t in training if side(t) > 12],
         "eval100": evaluation,
         "others": [task for number, task in enumerate(public) if number % 4],
         "screen": [t for t in held_out if side(t) <= 16] + [t for t in evaluation if side(t) <= 16][::3],
