@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_fused.common.autograd_graph import graph_nodes
+
 # what `PromptWindow.state_dict` holds
 STATE = ("batches", "starts", "outputs", "gradient", "rng_cpu", "rng_cuda", "autocast")
 
@@ -42,6 +44,25 @@ def check_graph(output: Tensor) -> None:
             "encode gives prompts that require no grad, so that there is nothing to send the window's gradient to: its "
             "parameters are frozen, or flush() is under inference_mode"
         )
+
+
+def check_statistics(output: Tensor) -> None:
+    """Refuse an encode whose running statistics a second pass would count a second time."""
+    if any(map(_updates_statistics, graph_nodes(output))):
+        raise ValueError(
+            "encode must change nothing where it runs twice, got batch norm that updates its running statistics: "
+            "use mode='retain', or put encode into eval mode"
+        )
+
+
+def _updates_statistics(node: Any) -> bool:
+    if "BatchNorm" not in type(node).__name__ or not getattr(node, "_saved_training", False):
+        return False
+    try:
+        return node._saved_running_mean is not None
+    except RuntimeError:
+        # there, and written to since it was saved: by this very pass
+        return True
 
 
 def read_scale(scale: Any) -> float | Tensor:

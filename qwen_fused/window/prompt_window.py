@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qwen_fused.common.autograd_graph import graph_leaves
 from qwen_fused.common.random_state import RandomState
-from qwen_fused.window.checks import check_graph, check_keys, check_output, check_state, read_scale
+from qwen_fused.window.checks import check_graph, check_keys, check_output, check_state, check_statistics, read_scale
 from qwen_fused.window.drift import Drift
 
 MODES = ("recompute", "retain")
@@ -75,7 +75,8 @@ class PromptWindow:
             must stand still inside a window; what steps at every batch belongs behind the window. What that is shows
             at the first call: once layers are unfrozen or replaced, make a new window.
         size: batches per window, at least 1.
-        mode: "recompute" runs encode again in `flush`, with the memory of one call's graph; "retain" keeps all graphs.
+        mode: "recompute" runs encode again in `flush`, with the memory of one call's graph, so that encode must change
+            nothing as it runs; "retain" keeps all graphs.
 
     Raises:
         ValueError: size or mode out of range.
@@ -125,7 +126,8 @@ class PromptWindow:
             scale it or set it to None in between to rescale a batch or leave it out.
 
         Raises:
-            ValueError: no keys, or no list of keys; or encode returns no tensor, another shape, or carries no gradient.
+            ValueError: no keys, or no list of keys; or encode returns no tensor, another shape, carries no gradient, or
+                would update its batch norms' statistics twice.
             RuntimeError: the window is full, parameters changed inside it, or a flush of it stopped half way.
         """
         self._check_whole()
@@ -261,6 +263,8 @@ class PromptWindow:
         if self.parameters is None and not output.requires_grad:
             raise ValueError("encode must be differentiable, got a result that does not require grad")
         if self.parameters is None:
+            if self.mode == "recompute":
+                check_statistics(output)
             leaves = graph_leaves(output)
             # a leaf made inside encode, as peft makes one for checkpointing, is no weight that must stand still
             self.parameters = [leaf for leaf in leaves if isinstance(leaf, torch.nn.Parameter)] or leaves

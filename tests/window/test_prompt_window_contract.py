@@ -305,6 +305,19 @@ class TestMisuse:
         ):
             window.prompts([0])
 
+    @pytest.mark.parametrize("how", ["train", "retain", "eval", "no statistics"])
+    def test_statistics_that_would_be_counted_twice(self, how):
+        rows, norm = torch.linspace(-1, 1, 12).view(3, 4), nn.BatchNorm1d(4, track_running_stats=how != "no statistics")
+        norm.train(how != "eval")
+        window = PromptWindow(lambda keys: norm(rows[keys]), 1, mode="retain" if how == "retain" else "recompute")
+        if how == "train":
+            with pytest.raises(ValueError, match="encode must change nothing where it runs twice, got batch norm"):
+                window.prompts([0, 2])
+            return
+        window.prompts([0, 2]).sum().backward()
+        window.flush()
+        assert norm.num_batches_tracked is None or norm.num_batches_tracked == int(how == "retain")
+
     def test_an_encode_of_another_width_later(self):
         encode = Table().eval()
         window = PromptWindow(lambda keys: encode(keys)[:, : 2 if 3 in keys else 4], 2)
