@@ -72,8 +72,7 @@ class PromptWindow:
 
     Args:
         encode: takes n different keys as a list and returns [n, D] or [n, K, D], differentiably. Everything it trains
-            must stand still inside a window; what steps at every batch belongs behind the window. What that is shows
-            at the first call: once layers are unfrozen or replaced, make a new window.
+            must stand still inside a window; what steps at every batch belongs behind the window.
         size: batches per window, at least 1.
         mode: "recompute" runs encode again in `flush`, with the memory of one call's graph, so that encode must change
             nothing as it runs; "retain" keeps all graphs.
@@ -262,9 +261,11 @@ class PromptWindow:
         # a later one without its graph, as in a finite difference, is run again when it comes to be flushed
         if self.parameters is None and not output.requires_grad:
             raise ValueError("encode must be differentiable, got a result that does not require grad")
-        if self.parameters is None:
-            if self.mode == "recompute":
-                check_statistics(output)
+        if self.parameters is None and self.mode == "recompute":
+            check_statistics(output)
+        # anew where there is a graph: layers may have been unfrozen or replaced since the last window. In recompute
+        # mode what they change is seen by the prompts that come out otherwise
+        if self.parameters is None or (self.mode == "retain" and not self.chunks and output.requires_grad):
             leaves = graph_leaves(output)
             # a leaf made inside encode, as peft makes one for checkpointing, is no weight that must stand still
             self.parameters = [leaf for leaf in leaves if isinstance(leaf, torch.nn.Parameter)] or leaves

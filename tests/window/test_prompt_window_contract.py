@@ -345,6 +345,22 @@ class TestMisuse:
         window.flush()
         torch.testing.assert_close(encode.weight.grad[0], 2 * encode.weight.detach()[0])
 
+    @pytest.mark.parametrize("mode", ["recompute", "retain"])
+    @pytest.mark.parametrize("how", ["unfrozen", "replaced"])
+    def test_a_layer_that_trains_since_the_last_window(self, mode, how):
+        table, head = nn.Embedding(4, 3), nn.Linear(3, 2)
+        encode = nn.Sequential(table.requires_grad_(how == "replaced"), head)
+        window = PromptWindow(lambda keys: encode(torch.tensor(keys)), 2, mode=mode)
+        window.prompts([0]).sum().backward()
+        window.flush()
+        encode[0] = table.requires_grad_() if how == "unfrozen" else nn.Embedding(4, 3)
+        window.prompts([0]).sum().backward()
+        with torch.no_grad():
+            encode[0].weight.mul_(1.1)
+        with pytest.raises(RuntimeError, match="changed inside the window"):
+            window.prompts([1]).sum().backward()
+            window.flush()
+
     def test_a_flush_under_inference_mode_can_be_called_again(self):
         encode = Table().eval()
         window = PromptWindow(encode, 2)
