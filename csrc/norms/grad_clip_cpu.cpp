@@ -1,5 +1,4 @@
 // Per-group clipping on the CPU: unscaling and clipping in one write, and none where the factor is one.
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/mul.h>
 #include <torch/library.h>
@@ -11,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "../common/apart.h"
 #include "../common/checks.h"
 #include "../common/chunks.h"
 #include "../common/vectorize.h"
@@ -134,14 +134,12 @@ void group_grad_clip_(
       if (grads[t].is_non_overlapping_and_dense()) {
         append_chunks(chunks, grads[t], t);
       } else {
-        TORCH_CHECK_VALUE(
-            at::has_internal_overlap(grads[t]) != at::MemOverlap::Yes, "gradient ", t,
-            " must not overlap itself to be scaled, got shape ", grads[t].sizes(), " of strides ", grads[t].strides());
         with_holes.push_back(t);
       }
     }
   }
   // nothing is written before everything is checked
+  check_apart(grads, written);
   for (const int64_t t : written) grads[t].unsafeGetTensorImpl()->bump_version();
   for (const int64_t t : with_holes) at::Tensor(grads[t]).mul_(factor_of[t]);
   for_each_chunk(chunks, [&](int64_t i) { scale_chunk(chunks[i], factor_of[chunks[i].tensor]); });

@@ -9,6 +9,7 @@
 
 #include <vector>
 
+#include "../common/apart.h"
 #include "../common/checks.h"
 #include "grad_norm_cuda.h"
 
@@ -87,6 +88,11 @@ void group_grad_clip_(
   const at::Device device = grads.empty() ? values.device() : grads[0].device();
   check_values(values, rows, device);
   check_bounds(max_norm, bounds, values, rows);
+  std::vector<int64_t> written;
+  for (size_t r = 0; r < rows.size(); r += 3) {
+    for (int64_t t = rows[r]; t < rows[r + 1]; ++t) written.push_back(t);
+  }
+  check_apart(grads, written);
   const c10::cuda::CUDAGuard guard(device);
 
   std::vector<cuda::Gradient> gradients;

@@ -26,11 +26,13 @@ Py_ssize_t size_of(PyObject* parameters) {
   return PyList_GET_SIZE(parameters);
 }
 
-const at::Tensor& gradient_of(PyObject* parameters, Py_ssize_t place) {
+const at::Tensor& parameter_at(PyObject* parameters, Py_ssize_t place) {
   PyObject* const parameter = PyList_GET_ITEM(parameters, place);
   TORCH_CHECK_TYPE(THPVariable_Check(parameter), "parameters must be tensors, got ", Py_TYPE(parameter)->tp_name);
-  return THPVariable_Unpack(parameter).grad();
+  return THPVariable_Unpack(parameter);
 }
+
+const at::Tensor& gradient_of(PyObject* parameters, Py_ssize_t place) { return parameter_at(parameters, place).grad(); }
 
 // numbers in memory: no subclass, wrapper, other layout or lazy sign
 bool is_plain(const at::Tensor& gradient) {
@@ -47,7 +49,8 @@ struct Gathered {
 };
 
 // The gradients there are, rows over them, and their places where one is missing. Nothing where all are missing, or one
-// is for Python to look at; so is a parameter whose class, or a mode, wants to see what is asked of it.
+// is for Python to look at; so is a parameter whose class, or a mode, wants to see what is asked of it, and one on the
+// meta device that has no gradient.
 std::optional<Gathered> gathered(PyObject* parameters, PyObject* rows) {
   const Py_ssize_t count = size_of(parameters);
   if (at::impl::torch_function_mode_enabled()) return {};
@@ -57,7 +60,9 @@ std::optional<Gathered> gathered(PyObject* parameters, PyObject* rows) {
   std::vector<int64_t> before{0};
   before.reserve(count + 1);
   for (Py_ssize_t i = 0; i < count; ++i) {
-    const at::Tensor& gradient = gradient_of(parameters, i);
+    const at::Tensor& parameter = parameter_at(parameters, i);
+    const at::Tensor& gradient = parameter.grad();
+    if (!gradient.defined() && parameter.is_meta()) return {};
     if (gradient.defined()) {
       if (!is_plain(gradient) || !THPVariable_CheckExact(PyList_GET_ITEM(parameters, i))) return {};
       found.gradients.push_back(gradient);

@@ -105,6 +105,9 @@ def check_weight(name: str, weight: float) -> None:
 def check_options(hard_floor: float, hard_mode: str, ignore_index: int) -> None:
     if hard_mode not in HARD_MODES:
         raise ValueError(f"hard_mode must be one of {', '.join(HARD_MODES)}, got {hard_mode!r}")
+    # a tensor's gradient would be lost
+    if not isinstance(hard_floor, Real):
+        raise ValueError(f"hard_floor must be a number in [0, 1], got {hard_floor!r}")
     if not 0.0 <= hard_floor <= 1.0:
         raise ValueError(f"hard_floor must be in [0, 1], got {hard_floor}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,17 @@ def _is_direct() -> bool:
     return not torch.compiler.is_compiling() and COMPILED is not None and _has_kernel("group_grad_norm", "cpu")
 
 
+def check_scale(inv_scale: object) -> None:
+    """Refuse a loss scale that is no number."""
+    if inv_scale is None or isinstance(inv_scale, (float, int)):
+        return
+    if isinstance(inv_scale, Tensor):
+        if inv_scale.numel() != 1 or inv_scale.is_complex():
+            raise ValueError(f"inv_scale must have one real element, got {inv_scale.dtype} {tuple(inv_scale.shape)}")
+    elif not hasattr(inv_scale, "__float__"):
+        raise ValueError(f"inv_scale must be a number or a tensor of one element, got {inv_scale!r}")
+
+
 def _call(name: str, plain: Any, grads: Sequence[Tensor], *rest: Any) -> Any:
     """The compiled op where it was built for the gradients' device, else the reference."""
     if _has_kernel(name, grads[0].device.type):
@@ -74,7 +86,8 @@ class GroupGradNorm:
     `torch.nn.utils.get_total_norm` has it, and repeatable bit for bit. Its relative error is at most 4e-7, and 1e-13
     where all of a group's gradients are float64, whatever the elements are and however many: float32 sums are of a few
     squares each, and are added in float64. The inf-norm comes with it, as `GradStats.max_abs`.
-    Parameters of any shape; those without a gradient are skipped. DTensors are measured whole: a collective.
+    Parameters of any shape; those without a gradient are skipped. They are the ones there are when it is made: a
+    parameter that the model replaces later is not found. DTensors are measured whole: a collective.
     `measure` and `clip_` may stand inside `torch.compile(fullgraph=True)`.
 
     Args:
@@ -87,7 +100,8 @@ class GroupGradNorm:
 
     Raises:
         ValueError: a parameter comes again, by identity and not by name; a group is no list of parameters, or an
-            iterator that has been read before; or a group has the name of another's part.
+            iterator that has been read before; a tensor is computed from others, without retain_grad(); or a group has
+            the name of another's part.
     """
 
     def __init__(self, groups: Mapping[str, Tensors | Mapping[str, Tensors]], *, tied: str = "refuse"):
@@ -115,8 +129,10 @@ class GroupGradNorm:
 
         Raises:
             ValueError: the gradients lie on several devices, are sparse, or are not float16, bfloat16, float32 or
-                float64.
+                float64; a parameter without one is on the meta device, and so not the one that is trained; or
+                inv_scale is neither.
         """
+        check_scale(inv_scale)
         found = remembered = None
         if _is_direct():
             found = COMPILED.measure_gradients(self.parameters, self._all_rows, inv_scale)
@@ -146,7 +162,7 @@ class GroupGradNorm:
 
         Raises:
             ValueError: a bound is negative or no number, or for a group that there is not; stats of another
-                GroupGradNorm.
+                GroupGradNorm; gradients share memory, and would be scaled twice.
             RuntimeError: the gradients were scaled since they were measured, by these stats or others; one is another
                 tensor or was written to since, where the extension is there to see it; or error_if_nonfinite.
         """
@@ -169,7 +185,10 @@ class GroupGradNorm:
         grads, rows, _ = self._gather(rows)
         if not grads:
             return
-        _call("group_grad_clip_", reference.clip_, sharded.local(grads), rows, stats.values, numbers, bounds)
+        plain = not torch.compiler.is_compiling() and any(grad.is_neg() for grad in grads)
+        # torch has no list of gradients written for an op whose sign it keeps aside
+        clip = reference.clip_ if plain else partial(_call, "group_grad_clip_", reference.clip_)
+        clip(sharded.local(grads), rows, stats.values, numbers, bounds)
         sharded.count_write(grads)
 
     def _check_unchanged(self, stats: GradStats) -> None:
@@ -195,6 +214,11 @@ class GroupGradNorm:
         present = [grad for grad in grads if grad is not None]
         if len(present) == len(grads):
             return present, rows, []
+        if any(parameter.is_meta and parameter.grad is None for parameter in self.parameters):
+            raise ValueError(
+                "groups must hold parameters that have memory, got some on the meta device: make GroupGradNorm after "
+                "the model's to_empty or load_state_dict(assign=True), which put other parameters in their place"
+            )
         before = [0]
         for grad in grads:
             before.append(before[-1] + (grad is not None))
@@ -231,7 +255,7 @@ class GroupGradNorm:
 
     def _nothing(self, rows: list[int], factor: float, factor_tensor: Tensor | None) -> tuple[Tensor, Tensor]:
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
-        values = torch.zeros(3, len(rows) // 3, device=device)
+        values = torch.zeros(3, len(rows) // 3, dtype=torch.float32, device=device)
         values[2] = factor if factor_tensor is None else factor * factor_tensor.reshape(())
         counts = torch.zeros(2, len(rows) // 3, dtype=torch.int64, device=device)
         counts[1] = -1

@@ -60,6 +60,11 @@ class FlatGroups:
             label, parameter = member if isinstance(member, tuple) else (f"{name}[{place}]", member)
             if not isinstance(parameter, Tensor):
                 raise ValueError(f"group {name} must hold parameters, got {type(parameter).__name__} at {place}")
+            if not parameter.is_leaf and not parameter.retains_grad:
+                raise ValueError(
+                    f"group {name} must hold parameters, got {label}, which is computed from others and keeps no "
+                    f"gradient: call its retain_grad() before, or name what it is computed from"
+                )
             here = f"{label} of group {name}"
             first = self.places.setdefault(id(parameter), here)
             # the parameters are kept, so that no later one has the id of one that is gone

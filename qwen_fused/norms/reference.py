@@ -22,6 +22,35 @@ def check(grads: Sequence[Tensor]) -> None:
             )
 
 
+def check_apart(grads: Sequence[Tensor]) -> None:
+    """Refuse to scale gradients that share memory, as csrc/common/apart.h does; `grads` are the ones to be scaled."""
+    spans = []
+    for place, grad in enumerate(grads):
+        # others have no address of their own
+        if type(grad) not in (Tensor, torch.nn.Parameter) or grad.is_meta or grad.numel() == 0:
+            continue
+        axes = sorted((step, size) for step, size in zip(grad.stride(), grad.shape, strict=True) if size > 1)
+        reached = 0
+        for step, size in axes:
+            if step <= reached:
+                raise ValueError(
+                    f"gradient {place} must not overlap itself to be scaled, got shape {tuple(grad.shape)} of strides "
+                    f"{grad.stride()}"
+                )
+            reached += step * (size - 1)
+        dense = reached + 1 == grad.numel()
+        spans.append((grad.data_ptr(), grad.nbytes if dense else 1, place))
+    end, last = 0, 0
+    for begin, size, place in sorted(spans):
+        if begin < end:
+            raise ValueError(
+                f"gradients must lie in memory of their own to be scaled, got {min(last, place)} and "
+                f"{max(last, place)} in the same"
+            )
+        if begin + size > end:
+            end, last = begin + size, place
+
+
 def _norm(parts: Tensor) -> Tensor:
     """L2 norm that leaves the range only when its result does, as hypot; Inf and NaN as the elements have them."""
     if parts.numel() == 0:
@@ -87,6 +116,8 @@ def clip_(
 ) -> None:
     """As the op group_grad_clip_ in csrc/ops.cpp, except that it writes where the factor is one too."""
     check(grads)
+    if not torch.compiler.is_compiling():
+        check_apart(grads[min(rows[0::3], default=0) : max(rows[1::3], default=0)])
     if bounds is None:
         bounds = torch.stack([values.new_full((), bound, dtype=torch.float64) for bound in max_norm])
     bounds = torch.where(bounds < 0, torch.nan, bounds)

@@ -40,18 +40,20 @@ class MasterAdamW(torch.optim.AdamW):
     Float32 parameters step exactly as under `torch.optim.AdamW(fused=True)`. `found_inf` and `grad_scale` are honoured
     as there, on the device. A master is made at the first step, of the parameter as it then is. Weights that somebody
     writes to between two steps, to clamp them or to load others, are taken up by their masters, element by element;
-    where they are written past autograd, by `.data`, nobody is told, and the master wins. A model that changes its type
-    drops its masters, or has new ones, and keeps its moments. Gradients and loaded moments may lie in memory
-    otherwise than their parameter: they are laid out like it, where torch's fused step would pair the wrong elements.
-    To autograd a step is a write, of parameters and state.
+    so is another tensor that is put into `.data`, as `vector_to_parameters` does. Where what `.data` holds is written
+    to in place, past autograd, nobody is told, and the master wins. A model that changes its type drops its masters,
+    or has new ones, and keeps its moments. Gradients and loaded moments may lie in memory otherwise than their
+    parameter, or have another floating type: they are laid out like it, where torch's fused step would pair the wrong
+    elements. To autograd a step is a write, of parameters and state. As with torch's own, a parameter that the model
+    has replaced since is stepped no more.
 
     Args:
         params: parameters or groups, as for any optimizer.
         **options: of AdamW: lr, betas, eps, weight_decay, amsgrad, maximize. All of them may stand in a group.
 
     Raises:
-        ValueError: an option, or a group's, that a fused AdamW does not have: foreach, differentiable, and
-            decoupled_weight_decay=False.
+        ValueError: a parameter comes twice; an option, or a group's, that a fused AdamW does not have: foreach,
+            differentiable, and decoupled_weight_decay=False.
     """
 
     # set by whoever steps, as `torch.amp.GradScaler` does
@@ -75,6 +77,11 @@ class MasterAdamW(torch.optim.AdamW):
             if param_group.get(option, only) not in (only, bool(only)):
                 raise ValueError(f"{option} must be {only} for a fused AdamW, got {param_group[option]!r}")
         super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
+        if len(set(map(id, params))) < len(params):
+            # torch warns, and would step it twice
+            self.param_groups.pop()
+            raise ValueError("params must have each parameter once, got one that comes twice")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -84,14 +91,21 @@ class MasterAdamW(torch.optim.AdamW):
             closure: called first, with gradients on; its loss is returned.
 
         Raises:
-            ValueError: a gradient is sparse.
+            ValueError: a gradient is sparse, complex or integer; or a group has no gradient, and parameters on the meta
+                device, which a model that is given memory leaves behind.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for members in chunks([p for p in group["params"] if p.grad is not None]):
+            there = [p for p in group["params"] if p.grad is not None]
+            if not there and any(p.is_meta and p.requires_grad for p in group["params"]):
+                raise ValueError(
+                    "params must have memory, got some on the meta device: make the optimizer after the model's "
+                    "to_empty or load_state_dict(assign=True), which put other parameters in their place"
+                )
+            for members in chunks(there):
                 self._step(members, group)
         return loss
 
@@ -99,12 +113,12 @@ class MasterAdamW(torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         amsgrad, grad_scale = group["amsgrad"], getattr(self, "grad_scale", None)
         moments = (*MOMENTS, LARGEST) if amsgrad else MOMENTS
-        # the version of each half-precision parameter as the last step left it; not in the state, which is saved
+        # the mark of each half-precision parameter as the last step left it; not in the state, which is saved
         left = self.__dict__.setdefault("_left", {})
         states = [self._state(p, moments) for p in members]
         for parameter, state in zip(members, states, strict=True):
-            if MASTER in state and left.get(parameter) != parameter._version:
-                take_up(state[MASTER], parameter)
+            if MASTER in state and (then := left.get(parameter)) != (now := mark(parameter)):
+                take_up(state[MASTER], parameter, (then or now)[2])
         # the tensors that are stepped: the parameter or its master, or a copy of it without holes
         values = [without_holes(state.get(MASTER, p)) for p, state in zip(members, states, strict=True)]
         gradients = []
@@ -113,7 +127,11 @@ class MasterAdamW(torch.optim.AdamW):
             assert gradient is not None
             if gradient.layout != torch.strided:
                 raise ValueError(f"gradients must be dense, got layout {gradient.layout} of {tuple(gradient.shape)}")
-            gradients.append(laid_out_like(value, gradient.float() if gradient.dtype in HALF else gradient))
+            if not gradient.is_floating_point():
+                raise ValueError(
+                    f"gradients must be real floating point, got {gradient.dtype} of {tuple(gradient.shape)}"
+                )
+            gradients.append(laid_out_like(value, gradient.to(value.dtype)))
             for name in moments:
                 state[name] = laid_out_like(value, state[name])
         adamw(
@@ -144,7 +162,7 @@ class MasterAdamW(torch.optim.AdamW):
         if moved:
             # a step that was skipped leaves the masters, and so their rounding, as they were
             torch._foreach_copy_([p for p, _ in moved], [value for _, value in moved])
-        left.update((p, p._version) for p in members if p.dtype in HALF)
+        left.update((p, mark(p)) for p in members if p.dtype in HALF)
 
     def _state(self, parameter: Tensor, moments: Sequence[str]) -> dict[str, Tensor]:
         state = self.state[parameter]
@@ -166,35 +184,80 @@ class MasterAdamW(torch.optim.AdamW):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; masters and moments keep their precision.
+        """Inverse of `state_dict`; masters and moments keep their precision, and nothing is shared with what is given.
 
         Args:
             state_dict: of such an optimizer.
 
         Raises:
-            ValueError: a half-precision parameter's state has no master: it is another optimizer's.
+            ValueError: a half-precision parameter's state has no master: it is another optimizer's; a state is not
+                whole, or of another shape than its parameter. Nothing is loaded then.
         """
+        # hooks may put another in its place: the last before loading sees what is loaded, and the first after it is
+        # done before any that looks at the result
+        given: list[dict[str, Any]] = []
+
+        def look(_: Any, final: dict[str, Any]) -> None:
+            for parameter, entries in self._entries(final):
+                check_state(parameter, entries)
+            given.append(final)
+
+        handles = (
+            self.register_load_state_dict_pre_hook(look),
+            self.register_load_state_dict_post_hook(lambda _: self._copy_from(given[0]), prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entries(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Each parameter with its part of the state, where it has one."""
         held = [p for group in self.param_groups for p in group["params"]]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for parameter, index in zip(held, saved, strict=False):
-            entries = state_dict["state"].get(index, {})
-            if parameter.dtype in HALF and entries and MASTER not in entries:
-                raise ValueError(
-                    "optimizer state must hold a float32 master for each half-precision parameter, got one without: "
-                    "it was saved by another optimizer"
-                )
-        super().load_state_dict(state_dict)
+        state = state_dict["state"]
+        return [(p, state[index]) for p, index in zip(held, saved, strict=False) if state.get(index)]
+
+    def _copy_from(self, state_dict: dict[str, Any]) -> None:
+        """Take the numbers anew: torch rounds them to their parameter's type on the way in, or keeps the tensors."""
         self.__dict__.pop("_left", None)
-        # torch rounds state to its parameter's type on the way in
-        for parameter, index in zip(held, saved, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if parameter.dtype in HALF and name != "step":
-                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+        for parameter, entries in self._entries(state_dict):
+            state = self.state[parameter]
+            for name, loaded in state.items():
+                saved = entries[name]
+                if isinstance(saved, Tensor):
+                    wide = name != "step" and parameter.dtype in HALF and saved.is_floating_point()
+                    state[name] = saved.to(loaded.device, torch.float32 if wide else loaded.dtype, copy=True)
 
 
-def take_up(master: Tensor, parameter: Tensor) -> None:
-    """Let the master have what of the parameter is not its rounding."""
-    master.copy_(torch.where(parameter == master.to(parameter.dtype), master, parameter.to(master.dtype)))
+def check_state(parameter: Tensor, entries: Mapping[str, Any]) -> None:
+    """Raise ValueError where a step could not go on from a parameter's saved state, or would go on wrongly."""
+    if parameter.dtype in HALF and MASTER not in entries:
+        raise ValueError(
+            "optimizer state must hold a float32 master for each half-precision parameter, got one without: "
+            "it was saved by another optimizer"
+        )
+    for name in ("step", *MOMENTS):
+        if name not in entries:
+            raise ValueError(f"optimizer state must hold {name} of each parameter, got {sorted(map(str, entries))}")
+    for name in (MASTER, *MOMENTS, LARGEST):
+        if name in entries and entries[name].shape != parameter.shape:
+            raise ValueError(
+                f"optimizer state must have the shape of its parameter, {tuple(parameter.shape)}, got {name} of shape "
+                f"{tuple(entries[name].shape)}: it was saved of other parameters, or of these in another order"
+            )
+
+
+def mark(parameter: Tensor) -> tuple[int, int, torch.dtype]:
+    """What changes where somebody writes to a parameter, or gives it other memory; and its type."""
+    return parameter._version, local(parameter).data_ptr(), parameter.dtype
+
+
+def take_up(master: Tensor, parameter: Tensor, dtype: torch.dtype) -> None:
+    """Let the master have what of the parameter is not its rounding, by way of the type that it had before."""
+    rounded = master.to(dtype).to(parameter.dtype)
+    master.copy_(torch.where(parameter == rounded, master, parameter.to(master.dtype)))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qwen_fused.common.autograd_graph import graph_leaves
 from qwen_fused.common.random_state import RandomState
+from qwen_fused.window.checks import check_graph, check_keys, check_output, check_state, check_statistics, read_scale
 from qwen_fused.window.drift import Drift
 
 MODES = ("recompute", "retain")
@@ -73,7 +74,8 @@ class PromptWindow:
         encode: takes n different keys as a list and returns [n, D] or [n, K, D], differentiably. Everything it trains
             must stand still inside a window; what steps at every batch belongs behind the window.
         size: batches per window, at least 1.
-        mode: "recompute" runs encode again in `flush`, with the memory of one call's graph; "retain" keeps all graphs.
+        mode: "recompute" runs encode again in `flush`, with the memory of one call's graph, so that encode must change
+            nothing as it runs; "retain" keeps all graphs.
 
     Raises:
         ValueError: size or mode out of range.
@@ -123,23 +125,21 @@ class PromptWindow:
             scale it or set it to None in between to rescale a batch or leave it out.
 
         Raises:
-            ValueError: no keys, or encode returns another shape or carries no gradient.
+            ValueError: no keys, or no list of keys; or encode returns no tensor, another shape, carries no gradient, or
+                would update its batch norms' statistics twice.
             RuntimeError: the window is full, parameters changed inside it, or a flush of it stopped half way.
         """
         self._check_whole()
         if self.full:
             raise RuntimeError(f"the window has had its {self.size} batches: call flush() before the next one")
-        if len(keys) == 0:
-            raise ValueError("keys must hold at least one key, got none")
-        for bad in (key for key in keys if isinstance(key, Tensor) or not isinstance(key, Hashable)):
-            raise ValueError(f"keys must be hashable and equal where they mean the same, got a {type(bad).__name__}")
+        check_keys(keys)
         self._check_parameters()
         new = list(dict.fromkeys(key for key in keys if key not in self.rows))
         if new:
             self.chunks.append(self._encode(new, len(self.rows)))
             self.rows |= {key: len(self.rows) + index for index, key in enumerate(new)}
         table = torch.cat([chunk.output.detach() for chunk in self.chunks])
-        rows = torch.tensor([self.rows[key] for key in keys]).to(table.device, non_blocking=True)
+        rows = torch.tensor([self.rows[key] for key in keys], device="cpu").to(table.device, non_blocking=True)
         leaf = table[rows].requires_grad_()
         leaf.register_hook(self._guard())
         self.leaves.append((leaf, rows))
@@ -150,14 +150,17 @@ class PromptWindow:
         """Send the window's gradient through encode into its parameters' `.grad`, and begin a new window.
 
         Args:
-            scale: factor on the gradient, such as 1 / batches for a mean or a loss scale.
+            scale: factor on the gradient, such as 1 / batches for a mean or a loss scale: a number, or a tensor of one
+                element.
 
         Returns:
             The number of prompts that went through encode.
 
         Raises:
+            ValueError: scale is neither.
             RuntimeError: nothing was handed out since the last flush, no backward reached it, parameters changed
-                inside the window, or encode does not give the same prompts again (on CUDA: did not, at the last flush).
+                inside the window, encode gives prompts without a graph, as under inference_mode, or does not give the
+                same prompts again (on CUDA: did not, at the last flush).
                 A flush that stops half way, by an error of encode's or an interrupt, may have sent part of the
                 gradient: a second one is refused, and `discard` is the way on. One that stopped before it sent
                 anything can be called again.
@@ -171,11 +174,12 @@ class PromptWindow:
             )
         self._check_parameters()
         self.drift.raise_pending()
-        gradient = self._gradient() * scale
+        gradient = self._gradient() * read_scale(scale)
         keys = list(self.rows)
         for chunk in self.chunks:
             rows = slice(chunk.start, chunk.start + len(chunk.output))
             output = chunk.output if chunk.output.requires_grad else self._recompute(chunk, keys[rows])
+            check_graph(output)
             self.half_sent = True
             output.backward(gradient[rows].to(output.dtype))
             chunk.output = output.detach()
@@ -221,8 +225,10 @@ class PromptWindow:
             device: where encode works, if the state was loaded to another device.
 
         Raises:
-            ValueError: the keys are not as many as the state's prompts, or the window is smaller than the state.
+            ValueError: the keys are not as many as the state's prompts, the window is smaller than the state, or the
+                state is not whole.
         """
+        check_state(state)
         unique = list(dict.fromkeys(keys))
         count = sum(map(len, state["outputs"]))
         if len(unique) != count:
@@ -248,16 +254,18 @@ class PromptWindow:
         # the first graph of all shows which parameters must stand still
         keep_graph = self.mode == "retain" or self.parameters is None
         with torch.set_grad_enabled(keep_graph):
-            output, n = self.encode(keys), len(keys)
+            output = self._checked(self.encode(keys), len(keys))
         if not keep_graph:
             # torch 2.10 would hand weights that autocast cast here, without a graph, to the pass that needs one
             torch.clear_autocast_cache()
-        if output.dim() < 2 or len(output) != n:
-            raise ValueError(f"encode must return [{n}, D] or [{n}, K, D] for {n} keys, got {tuple(output.shape)}")
         # a later one without its graph, as in a finite difference, is run again when it comes to be flushed
         if self.parameters is None and not output.requires_grad:
             raise ValueError("encode must be differentiable, got a result that does not require grad")
-        if self.parameters is None:
+        if self.parameters is None and self.mode == "recompute":
+            check_statistics(output)
+        # anew where there is a graph: layers may have been unfrozen or replaced since the last window. In recompute
+        # mode what they change is seen by the prompts that come out otherwise
+        if self.parameters is None or (self.mode == "retain" and not self.chunks and output.requires_grad):
             leaves = graph_leaves(output)
             # a leaf made inside encode, as peft makes one for checkpointing, is no weight that must stand still
             self.parameters = [leaf for leaf in leaves if isinstance(leaf, torch.nn.Parameter)] or leaves
@@ -273,7 +281,7 @@ class PromptWindow:
             torch.enable_grad(),
             torch.autocast(chunk.output.device.type, dtype=dtype, enabled=enabled),
         ):
-            output = self.encode(keys)
+            output = self._checked(self.encode(keys), len(keys))
         self.drift.compare(output, chunk.output, chunk.autocast)
         return output
 
@@ -289,8 +297,12 @@ class PromptWindow:
         for leaf, rows in self.leaves:
             if leaf.grad is not None:
                 # index_put sums repeated rows in a fixed order on every device; index_add does not
-                total.index_put_((rows,), leaf.grad.to(total.dtype), accumulate=True)
+                total.index_put_((rows,), leaf.grad.to_dense().to(total.dtype), accumulate=True)
         return total
+
+    def _checked(self, output: Any, n: int) -> Tensor:
+        check_output(output, n, self.chunks[0].output.shape[1:] if self.chunks else None)
+        return output
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(p._version, p.data_ptr()) for p in self.parameters or ()]

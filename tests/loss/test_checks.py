@@ -35,6 +35,8 @@ BAD_INPUT = [
     ),
     ({"prompt_colors": torch.zeros(2, 5).to_sparse()}, "prompt_colors must be a dense tensor, got torch.sparse_coo"),
     ({"hard_mode": "grid"}, "hard_mode must be one of .*got 'grid'"),
+    ({"hard_floor": torch.tensor(0.5, requires_grad=True)}, "hard_floor must be a number in .0, 1., got tensor"),
+    ({"hard_floor": "0.5"}, "hard_floor must be a number in .0, 1., got '0.5'"),
     ({"hard_floor": 1.5}, "hard_floor must be in .0, 1., got 1.5"),
     ({"weights": {"ce": 1.0}}, "weights must be an EFEWeights, got dict"),
     ({"ignore_index": 2**70}, "ignore_index must be an int of 64 bits, got 1180591620717411303424"),

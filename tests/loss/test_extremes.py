@@ -110,6 +110,22 @@ def test_divergences_are_never_negative(fused, backend):
     assert below > 0
 
 
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_cross_entropy_is_never_negative(fused, backend, dtype):
+    """Of classes that are all but sure, however large their logits."""
+    # a GPU's logarithm is one instruction, exact to 2^-22: two steps of it
+    least = -(2.0**-21) if fused["device"] == "cuda" else 0.0
+    g = torch.Generator().manual_seed(0)
+    for scale in (20.0, 40.0, 100.0, 300.0):
+        plan, target = torch.randn(2, 2, 10, 3, 3, generator=g), torch.randint(0, 10, (2, 3, 3), generator=g)
+        plan.scatter_(2, target[:, None, None].expand(-1, 2, -1, -1, -1), scale)
+        case = {"plan_logits": plan.to(dtype), "target": target, "step_weight": torch.ones(2)}
+        case = {name: x.to(fused["device"]) for name, x in case.items()}
+        out = efe_loss(**case, backend=fused["backend"] if backend == "fused" else backend)
+        assert (out.terms["ce"] >= least).all() and out.loss >= least and (out.terms["ce"] < 1e-5).all(), scale
+
+
 def test_an_anchor_need_not_add_up_to_one(fused):
     """Its divergence may then be negative, and is told as it is."""
     case = make_case()

@@ -133,6 +133,12 @@ def test_what_is_refused_is_refused_in_the_same_words(monkeypatch, gradient, mes
     assert said[0] == said[1]
 
 
-def test_a_scale_must_be_a_number() -> None:
-    with pytest.raises(TypeError, match="must be real number, not str"):
-        norms_of(parameters()).measure("half")
+@pytest.mark.parametrize("scale", ["half", [1.0], 1j, torch.ones(2), torch.ones(0), torch.tensor(1j)])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_scale_must_be_a_number(scale, there: bool) -> None:
+    given = parameters()
+    if not there:
+        for p in given:
+            p.grad = None
+    with pytest.raises(ValueError, match="inv_scale must"):
+        norms_of(given).measure(scale)

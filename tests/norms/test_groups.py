@@ -104,3 +104,28 @@ def test_one_generator_for_two_groups() -> None:
 def test_nothing_is_no_error_where_nothing_is_meant() -> None:
     norms = GroupGradNorm({"none": nn.ReLU().parameters(), "empty": [], "module": nn.ReLU()})
     assert norms.measure().norm.tolist() == [0.0] * 3
+
+
+def test_what_is_computed_keeps_no_gradient() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    twice = weight * 2
+    with pytest.raises(ValueError, match=r"group a must hold parameters, got a\[0\], which is computed from others"):
+        GroupGradNorm({"a": [twice]})
+    twice.retain_grad()
+    twice.square().sum().backward()
+    assert GroupGradNorm({"a": [twice]}).measure().norm[0] == pytest.approx(48**0.5)
+
+
+@pytest.mark.parametrize("how", ["to_empty", "assign"])
+def test_parameters_left_on_the_meta_device(gradient_path: str, how: str) -> None:
+    """The model has others in their place; beside what has a gradient, and alone."""
+    with torch.device("meta"):
+        layer = nn.Linear(2, 1)
+    other = parameter(torch.tensor([3.0]))
+    both, alone = GroupGradNorm({"a": layer, "b": [other]}), GroupGradNorm({"a": layer})
+    if how == "assign":
+        layer.load_state_dict(nn.Linear(2, 1).state_dict(), assign=True)
+    layer.to_empty(device="cpu")(torch.ones(1, 2)).sum().backward()
+    for norms in (both, alone):
+        with pytest.raises(ValueError, match="groups must hold parameters that have memory, got some on the meta"):
+            norms.measure()

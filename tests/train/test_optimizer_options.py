@@ -140,7 +140,36 @@ def test_refuses_what_it_cannot_step():
     sparse.grad = torch.sparse_coo_tensor([[0]], [1.0], (3,), check_invariants=True)
     with pytest.raises(ValueError, match="gradients must be dense, got layout"):
         MasterAdamW([sparse]).step()
+    for dtype in (torch.complex64, torch.int64):
+        real = nn.Parameter(torch.ones(3))
+        real.grad_dtype = None
+        real.grad = torch.ones(3, dtype=dtype)
+        with pytest.raises(ValueError, match=f"gradients must be real floating point, got {dtype}"):
+            MasterAdamW([real]).step()
     turning = nn.Parameter(torch.ones(3, dtype=torch.complex64))
     turning.grad = torch.ones_like(turning)
     with pytest.raises(ValueError, match="parameters must be real floating point, got torch.complex64"):
         MasterAdamW([turning]).step()
+
+
+@pytest.mark.parametrize("of_gradient", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_gradient_of_another_type(dtype, of_gradient):
+    """As where gradients are accumulated in float32, or handed on in half precision."""
+    p, q = (nn.Parameter(torch.linspace(-1, 1, 5).to(dtype)) for _ in range(2))
+    p.grad_dtype = None
+    ours, expected = MasterAdamW([p], lr=0.1), MasterAdamW([q], lr=0.1)
+    for step in range(3):
+        p.grad = torch.linspace(1, -2 - step, 5).to(of_gradient)
+        q.grad = p.grad.to(dtype)
+        ours.step()
+        expected.step()
+    torch.testing.assert_close(p, q, rtol=2 * torch.finfo(dtype).eps + 1e-6, atol=1e-6)
+
+
+def test_a_parameter_twice_in_a_group_is_refused():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = MasterAdamW([nn.Parameter(torch.ones(2))])
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="each parameter once"):
+        optimizer.add_param_group({"params": [p, p]})
+    assert len(optimizer.param_groups) == 1

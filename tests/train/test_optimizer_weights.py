@@ -63,7 +63,7 @@ def test_a_step_that_nobody_writes_after_looks_at_nothing(monkeypatch):
     """Beside a window, which counts the writes of torch's own fused optimizers, too."""
     PromptWindow(lambda keys: torch.zeros(len(keys), 2), size=1)
     calls = []
-    monkeypatch.setattr(module, "take_up", lambda master, parameter: calls.append(parameter))
+    monkeypatch.setattr(module, "take_up", lambda master, parameter, dtype: calls.append(parameter))
     p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = MasterAdamW([p])
     for _ in range(4):
@@ -111,3 +111,31 @@ def test_a_state_of_half_precision_in_a_float32_model():
     before = whole.weight.detach().clone()
     step(second)
     torch.testing.assert_close(whole.weight, before - 1e-3, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("how", ["vector_to_parameters", "data"])
+def test_another_tensor_in_data_is_taken_up(dtype, how):
+    """It counts as no write; the address tells."""
+    p = nn.Parameter(torch.full((3,), 2.0, dtype=dtype))
+    optimizer = MasterAdamW([p], lr=1e-2, weight_decay=0.0)
+    step(optimizer)
+    if how == "data":
+        p.data = p.data * 0 + 8
+    else:
+        nn.utils.vector_to_parameters(torch.full((3,), 8.0, dtype=dtype), [p])
+    step(optimizer)
+    torch.testing.assert_close(optimizer.state[p][MASTER], torch.full((3,), 7.99), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("how", ["to_empty", "assign"])
+def test_parameters_that_were_left_on_the_meta_device(how):
+    with torch.device("meta"):
+        layer = nn.Linear(2, 1)
+    optimizer = MasterAdamW(layer.parameters())
+    if how == "assign":
+        layer.load_state_dict(nn.Linear(2, 1).state_dict(), assign=True)
+    layer = layer.to_empty(device="cpu")
+    layer(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(ValueError, match="params must have memory, got some on the meta device"):
+        optimizer.step()

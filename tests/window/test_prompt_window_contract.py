@@ -295,6 +295,104 @@ class TestMisuse:
             window.prompts([0, 1])
 
     @pytest.mark.parametrize(
+        "wrap", [lambda z: (z,), lambda z: {"prompts": z}, lambda z: None], ids=["tuple", "dict", "None"]
+    )
+    def test_an_encode_that_returns_no_tensor(self, wrap):
+        encode = Table()
+        window = PromptWindow(lambda keys: wrap(encode(keys)))
+        with pytest.raises(
+            ValueError, match=r"encode must return \[1, D\] or \[1, K, D\] for 1 keys, got a (tup|dict|None)"
+        ):
+            window.prompts([0])
+
+    @pytest.mark.parametrize("how", ["train", "retain", "eval", "no statistics"])
+    def test_statistics_that_would_be_counted_twice(self, how):
+        rows, norm = torch.linspace(-1, 1, 12).view(3, 4), nn.BatchNorm1d(4, track_running_stats=how != "no statistics")
+        norm.train(how != "eval")
+        window = PromptWindow(lambda keys: norm(rows[keys]), 1, mode="retain" if how == "retain" else "recompute")
+        if how == "train":
+            with pytest.raises(ValueError, match="encode must change nothing where it runs twice, got batch norm"):
+                window.prompts([0, 2])
+            return
+        window.prompts([0, 2]).sum().backward()
+        window.flush()
+        assert norm.num_batches_tracked is None or norm.num_batches_tracked == int(how == "retain")
+
+    def test_an_encode_of_another_width_later(self):
+        encode = Table().eval()
+        window = PromptWindow(lambda keys: encode(keys)[:, : 2 if 3 in keys else 4], 2)
+        window.prompts([0]).sum().backward()
+        with pytest.raises(ValueError, match=r"prompts of one shape inside a window, got \(4,\), then \(2,\)"):
+            window.prompts([3])
+        # the batch that failed is in nobody's way
+        window.prompts([1]).sum().backward()
+        assert window.flush() == 2
+        torch.testing.assert_close(encode.weight.grad[:2], 2 * encode.weight.detach()[:2])
+
+    @pytest.mark.parametrize("mode", ["recompute", "retain"])
+    def test_an_encode_that_is_frozen_later(self, mode):
+        encode = Table().eval()
+        window = PromptWindow(encode, 1, mode=mode)
+        window.prompts([0]).sum().backward()
+        window.flush()
+        encode.requires_grad_(False)
+        window.prompts([0]).sum().backward()
+        with pytest.raises(RuntimeError, match="encode gives prompts that require no grad"):
+            window.flush()
+        encode.requires_grad_(True)
+        encode.weight.grad = None
+        # nothing was sent: it can be called again
+        window.flush()
+        torch.testing.assert_close(encode.weight.grad[0], 2 * encode.weight.detach()[0])
+
+    @pytest.mark.parametrize("mode", ["recompute", "retain"])
+    @pytest.mark.parametrize("how", ["unfrozen", "replaced"])
+    def test_a_layer_that_trains_since_the_last_window(self, mode, how):
+        table, head = nn.Embedding(4, 3), nn.Linear(3, 2)
+        encode = nn.Sequential(table.requires_grad_(how == "replaced"), head)
+        window = PromptWindow(lambda keys: encode(torch.tensor(keys)), 2, mode=mode)
+        window.prompts([0]).sum().backward()
+        window.flush()
+        encode[0] = table.requires_grad_() if how == "unfrozen" else nn.Embedding(4, 3)
+        window.prompts([0]).sum().backward()
+        with torch.no_grad():
+            encode[0].weight.mul_(1.1)
+        with pytest.raises(RuntimeError, match="changed inside the window"):
+            window.prompts([1]).sum().backward()
+            window.flush()
+
+    def test_a_flush_under_inference_mode_can_be_called_again(self):
+        encode = Table().eval()
+        window = PromptWindow(encode, 2)
+        window.prompts([0]).sum().backward()
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="flush.. is under inference_mode"):
+            window.flush()
+        window.flush()
+        torch.testing.assert_close(encode.weight.grad[0], 2 * encode.weight.detach()[0])
+
+    @pytest.mark.parametrize("scale", [torch.ones(4), torch.ones(2, 1), torch.tensor(1j), "1", None, 1j])
+    def test_a_scale_that_is_no_number(self, scale):
+        encode = Table().eval()
+        window = PromptWindow(encode, 1)
+        window.prompts([0, 1]).sum().backward()
+        with pytest.raises(ValueError, match="scale must be a number or a tensor of one element"):
+            window.flush(scale)
+        window.flush(torch.tensor([0.5]))
+        torch.testing.assert_close(encode.weight.grad[:2], encode.weight.detach()[:2])
+
+    @pytest.mark.parametrize("keys", ["01", b"01", {0, 1}, iter([0, 1]), 3])
+    def test_keys_that_are_no_list(self, keys):
+        with pytest.raises(ValueError, match="keys must be a list of keys, got a "):
+            PromptWindow(Table()).prompts(keys)
+
+    def test_a_state_that_is_not_whole(self):
+        window = PromptWindow(Table())
+        state = window.state_dict()
+        del state["gradient"]
+        with pytest.raises(ValueError, match="state must be what a window's state_dict gave, got one without gradient"):
+            window.load_state_dict(state)
+
+    @pytest.mark.parametrize(
         ("arguments", "message"),
         [(dict(size=0), "size must be .* of at least 1, got 0"), (dict(mode="keep"), "recompute, retain, got 'keep'")],
     )
@@ -312,3 +410,16 @@ def test_keys_that_mean_nothing_the_next_time_are_refused(keys):
     """Two tensors of one value are two keys to a dictionary."""
     with pytest.raises(ValueError, match="keys must be hashable and equal where they mean the same.*got a (Tens|list)"):
         PromptWindow(Table(), 3).prompts(keys)
+
+
+@pytest.mark.parametrize("mode", ["recompute", "retain"])
+def test_a_sparse_gradient_on_the_leaf(mode):
+    """As an embedding with sparse=True leaves one, whose table the prompts are."""
+    encode = Table().eval()
+    window = PromptWindow(encode, 1, mode=mode)
+    rows = torch.tensor([1, 0, 1])
+    nn.functional.embedding(rows, window.prompts([0, 2]), sparse=True).sum().backward()
+    window.flush()
+    want = torch.zeros_like(encode.weight)
+    want[0], want[2] = 2 * encode.weight.detach()[0], 4 * encode.weight.detach()[2]
+    torch.testing.assert_close(encode.weight.grad, want)

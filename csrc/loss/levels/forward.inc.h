@@ -146,9 +146,10 @@ void forward_tile(const Job<typename S::Scalar>& job, int64_t unit, typename S::
           } else {
             for (int64_t c = 0; c < C; ++c) x = label == S::labels(c) ? v.d[Q].x(c, v.valid) : x;
           }
-          // the distance in nats, as that of large numbers times log2(e) would be infinite
-          const V cell = step * S::fma(v.d[Q].log_sum(), S::all(LN_2), v.d[Q].largest - x);
-          S::store(nll + v.i * L, S::load(nll + v.i * L) + cell);
+          // the distance in nats, as that of large numbers times log2(e) would be infinite; of a class that is all but
+          // sure, rounding would make it negative
+          const V cell = S::at_least(T(0), S::fma(v.d[Q].log_sum(), S::all(LN_2), v.d[Q].largest - x));
+          S::store(nll + v.i * L, S::load(nll + v.i * L) + step * cell);
         }
       }
       const V log_q = S::log2(product_q);
