@@ -14,6 +14,7 @@ from qwen_fused.proof import modes
 from qwen_fused.proof.changed_gradients import noise_of_step
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.enlarged import Change, longer_alone
+from qwen_fused.proof.projected import is_projected
 from qwen_fused.proof.first_order import FirstOrder, measure
 from qwen_fused.proof.kinds import written_by
 from qwen_fused.proof.moves import has_nonzero, scales_of
@@ -35,6 +36,8 @@ class Step:
         stepped: whether any optimizer's step was called.
         missing: names whose gradient was gone, or all zero, when the optimizer came to use it.
         changed: names whose gradient pointed another way by then than backward had left it.
+        projected: name -> share of its length that is left of a gradient which something projected: a mask, a mean that
+            was taken off.
         norm_ratio: norm of the gradient that the optimizer uses over that of the loss's own, of a loss that was scaled
             up for backward.
         enlarged: name -> factor of gradients that are longer by then than backward had left them, while others are not.
@@ -54,6 +57,7 @@ class Step:
     stepped: bool = False
     missing: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
+    projected: dict[str, float] = field(default_factory=dict)
     norm_ratio: float = 0.0
     enlarged: dict[str, float] = field(default_factory=dict)
     factors: list[float] = field(default_factory=list)
@@ -79,7 +83,7 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace, l
         trace: the call that the gradients are of.
         linearized: its operations that are taken at their word.
     """
-    if not subject.optimizers or not gradients.of:
+    if not subject.optimizers or not gradients.of or gradients.error is not None:
         return None
     inside = [innermost(optimizer) for optimizer in subject.optimizers]
     step = Step(stepped=gradients.stepped, in_backward=gradients.stepped)
@@ -89,6 +93,7 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace, l
     masters = {name: master.clone() for name, master in masters_of(subject).items()}
     with _after_warm_up(subject, step, gradients):
         _step_watched(subject, step, gradients, alive)
+    subject.look_for_moving()
     counts = {name: int(torch.count_nonzero(subject.named[name].data != before[name])) for name in alive}
     measure_movement(step, counts, gradients.of, before, trace.half)
     # an optimizer may make its masters in its first step
@@ -150,7 +155,9 @@ def _step_watched(subject: Subject, step: Step, gradients: Gradients, alive: Seq
         # a fused optimizer takes the loss's scale off by itself
         taken_off = float(getattr(optimizer, "grad_scale", None) or 1.0)
         met = {name: _change(grad, gradients.to_step_by(name), taken_off) for name, grad in left.items()}
-        step.changed += tuple(name for name, change in met.items() if change.cosine < 0.5)
+        turned = [name for name, change in met.items() if change.cosine < 0.5]
+        step.projected |= {name: met[name].cosine for name in turned if is_projected(met[name], met.values())}
+        step.changed += tuple(name for name in turned if name not in step.projected)
         changes.update(met)
         if left and gradients.scale > 1:
             ratio = norm(left.values()) / norm(gradients.to_step_by(name) for name in left) / taken_off
@@ -246,4 +253,5 @@ def _change(now: Tensor, before: Tensor, taken_off: float) -> Change:
     length, made, along = norm([now]), norm([before]), inner(now, before)
     if not length * made:
         return Change()
-    return Change(along / made**2 / taken_off, along / (length * made), length)
+    kept = length**2 / along / taken_off if along else 0.0
+    return Change(along / made**2 / taken_off, along / (length * made), length, kept)

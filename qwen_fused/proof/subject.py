@@ -66,7 +66,10 @@ class Subject:
             self.notes.append(
                 f"{name_some(left_over)} had a gradient before: a loop that never clears them adds them up"
             )
-        self.snapshot = Snapshot(self.named.values(), self.modules.values(), self.optimizers, loss_fn)
+        # frozen parameters that the loss function or the step moves by itself, as a momentum encoder
+        self.moving: set[str] = set()
+        functions = [given for given in (loss_fn, backward, step) if given is not None]
+        self.snapshot = Snapshot(self.named.values(), self.modules.values(), self.optimizers, functions)
 
     @property
     def trainable(self) -> dict[str, Tensor]:
@@ -170,6 +173,13 @@ class Subject:
             # an optimizer that steps in the middle of backward: the step is looked at once, and undone
             self.snapshot.reset_optimizers()
         return found
+
+    def look_for_moving(self) -> None:
+        """See which frozen parameters have been moved by now, before they are put back."""
+        frozen = {name: p for name, p in self.named.items() if not p.requires_grad and name not in self.moving}
+        if frozen:
+            before = self.snapshot.values_of(frozen)
+            self.moving |= {name for name, p in frozen.items() if not torch.equal(p.data, before[name])}
 
     def note(self, said: str) -> None:
         """Note what is no fault, once."""
