@@ -41,7 +41,7 @@ class Allowance:
         return self._match([name, name.rpartition("::")[2], *_functions(callers)])
 
     def hook(self, frames_of: Iterable[Frame | None], callers: Iterable[str]) -> bool:
-        """Whether a hook on a tensor of the loss function's own may change its gradient: by its name, line or caller."""
+        """Whether a hook on a tensor of the loss function's own may change a gradient: its name, line or caller."""
         known = [frame for frame in frames_of if frame is not None]
         files = [(frame, frame.file.rpartition("/")[2]) for frame in known]
         functions = _functions([*callers, *(f"{file}:{frame.function}" for frame, file in files)])

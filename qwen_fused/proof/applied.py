@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor
 
-from qwen_fused.proof.changing_line import changing_line
+from qwen_fused.proof.changing_line import changing_line, undoing_line
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.erased import erased
 from qwen_fused.proof.frames import NOWHERE, Frame
@@ -29,8 +31,10 @@ def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Tr
         later: a later call, with the parameters moved a little.
     """
     findings = _check_persistence(first, later)
-    if gradients.erased:
-        findings.append(erased(subject, gradients.erased, during_step=False))
+    # what a hook takes away and the step brings back is there when it is used
+    gone = tuple(n for n in gradients.erased if step is None or not step.stepped or n in step.missing)
+    if gone:
+        findings.append(erased(subject, gone, during_step=False))
     if not subject.optimizers:
         if findings:
             return Rung("applied", False, name_some([f.kind for f in findings]), findings)
@@ -142,7 +146,14 @@ def _check_update(subject: Subject, step: Step, gradients: Gradients) -> list[Fi
         names = tuple(gradients.of)
         detail = "no optimizer's step was called (a gradient scaler skips it after an overflow)"
         return [Finding("no step", detail, names)]
-    return _check_used_gradients(subject, step, gradients) + check_moved(subject, step)
+    findings = _check_used_gradients(subject, step, gradients)
+    for finding in check_moved(subject, step):
+        line = None
+        if finding.kind == "not moved" and not step.in_backward:
+            line = undoing_line(subject, subject.named[finding.parameters[0]])
+        detail = f"{finding.detail}: what the optimizer did is undone" if line else finding.detail
+        findings.append(dataclasses.replace(finding, detail=detail, frame=line))
+    return findings
 
 
 def _check_used_gradients(subject: Subject, step: Step, gradients: Gradients) -> list[Finding]:

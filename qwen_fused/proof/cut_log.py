@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qwen_fused.proof import frames, kinds
@@ -71,6 +72,9 @@ class CutLog:
             event = self.note(func, name, dead)
             event.slot = slot
             event.record = capture(ins, out, [t for t, lost in dead if lost])
+        if cuts and event is None and (name in kinds.STOPS or not torch.is_grad_enabled()):
+            for behind in self._events_of(cuts):
+                behind.stopped = True
         for tensor, lost in dead:
             through = cuts | (event.bit if event and lost else 0)
             key = labels.key(tensor)

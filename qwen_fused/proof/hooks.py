@@ -47,15 +47,17 @@ def hook_to_blame(subject: Subject, is_mended: Callable[[Gradients], bool]) -> H
     if not is_mended(gradients_without(subject, lambda number, hook: True, hooks)):
         return None
     for number, hook in enumerate(hooks[:TRIED]):
-        if is_mended(gradients_without(subject, lambda other, _: other == number, [])):
+
+        def is_this(other: int, _: Hook, number: int = number) -> bool:
+            return other == number
+
+        if is_mended(gradients_without(subject, is_this, [])):
             return hook
     # several of them together
     return hooks[0]
 
 
-def gradients_without(
-    subject: Subject, is_left_out: Callable[[int, Hook], bool], hooks: list[Hook]
-) -> Gradients:
+def gradients_without(subject: Subject, is_left_out: Callable[[int, Hook], bool], hooks: list[Hook]) -> Gradients:
     """Gradients of one step without some of the loss function's own hooks; all hooks are listed."""
 
     def call(func: Any, args: tuple, kwargs: dict) -> Any:

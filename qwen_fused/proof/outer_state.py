@@ -23,6 +23,7 @@ from qwen_fused.proof.frames import is_users
 
 GENERATORS = (torch.Generator, np.random.Generator, random.Random)
 _MAPPINGS, _SEQUENCES = (dict, OrderedDict, defaultdict), (list, deque)
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 # objects in objects, functions that call functions: so deep
 _DEEPEST = 4
 # bytes of tensors that are copied: a state, no data set and no large model
@@ -36,15 +37,14 @@ class OuterState:
     Args:
         names: namespaces and the names in them that the code assigns to: globals, attributes of plain objects.
         cells: variables of the functions around it.
-        mappings, sequences: plain containers.
+        containers: plain dicts, lists and deques.
         tensors: tensors and arrays that may be written to.
         generators: random generators.
     """
 
     names: list[tuple[MutableMapping[str, Any], tuple[str, ...] | None]] = field(default_factory=list)
     cells: list[Any] = field(default_factory=list)
-    mappings: list[Any] = field(default_factory=list)
-    sequences: list[Any] = field(default_factory=list)
+    containers: list[Any] = field(default_factory=list)
     tensors: list[Any] = field(default_factory=list)
     generators: list[Any] = field(default_factory=list)
 
@@ -58,6 +58,8 @@ class OuterState:
         """
         found = cls()
         search = _Search(found, dict(known))
+        for module in [kept for kept in known.values() if isinstance(kept, nn.Module)]:
+            search.attributes(module)
         for function in functions:
             search.value(function, 0)
         size = 0
@@ -73,10 +75,14 @@ class OuterMark:
     """What the places held at one moment."""
 
     def __init__(self, places: OuterState):
-        self._names = [(space, names, dict(space) if names is None else _some(space, names)) for space, names in places.names]
+        self._names = [(space, names, _some(space, names)) for space, names in places.names]
         self._cells = [(cell, cell.cell_contents) for cell in places.cells]
-        self._mappings = [(mapping, dict(mapping)) for mapping in places.mappings]
-        self._sequences = [(sequence, list(sequence)) for sequence in places.sequences]
+        # a name may have been given another container since
+        held = [value for _, _, values in self._names for value in values.values()]
+        held += [value for _, value in self._cells]
+        containers = {id(c): c for c in (*places.containers, *held) if type(c) in (*_MAPPINGS, *_SEQUENCES)}.values()
+        self._mappings = [(mapping, dict(mapping)) for mapping in containers if isinstance(mapping, dict)]
+        self._sequences = [(sequence, list(sequence)) for sequence in containers if not isinstance(sequence, dict)]
         self._contents = [(t, t.detach().clone() if isinstance(t, Tensor) else t.copy()) for t in places.tensors]
 
     def put_back(self) -> None:
@@ -101,8 +107,8 @@ class OuterMark:
                 tensor[...] = value
 
 
-def _some(space: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: space[name] for name in names if name in space}
+def _some(space: Mapping[str, Any], names: tuple[str, ...] | None) -> dict[str, Any]:
+    return dict(space) if names is None else {name: space[name] for name in names if name in space}
 
 
 def _put_back(space: MutableMapping[Any, Any], values: Mapping[Any, Any], names: list[Any]) -> None:
@@ -118,6 +124,9 @@ def _matters(value: Any) -> bool:
     """Whether a loss may be computed with it."""
     if isinstance(value, tuple):
         return any(_matters(item) for item in value)
+    if type(value) in (*_MAPPINGS, *_SEQUENCES):
+        items = list(value.values() if isinstance(value, dict) else value)
+        return any(_matters(item) and not isinstance(item, int) for item in items)
     return isinstance(value, (Tensor, np.ndarray, int, float))
 
 
@@ -137,7 +146,8 @@ class _Search:
         if isinstance(value, GENERATORS):
             self._found.generators.append(value)
         elif isinstance(value, Tensor):
-            if value.grad_fn is None and not value.requires_grad and value.layout == torch.strided and not value.is_meta:
+            plain = value.grad_fn is None and not value.requires_grad and not value.is_meta
+            if plain and value.layout == torch.strided:
                 self._found.tensors.append(value)
         elif isinstance(value, np.ndarray):
             if value.flags.writeable and value.dtype != object:
@@ -147,6 +157,17 @@ class _Search:
         else:
             for inner in self._inside(value):
                 self.value(inner, depth + 1)
+
+    def attributes(self, module: nn.Module) -> None:
+        """Look at the numbers and containers in a module's own attributes; its tensors are kept elsewhere."""
+        own = {k: v for k, v in vars(module).items() if k not in _REGISTRIES and "hooks" not in k}
+        kept = (int, float, *_MAPPINGS, *_SEQUENCES)
+        names = tuple(k for k, v in own.items() if type(v) in kept)
+        if names:
+            self._found.names.append((vars(module), names))
+        for value in own.values():
+            if type(value) in (*_MAPPINGS, *_SEQUENCES):
+                self.value(value, 1)
 
     def _function(self, function: FunctionType, depth: int) -> None:
         if not is_users(function.__code__.co_filename):
@@ -172,11 +193,11 @@ class _Search:
         elif isinstance(value, MethodType):
             yield from (value.__self__, value.__func__)
         elif type(value) in _MAPPINGS:
-            self._found.mappings.append(value)
+            self._found.containers.append(value)
             yield from list(value.values())
         elif type(value) in _SEQUENCES or type(value) is tuple:
             if type(value) is not tuple:
-                self._found.sequences.append(value)
+                self._found.containers.append(value)
             yield from list(value)[:1000]
         elif isinstance(value, nn.Module):
             # one that was not given: a teacher that the loss function itself moves

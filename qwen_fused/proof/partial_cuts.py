@@ -77,7 +77,8 @@ def weigh_partial_cuts(subject: Subject, point: Point, connected: Rung, base: Ma
         # of what other processes send nobody expects a gradient; what comes back from this one alone is lost
         sent = first.kind == "collective" and processes() > 1
         weighed.append(PartialCut(first.operation, first.site.user, share, names, "" if sent else unknown))
-        if share > MOST_LOST and not sent and first.kind not in (*WRITTEN, *NUMBERS):
+        written = first.kind in (*WRITTEN, *NUMBERS) or all(event.stopped for event in events)
+        if share > MOST_LOST and not sent and not written:
             detail = f"{first.operation} loses {share:.0%} of the gradient on one way, "
             detail += f"another way connects {name_some(names)}"
             _doubt(connected, Finding("partial cut", detail, names, first.site.user, first.site.inside))

@@ -1,7 +1,7 @@
 """A gradient of which a part is taken away on purpose before the optimizer uses it: a projection.
 
 Masks of pruned weights, gradient centralisation, and gradients that are kept off an old task's space leave P g of a
-gradient g. Whatever P keeps, |P g|^2 = <P g, g>: so it is told from a gradient that was replaced, which points elsewhere.
+gradient g. Whatever P keeps, |P g|^2 = <P g, g>: so it is told from a gradient that was replaced.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qwen_fused.proof.subject import Subject
 
 
 def is_projected(change: Change, others: Iterable[Change]) -> bool:
-    """Whether a gradient is the one that backward left with a part taken away, and at most clipped as the others are."""
+    """Whether a part of a gradient was taken away, and what is left at most clipped as the others are."""
     straight = [other.factor for other in others if other.cosine >= SAME_DIRECTION]
     clip = min(1.0, min(straight, default=1.0))
     return any(abs(change.kept - factor) <= APART * factor for factor in (1.0, clip))
@@ -28,9 +28,7 @@ def note_projected(subject: Subject, projected: Mapping[str, float]) -> None:
         return
     most = min(names, key=lambda name: projected[name])
     parameter = subject.named[most]
-    frame = changing_line(
-        subject, parameter, lambda before, after: after < (1 - APART) * before, during_step=True
-    )
+    frame = changing_line(subject, parameter, lambda before, after: after < (1 - APART) * before, during_step=True)
     place = f" at {frame}" if frame else ""
     subject.note(
         f"a part of the gradient of {name_some(names)} is taken away before the step{place}, by a mask or another "

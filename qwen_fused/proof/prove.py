@@ -90,12 +90,11 @@ def _climb(subject: Subject, directions: int, seed: int, memory: int | None) -> 
     subject.snapshot.clear_gradients()
     subject.snapshot.mark_attributes()
     first = differentiate(subject)
-    attributes = subject.snapshot.attributes_now()
     subject.look_for_moving()
     step = take_step(subject, first.gradients, first.loss, first.trace, first.linearized)
     rung, cut = connected(subject, first.trace, first.gradients)
 
-    near = PerturbedPoint(subject, first.gradients, first.trace, attributes)
+    near = PerturbedPoint(subject, first.gradients, first.trace, subject.after_first)
     subject.look_for_moving()
     ladder = [declared(subject, first.gradients.unregistered), rung]
     subject.snapshot.reset_values()

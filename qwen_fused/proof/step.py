@@ -14,16 +14,18 @@ from qwen_fused.proof import modes
 from qwen_fused.proof.changed_gradients import noise_of_step
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.enlarged import Change, longer_alone
-from qwen_fused.proof.projected import is_projected
 from qwen_fused.proof.first_order import FirstOrder, measure
 from qwen_fused.proof.kinds import written_by
 from qwen_fused.proof.moves import has_nonzero, scales_of
 from qwen_fused.proof.optimizers import has_stepped, innermost, rate_of, rate_to_come, watching_steps
+from qwen_fused.proof.projected import is_projected
 from qwen_fused.proof.real_parts import inner, norm
 from qwen_fused.proof.subject import Gradients, Subject, as_float
 from qwen_fused.proof.trusted_ops import Linearized
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
+# calls of the given step in which an optimizer may step, of micro-batches that are added up
+MOST_CALLS = 16
 # a change of the gradients that is the loss's scale taken off, and one that is a clip
 SAME_FACTOR = 0.02
 
@@ -91,10 +93,15 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace, l
     alive = [name for name, g in gradients.of.items() if has_nonzero(g)]
     before = subject.snapshot.values_of(subject.named)
     masters = {name: master.clone() for name, master in masters_of(subject).items()}
+    if gradients.erased:
+        # taken away by a hook that may keep them for the step: what was called since has made it forget
+        subject.gradients(subject.call())
     with _after_warm_up(subject, step, gradients):
         _step_watched(subject, step, gradients, alive)
     subject.look_for_moving()
     counts = {name: int(torch.count_nonzero(subject.named[name].data != before[name])) for name in alive}
+    # by other means than the optimizers that were given
+    step.stepped = step.stepped or any(counts.values())
     measure_movement(step, counts, gradients.of, before, trace.half)
     # an optimizer may make its masters in its first step
     step.master_only = tuple(
@@ -170,8 +177,23 @@ def _step_watched(subject: Subject, step: Step, gradients: Gradients, alive: Seq
     scaled = gradients.scale != 1 and alive
     factors = modes.DispatchMode(_Factors(subject, step, gradients, alive).aten) if scaled else nullcontext()
     with watching_steps(subject.optimizers, look), factors:
-        subject.step()
+        _until_stepped(subject, step)
     step.enlarged = longer_alone(changes, gradients.scale)
+
+
+def _until_stepped(subject: Subject, step: Step) -> None:
+    """Step, and again where it is the loop's own business at which of its calls the optimizer steps."""
+    subject.step()
+    for number in range(2, MOST_CALLS + 1):
+        if step.stepped or subject.given_step is None:
+            return
+        try:
+            subject.step()
+        except RuntimeError:
+            # a gradient scaler that has skipped the step minds being asked twice
+            return
+        if step.stepped:
+            subject.note(f"the step that was given steps at its call number {number}")
 
 
 class _Factors:
