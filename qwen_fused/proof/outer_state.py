@@ -214,7 +214,7 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, torch.optim.Optimizer) or not isinstance(getattr(value, "__dict__", None), dict):
         return False
     methods = [method for method in vars(type(value)).values() if isinstance(method, FunctionType)]
-    return bool(methods) and all(is_users(method.__code__.co_filename) for method in methods)
+    return any(is_users(method.__code__.co_filename) for method in methods)
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -288,3 +288,16 @@ def adversarial_direction_that_is_detached():
         return F.cross_entropy(net(X), Y) + F.kl_div(net(X + far).log_softmax(-1), clean, reduction="batchmean")
 
     return given(loss, net)
+
+
+@case("torch", "connected", "partial cut")
+def forgotten_graph_beside_a_log():
+    net, norms = mlp(), []
+
+    def loss():
+        out = F.cross_entropy(net(X), Y)
+        slopes = torch.autograd.grad(out, list(net.parameters()), retain_graph=True)  # here
+        norms.append(slopes[0].detach().norm())
+        return out + 5 * sum(g.square().sum() for g in slopes).sqrt()
+
+    return given(loss, net)
