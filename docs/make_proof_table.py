@@ -29,6 +29,7 @@ def render() -> str:
         "field_stop_gradients",
         "field_changed_gradients",
         "field_types",
+        "field_outside",
     ):
         importlib.import_module(more)
     counts: dict[str, Counter[str]] = {}

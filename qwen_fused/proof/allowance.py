@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from qwen_fused.proof.cuts import Event
-from qwen_fused.proof.frames import of_function
+from qwen_fused.proof.frames import Frame, of_function
 
 
 class Allowance:
@@ -39,6 +39,13 @@ class Allowance:
     def custom(self, name: str, callers: Iterable[str]) -> bool:
         """Whether a custom operation's own backward is to be taken at its word."""
         return self._match([name, name.rpartition("::")[2], *_functions(callers)])
+
+    def hook(self, frames_of: Iterable[Frame | None], callers: Iterable[str]) -> bool:
+        """Whether a hook on a tensor of the loss function's own may change a gradient: its name, line or caller."""
+        known = [frame for frame in frames_of if frame is not None]
+        files = [(frame, frame.file.rpartition("/")[2]) for frame in known]
+        functions = _functions([*callers, *(f"{file}:{frame.function}" for frame, file in files)])
+        return self._match([*(f"{file}:{frame.line}" for frame, file in files), *functions])
 
     def given(self, function: Callable[..., Any] | None) -> bool:
         """Whether what the caller gave, a backward or a step, is to be taken at its word: by its function's name."""

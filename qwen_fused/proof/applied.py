@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor
 
+from qwen_fused.proof.changing_line import changing_line, undoing_line
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.erased import erased
 from qwen_fused.proof.frames import NOWHERE, Frame
 from qwen_fused.proof.ladder import Finding, Rung, name_some
+from qwen_fused.proof.projected import note_projected
 from qwen_fused.proof.reducers import processes
 from qwen_fused.proof.step import HALF_PRECISION, SAME_FACTOR, Step
 from qwen_fused.proof.subject import Gradients, Subject
@@ -27,8 +31,10 @@ def applied(subject: Subject, step: Step | None, gradients: Gradients, first: Tr
         later: a later call, with the parameters moved a little.
     """
     findings = _check_persistence(first, later)
-    if gradients.erased:
-        findings.append(erased(subject, gradients.erased, during_step=False))
+    # what a hook takes away and the step brings back is there when it is used
+    gone = tuple(n for n in gradients.erased if step is None or not step.stepped or n in step.missing)
+    if gone:
+        findings.append(erased(subject, gone, during_step=False))
     if not subject.optimizers:
         if findings:
             return Rung("applied", False, name_some([f.kind for f in findings]), findings)
@@ -70,7 +76,7 @@ def _check_descent(step: Step, gradients: Gradients) -> list[Finding]:
     """A step that is not down the gradient of this loss."""
     names, change = tuple(gradients.of), step.first_order
     if (
-        not (step.had_state or step.noisy or gradients.noisy)
+        not (step.had_state or step.noisy or gradients.noisy or gradients.allowed)
         # many processes step down the mean of their gradients, which may be up for one of them
         and processes() == 1
         and change.predicted > 0
@@ -140,7 +146,14 @@ def _check_update(subject: Subject, step: Step, gradients: Gradients) -> list[Fi
         names = tuple(gradients.of)
         detail = "no optimizer's step was called (a gradient scaler skips it after an overflow)"
         return [Finding("no step", detail, names)]
-    return _check_used_gradients(subject, step, gradients) + check_moved(subject, step)
+    findings = _check_used_gradients(subject, step, gradients)
+    for finding in check_moved(subject, step):
+        line = None
+        if finding.kind == "not moved" and not step.in_backward:
+            line = undoing_line(subject, subject.named[finding.parameters[0]])
+        detail = f"{finding.detail}: what the optimizer did is undone" if line else finding.detail
+        findings.append(dataclasses.replace(finding, detail=detail, frame=line))
+    return findings
 
 
 def _check_used_gradients(subject: Subject, step: Step, gradients: Gradients) -> list[Finding]:
@@ -150,6 +163,8 @@ def _check_used_gradients(subject: Subject, step: Step, gradients: Gradients) ->
     if lost:
         findings.append(erased(subject, lost, during_step=True))
     changed = tuple(name for name in dict.fromkeys(step.changed) if not subject.allow.name(name))
+    if step.projected:
+        note_projected(subject, step.projected)
     if changed and step.noisy:
         subject.note("noise is added to the gradient between backward and the optimizer's step")
     elif changed:
@@ -163,13 +178,38 @@ def _check_used_gradients(subject: Subject, step: Step, gradients: Gradients) ->
         detail = f"the gradient is clipped while it is still scaled by {gradients.scale:g}: what the optimizer uses is "
         detail += f"{step.norm_ratio:.2g} of the loss's own; unscale it before it is clipped"
         findings.append(Finding("clipped before unscaling", detail, tuple(gradients.of)))
+    elif _is_unscaled_twice(step.factors, gradients.scale):
+        names = tuple(gradients.of)
+        detail = f"the loss's scale, {gradients.scale:g}, is taken off the gradient twice: what the optimizer uses is "
+        detail += f"{step.norm_ratio:.2g} of the loss's own"
+        findings.append(Finding("unscaled twice", detail, names, _second_time(subject, names, gradients.scale)))
     return findings
+
+
+def _is_unscaled_twice(factors: list[float], scale: float) -> bool:
+    """Whether the loss's scale was taken off once more when it was off."""
+    if scale <= 1 + SAME_FACTOR:
+        return False
+    off = [factor for factor in factors if abs(factor * scale - 1) < SAME_FACTOR]
+    return len(off) > 1 or any(abs(factor * scale**2 - 1) < SAME_FACTOR for factor in factors)
 
 
 def _is_clipped_first(factors: list[float], scale: float) -> bool:
     """Whether the gradient was made smaller by something before the loss's scale was taken off."""
     unscaled = next((i for i, factor in enumerate(factors) if abs(factor * scale - 1) < SAME_FACTOR), None)
     return scale > 1 and unscaled is not None and any(factor < 1 - SAME_FACTOR for factor in factors[:unscaled])
+
+
+def _second_time(subject: Subject, names: tuple[str, ...], scale: float) -> Frame | None:
+    """The line that takes the scale off once more."""
+    times = 0
+
+    def is_second(before: float, after: float) -> bool:
+        nonlocal times
+        times += before > 0 and abs(after / before * scale - 1) < SAME_FACTOR
+        return times == 2
+
+    return changing_line(subject, subject.named[names[0]], is_second, during_step=True)
 
 
 def check_moved(subject: Subject, step: Step) -> list[Finding]:

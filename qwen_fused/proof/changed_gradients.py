@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwen_fused.proof.added_noise import is_added, scaled_noise
 from qwen_fused.proof.frames import Frame, of_function
-from qwen_fused.proof.hooks import TRIED, hooks_of
+from qwen_fused.proof.hooks import TRIED, Hook, gradients_without, hooks_of
 from qwen_fused.proof.ladder import name_some
 from qwen_fused.proof.optimizers import watching_steps
 from qwen_fused.proof.real_parts import inner
@@ -28,10 +28,15 @@ CLIPPED = 0.3
 DIFFERS = 1e-6
 
 
-def find_changes(subject: Subject, gradients: Gradients) -> None:
+def find_changes(subject: Subject, gradients: Gradients, has_hooks: bool) -> None:
     """Put into `gradients.own` what autograd had made of those that a hook or the given backward changed.
 
     The `.grad` of every parameter is left as it is.
+
+    Args:
+        subject: what is proved.
+        gradients: as they were delivered.
+        has_hooks: whether the loss function registers hooks on tensors of its own.
     """
     if gradients.error is not None or gradients.stepped or not gradients.of:
         return
@@ -41,6 +46,25 @@ def find_changes(subject: Subject, gradients: Gradients) -> None:
             _before_hooks(subject, gradients, hooked)
         elif subject.own_backward and gradients.erased_at is None:
             _before_given_backward(subject, gradients)
+        if has_hooks and subject.allow.matches:
+            _before_allowed_hooks(subject, gradients)
+
+
+def _before_allowed_hooks(subject: Subject, gradients: Gradients) -> None:
+    """What there is without those hooks on the loss function's own tensors that the caller allows."""
+    left_out: list[Hook] = []
+
+    def is_allowed(_: int, hook: Hook) -> bool:
+        allowed = subject.allow.hook((hook.frame, hook.site.user), hook.site.callers)
+        left_out.extend([hook] * allowed)
+        return allowed
+
+    bare = gradients_without(subject, is_allowed, []).of
+    changed = [n for n, g in gradients.before_changes().items() if n in bare and differ(g, bare[n])]
+    if left_out and changed:
+        gradients.own |= {name: bare[name] for name in changed}
+        gradients.allowed = True
+        subject.note(f"{left_out[0].name} changes gradients, and is allowed to: judged before it does")
 
 
 def _before_hooks(subject: Subject, gradients: Gradients, hooked: Mapping[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qwen_fused.proof import frames, kinds, modes
@@ -50,6 +51,32 @@ def changing_line(
     if during_step:
         subject.snapshot.reset_values()
         subject.snapshot.reset_optimizers()
+    subject.snapshot.clear_gradients()
+    return found[0] if found else None
+
+
+def undoing_line(subject: Subject, parameter: Tensor) -> Frame | None:
+    """The call, of a step that is done once more, that puts a parameter back to what it was before the step."""
+    loss = subject.call()
+    subject.snapshot.clear_gradients()
+    frames.boundary(subject.backward, loss)
+    before = parameter.detach().clone()
+    moved = False
+    found: list[Frame] = []
+
+    def handler(func: Any, args: tuple, kwargs: dict) -> Any:
+        nonlocal moved
+        out = func(*args, **kwargs)
+        if not found and not torch.equal(parameter.data, before):
+            moved = True
+        elif moved and not found:
+            found.append(frames.locate().user)
+        return out
+
+    with modes.FunctionMode(handler):
+        subject.step()
+    subject.snapshot.reset_values()
+    subject.snapshot.reset_optimizers()
     subject.snapshot.clear_gradients()
     return found[0] if found else None
 

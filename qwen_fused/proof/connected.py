@@ -12,7 +12,8 @@ from qwen_fused.proof import backtrace
 from qwen_fused.proof.backtrace import breaks_of
 from qwen_fused.proof.cuts import Cut, Event, Trace
 from qwen_fused.proof.departures import NUMBERS, returning
-from qwen_fused.proof.frames import Frame
+from qwen_fused.proof.failed_backward import failing_call, reason_of
+from qwen_fused.proof.frames import NOWHERE, Frame
 from qwen_fused.proof.ladder import Finding, Rung, name_some
 from qwen_fused.proof.nonzero import is_flat
 from qwen_fused.proof.other_draws import skipped_by_this_draw
@@ -23,9 +24,13 @@ from qwen_fused.proof.subject import Gradients, Subject
 def connected(subject: Subject, trace: Trace, gradients: Gradients) -> tuple[Rung, Cut | None]:
     """Every parameter is given a gradient; if not, the operation that loses it."""
     if gradients.error is not None:
-        reason = str(gradients.error).splitlines()[0]
+        reason = reason_of(gradients.error)
+        findings = []
         # with a graph left over from an earlier call, that is the fault, and the last rung's
-        findings = [] if trace.stale else [Finding("backward failed", reason, tuple(subject.trainable))]
+        if not trace.stale:
+            site = failing_call(subject)
+            line = None if site is NOWHERE else site.user
+            findings = [Finding("backward failed", reason, tuple(subject.trainable), line, site.inside)]
         return Rung("connected", False if findings else None, f"backward raised: {reason}", findings), None
     trainable = subject.trainable
     missing = [n for n in trainable if n not in gradients.of and not subject.allow.name(n)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from qwen_fused.common.layers import group_by_layer
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.derivative import Directions
+from qwen_fused.proof.failed_backward import reason_of
 from qwen_fused.proof.kinds import WRITTEN
 from qwen_fused.proof.ladder import Finding, Rung, name_some
 from qwen_fused.proof.replay import Held, ReplayMismatch
@@ -49,7 +50,7 @@ def correct(
     trace, gradients, loss = point.trace, point.gradients, point.loss
     if gradients.error is not None:
         # the first call's backward went through, or nothing would have been moved: a second call's does not
-        reason = f"the backward of a second call raised: {str(gradients.error).splitlines()[0]}"
+        reason = f"the backward of a second call raised: {reason_of(gradients.error)}"
         findings = [] if trace.stale or not gradients.of else [Finding("backward failed", reason, tuple(gradients.of))]
         return Rung("correct", False if findings else None, reason, findings)
     if trace.exchanges:

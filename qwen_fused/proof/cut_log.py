@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qwen_fused.proof import frames, kinds
@@ -38,6 +39,7 @@ class CutLog:
         # the last write of living values to each storage: made through an alias, autograd may not know of it
         self._writes: dict[Key, Event] = {}
         self._lost_memo: dict[int, int] = {}
+        self._stops: dict[int, int] = {}
 
     def switch_parameter(self, func: Any, name: str, tensor: Tensor, args: tuple, kwargs: dict) -> Any:
         """Note that a tensor is told to ask for no gradient, or to ask for one again: nothing is written to it."""
@@ -71,6 +73,8 @@ class CutLog:
             event = self.note(func, name, dead)
             event.slot = slot
             event.record = capture(ins, out, [t for t, lost in dead if lost])
+        if cuts and event is None and (name in kinds.STOPS or not torch.is_grad_enabled()):
+            cuts |= self._stop(cuts)
         for tensor, lost in dead:
             through = cuts | (event.bit if event and lost else 0)
             key = labels.key(tensor)
@@ -80,6 +84,17 @@ class CutLog:
                     self._aliases.setdefault(key, []).append(event)
             elif labels.values(tensor):
                 labels.add_values(tensor, 0, through)
+
+    def _stop(self, cuts: int) -> int:
+        """Note that somebody wrote down that nothing is expected of what lies behind cuts which nobody wrote down."""
+        if cuts not in self._stops:
+            silent = [e for e in self._events_of(cuts) if e.lost and e.kind not in kinds.WRITTEN]
+            known = [e for e in self._events_of(cuts) if e.stops]
+            self._stops[cuts] = 0
+            if any(not any(stop.stops & e.bit for stop in known) for e in silent):
+                stop = Event("detach", "a stop", frames.locate(), 0, self.calls, stops=sum(e.bit for e in silent))
+                self._stops[cuts] = self._listed(stop, 0).bit
+        return self._stops[cuts]
 
     def collective(self, func: Any, args: tuple, values: int, cuts: int, *, inside: bool) -> None:
         """Hand labels on to what processes exchange, and note what autograd is not told of.

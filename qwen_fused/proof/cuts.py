@@ -86,6 +86,7 @@ class Event:
     continues: bool = False  # whether that storage was used as a tensor later
     carried: bool = False  # whether it became a leaf that the user's own backward can carry on from
     aliased: bool = False  # whether its result was written through later
+    stops: int = 0  # cuts that somebody detached what lies behind of: nothing more is expected of it
 
     def cut(self, labels: Labels, parameters: int) -> Cut:
         """The public form, for the given parameters."""

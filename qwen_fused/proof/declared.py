@@ -60,13 +60,16 @@ def _frozen_on_purpose(subject: Subject, named: Mapping[str, Tensor], held: Coll
     frozen = [name for name, p in named.items() if not p.requires_grad]
     if len(frozen) == len(named):
         return set()
-    alone = [name for name in frozen if subject.optimizers and id(named[name]) not in held]
-    tables = [name for name in frozen if name not in alone and is_sinusoid(named[name])]
+    moving = [name for name in frozen if name in subject.moving]
+    alone = [name for name in frozen if name not in moving and subject.optimizers and id(named[name]) not in held]
+    tables = [name for name in frozen if name not in (*moving, *alone) and is_sinusoid(named[name])]
+    if moving:
+        subject.notes.append(f"{name_some(moving)} is frozen, and moved by the loop itself")
     if alone:
         subject.notes.append(f"{name_some(alone)} is frozen, and no optimizer holds it")
     if tables:
         subject.notes.append(f"{name_some(tables)} is a frozen table of sinusoids")
-    return {*alone, *tables}
+    return {*moving, *alone, *tables}
 
 
 def _evaluating(subject: Subject) -> list[Finding]:

@@ -78,6 +78,7 @@ class Directions:
         # a step along the first direction and the loss at both its ends, whose mean `_here` is meanwhile
         self._ends: tuple[float, tuple[float, float]] | None = None
         self.tolerance = TOLERANCE.get(coarse, TOLERANCE[torch.bfloat16])
+        self.is_fine = coarse in (torch.float32, torch.float64)
         fine = wide or coarse
         self.first, self.last, self.target = STEPS.get(fine, STEPS[torch.bfloat16])
         # what the loss is rounded to, with a margin for the operations before it; 16-bit rounding averages out in part
@@ -227,8 +228,9 @@ class Directions:
         shares = {name: abs(share) * even[name] for name, share in self._shares.items()}
         alive = sorted(share for share in shares.values() if share)
         middle = alive[len(alive) // 2] if alive else 1.0
-        # in float64 the steps are so small that a parameter may take part a thousandfold
-        most = 1e3 if self.wide == torch.float64 else 10.0
+        # in float64 the steps are so small that a parameter may take part a thousandfold: not with a gradient that 16
+        # bits have rounded, of which a bias before a normalisation has nothing else
+        most = 1e3 if self.wide == torch.float64 and self.is_fine else 10.0
         generator = torch.Generator().manual_seed(self.seed + number)
         # signs, and sizes that differ: equal shares of both signs would cancel
         signs = torch.randint(0, 2, (len(shares),), generator=generator) * 2 - 1

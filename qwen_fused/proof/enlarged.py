@@ -27,11 +27,14 @@ class Change:
         factor: its length over that of the one which backward left.
         cosine: of the angle between the two.
         length: when the optimizer uses it, where it is not the very same.
+        kept: what a mask, or another projection, has left in place is multiplied by this; 1 where nothing else was
+            done to it.
     """
 
     factor: float = 1.0
     cosine: float = 1.0
     length: float = 0.0
+    kept: float = 1.0
 
 
 def longer_alone(changes: Mapping[str, Change], scale: float) -> dict[str, float]:

@@ -129,7 +129,9 @@ def _look_along(
                 # other draws, or code that is another in float64
                 found.reason = "the loss is another when it is computed in float64"
                 continue
-            noise = 4 * float(torch.finfo(torch.float64).eps) * abs(here) if wide else rounding
+            noise = rounding
+            if wide:
+                noise = 4 * float(torch.finfo(torch.float64).eps) * abs(here) + 20 * found.nondeterminism
             for part in parts:
                 if abs(part * found.predicted) <= TOLD_APART * noise:
                     break

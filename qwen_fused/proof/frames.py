@@ -152,6 +152,11 @@ def _site(innermost_first: Iterable[Frame]) -> Site:
     return Site(user, inside, tuple(callers))
 
 
+def is_users(file: str) -> bool:
+    """Whether a file is neither torch's nor a library's."""
+    return _owner(file) == "user"
+
+
 @lru_cache(maxsize=4096)
 def _owner(file: str) -> str:
     """Whose file it is: "torch" (never shown), "library" or "user"."""

@@ -33,6 +33,7 @@ class Gradients:
         turned: hooks that turn gradients round, and whose: the lines and the names.
         draws: whether normal noise was drawn meanwhile.
         per_sample: whether gradients of single samples were taken meanwhile, by torch.func.
+        allowed: whether hooks that the caller allows to had changed any.
         noisy: whether the given backward was found to add noise.
         scale: what the loss was scaled by, as a gradient scaler does.
         erased: names of gradients gone again afterwards.
@@ -48,6 +49,7 @@ class Gradients:
     turned: list[tuple[Frame | None, tuple[str, ...]]] = field(default_factory=list)
     draws: bool = False
     per_sample: bool = False
+    allowed: bool = False
     noisy: bool = False
     scale: float = 1.0
     erased: tuple[str, ...] = ()

@@ -20,10 +20,15 @@ TRIED = 8
 
 @dataclass(frozen=True)
 class Hook:
-    """Where a hook was registered, and what it is: "halve at train.py:12", or "a hook" where there is no source."""
+    """Where a hook was registered, and where it was defined, if that has a source."""
 
     site: Site
-    name: str
+    frame: Frame | None
+
+    @property
+    def name(self) -> str:
+        """What it is: "the hook train.py:12 in halve", or "a hook"."""
+        return "a hook" if self.frame is None else f"the hook {self.frame}"
 
 
 def hooks_of(parameter: Tensor) -> list[Callable[..., Any]]:
@@ -39,31 +44,31 @@ def hook_to_blame(subject: Subject, is_mended: Callable[[Gradients], bool]) -> H
         is_mended: whether the gradients of a step without the hook are as they should be.
     """
     hooks: list[Hook] = []
-    if not is_mended(_gradients_without(subject, lambda number: True, hooks)):
+    if not is_mended(gradients_without(subject, lambda number, hook: True, hooks)):
         return None
     for number, hook in enumerate(hooks[:TRIED]):
-        if is_mended(_gradients_without(subject, number.__eq__, [])):
+
+        def is_this(other: int, _: Hook, number: int = number) -> bool:
+            return other == number
+
+        if is_mended(gradients_without(subject, is_this, [])):
             return hook
     # several of them together
     return hooks[0]
 
 
-def _gradients_without(subject: Subject, is_left_out: Callable[[int], bool], hooks: list[Hook]) -> Gradients:
-    """Gradients of one step without the hooks of the given numbers; all hooks are listed."""
+def gradients_without(subject: Subject, is_left_out: Callable[[int, Hook], bool], hooks: list[Hook]) -> Gradients:
+    """Gradients of one step without some of the loss function's own hooks; all hooks are listed."""
 
     def call(func: Any, args: tuple, kwargs: dict) -> Any:
         if kinds.name_of(func) != "register_hook":
             return func(*args, **kwargs)
-        hooks.append(Hook(frames.locate(), _described(args[1] if len(args) > 1 else kwargs.get("hook"))))
-        return RemovableHandle(OrderedDict()) if is_left_out(len(hooks) - 1) else func(*args, **kwargs)
+        hook = Hook(frames.locate(), frames.of_function(args[1] if len(args) > 1 else kwargs.get("hook")))
+        hooks.append(hook)
+        return RemovableHandle(OrderedDict()) if is_left_out(len(hooks) - 1, hook) else func(*args, **kwargs)
 
     with modes.uncompiled(), modes.FunctionMode(call):
         loss = subject.call()
     found = subject.gradients(loss)
     subject.snapshot.clear_gradients()
     return found
-
-
-def _described(function: Any) -> str:
-    frame: Frame | None = frames.of_function(function)
-    return "a hook" if frame is None else f"the hook {frame}"

@@ -73,6 +73,7 @@ _COMPARISON = {"eq", "ne", "lt", "le", "gt", "ge", "less", "less_equal", "greate
     "logical_or",
 }
 _CAST = {"to", "type", "long", "int", "short", "byte", "char", "bool", "type_as", "view"}
+STOPS = ("detach", "detach_", "data.__get__")
 _SELF_DESCRIBING = {"detach": "detach", "detach_": "detach", "data.__get__": "data"}
 # kinds of a cut that somebody wrote down
 WRITTEN = ("detach", "no_grad", "decorated no_grad", "inference_mode", "requires_grad", "data")

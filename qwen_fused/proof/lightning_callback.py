@@ -128,7 +128,7 @@ class _Loop:
             for one in self.wrapped:
                 stack.enter_context(overridden(one, "step", self._leave_at(one)))
             # what the optimizer does not hold is in none of the proof's own keeping
-            state = Snapshot(self.module.parameters(), [self.module], self.trainer.optimizers, self._turn)
+            state = Snapshot(self.module.parameters(), [self.module], self.trainer.optimizers, [self._turn])
             stack.callback(state.restore)
             # which optimizer steps first is found out with nothing sent back
             with overridden(self.strategy, "backward", lambda *_, **__: None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -108,11 +109,25 @@ def has_stepped(optimizer: Any) -> bool:
 def rate_to_come(optimizer: Any, group: dict[str, Any]) -> float:
     """What a rate of 0 will be after a warm-up: as the scheduler says, or as the optimizer was made; else 0."""
     if group.get("initial_lr") is not None:
-        return float(group["initial_lr"])
+        return 0.0 if _stays_at_zero(optimizer, group) else float(group["initial_lr"])
     # a warm-up by hand holds all groups at 0; one group at 0 beside others is meant or a fault
     held = all(rate_of(other) == 0 for other in optimizer.param_groups)
     made_with = getattr(optimizer, "defaults", {}).get("lr")
     return float(made_with) if held and made_with is not None else 0.0
+
+
+def _stays_at_zero(optimizer: Any, group: dict[str, Any]) -> bool:
+    """Whether a schedule of the user's own functions keeps the group at 0 for as far as can be looked ahead."""
+    place = next(n for n, one in enumerate(optimizer.param_groups) if one is group)
+    made = [s for s in gc.get_objects() if issubclass(type(s), torch.optim.lr_scheduler.LambdaLR)]
+    for schedule in (s for s in made if getattr(s, "optimizer", None) is optimizer):
+        try:
+            if not any(schedule.lr_lambdas[place](10**power) for power in range(7)):
+                return True
+        except Exception:
+            # a function of the user's, which may know fewer steps
+            continue
+    return False
 
 
 def tensors_of_state(tree: Any) -> Iterator[Tensor]:

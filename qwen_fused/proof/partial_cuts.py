@@ -71,13 +71,16 @@ def weigh_partial_cuts(subject: Subject, point: Point, connected: Rung, base: Ma
             _doubt(connected, Finding(event.kind, detail, _names(trace, [event]), event.site.user, event.site.inside))
     places = {(event.operation, event.site.user) for event in returned}
     lines = _by_line(trace, [*cuts, *(e for e in trace.departures if (e.operation, e.site.user) in places)])
-    weighed = []
+    weighed, stopped = [], 0
+    for event in trace.reaching:
+        stopped |= event.stops
     for events, share, unknown in _weighed(subject, point, lines, base) if lines else ():
         first, names = events[0], _names(trace, events)
         # of what other processes send nobody expects a gradient; what comes back from this one alone is lost
         sent = first.kind == "collective" and processes() > 1
         weighed.append(PartialCut(first.operation, first.site.user, share, names, "" if sent else unknown))
-        if share > MOST_LOST and not sent and first.kind not in (*WRITTEN, *NUMBERS):
+        written = first.kind in (*WRITTEN, *NUMBERS) or all(stopped & event.bit for event in events)
+        if share > MOST_LOST and not sent and not written:
             detail = f"{first.operation} loses {share:.0%} of the gradient on one way, "
             detail += f"another way connects {name_some(names)}"
             _doubt(connected, Finding("partial cut", detail, names, first.site.user, first.site.inside))

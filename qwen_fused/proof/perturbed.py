@@ -8,9 +8,9 @@ from torch import Tensor
 
 from qwen_fused.proof.cuts import Trace
 from qwen_fused.proof.gradients import is_written_to
-from qwen_fused.proof.held_state import AttributeMark
 from qwen_fused.proof.moves import Noise, has_nonzero, scales_of
 from qwen_fused.proof.nonzero import zeros
+from qwen_fused.proof.snapshot import Mark
 from qwen_fused.proof.subject import Gradients, Subject
 from qwen_fused.proof.trusted_ops import differentiate
 
@@ -25,7 +25,7 @@ class PerturbedPoint:
     still zero after the others have moved stays zero. A zero-initialised adapter's other side comes alive.
     """
 
-    def __init__(self, subject: Subject, gradients: Gradients, first: Trace, attributes: Sequence[AttributeMark]):
+    def __init__(self, subject: Subject, gradients: Gradients, first: Trace, attributes: Sequence[Mark]):
         self._subject = subject
         scales = scales_of(subject.trainable)
         # what modules kept after the first call is there for this one to find

@@ -20,7 +20,7 @@ from qwen_fused.proof.connected import connected
 from qwen_fused.proof.correct import correct
 from qwen_fused.proof.declared import declared
 from qwen_fused.proof.enlarged import enlarged
-from qwen_fused.proof.ladder import RUNGS, ProofReport
+from qwen_fused.proof.ladder import RUNGS, ProofReport, Rung
 from qwen_fused.proof.nonzero import layers, nonzero
 from qwen_fused.proof.notes import notes_of
 from qwen_fused.proof.optimizers import Optimizers
@@ -90,13 +90,13 @@ def _climb(subject: Subject, directions: int, seed: int, memory: int | None) -> 
     subject.snapshot.clear_gradients()
     subject.snapshot.mark_attributes()
     first = differentiate(subject)
-    attributes = subject.snapshot.attributes_now()
-    ladder = [declared(subject, first.gradients.unregistered)]
+    subject.look_for_moving()
     step = take_step(subject, first.gradients, first.loss, first.trace, first.linearized)
     rung, cut = connected(subject, first.trace, first.gradients)
-    ladder.append(rung)
 
-    near = PerturbedPoint(subject, first.gradients, first.trace, attributes)
+    near = PerturbedPoint(subject, first.gradients, first.trace, subject.after_first)
+    subject.look_for_moving()
+    ladder = [declared(subject, first.gradients.unregistered), rung]
     subject.snapshot.reset_values()
     later = near.at.gradients.of if near.at.gradients.error is None else None
     ladder.append(nonzero(subject, first.gradients, later, first.loss))
@@ -104,9 +104,12 @@ def _climb(subject: Subject, directions: int, seed: int, memory: int | None) -> 
     first.gradients.forget()
     near.return_to()
     repeats = step is not None and step.repeats
-    ladder.append(correct(subject, near.at, directions, seed, near.values, memory, repeats))
-    near.return_to()
-    compare_compiled(subject, near.at, ladder[3])
+    if first.gradients.error is not None:
+        ladder.append(Rung("correct", None, "backward raised"))
+    else:
+        ladder.append(correct(subject, near.at, directions, seed, near.values, memory, repeats))
+        near.return_to()
+        compare_compiled(subject, near.at, ladder[3])
     weighed = weigh_partial_cuts(subject, near.at, ladder[1], near.values)
     subject.snapshot.reset_values()
     ladder.append(applied(subject, step, first.gradients, first.trace, near.at.trace))

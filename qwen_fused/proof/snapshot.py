@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from qwen_fused.common.random_state import GlobalRandomState, generator_state, set_generator_state
 from qwen_fused.proof.held_state import AttributeMark, HeldBuffer, HeldOptimizer, is_same
 from qwen_fused.proof.optimizers import groups_of, innermost
+from qwen_fused.proof.outer_state import GENERATORS, OuterMark, OuterState
 
+Mark = AttributeMark | OuterMark
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
@@ -24,7 +25,7 @@ class Snapshot:
         parameters: tensors whose values, gradients and requires_grad come back.
         modules: whose buffers, submodules, modes and other attributes come back too.
         optimizers: whose state and options come back.
-        loss_fn: searched for generators that it draws from.
+        functions: the loss function and others, searched for what they keep elsewhere, and for generators.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class Snapshot:
         parameters: Iterable[Tensor],
         modules: Iterable[nn.Module],
         optimizers: Sequence[Any],
-        loss_fn: Callable[[], Any],
+        functions: Sequence[Callable[..., Any]],
     ):
         self.modules = {id(m): m for module in modules for m in module.modules()}
         everything = [*parameters, *(p for m in self.modules.values() for p in m.parameters(recurse=False))]
@@ -45,14 +46,16 @@ class Snapshot:
         self._values = [(p.data, copy_of(p.data)) for p in self.parameters]
         buffers = list({id(b): b for b in buffers}.values())
         self._buffers = [HeldBuffer(b, b.data, copy_of(b), b.requires_grad) for b in buffers]
-        self._marks: Sequence[AttributeMark] = ()
+        self._marks: Sequence[Mark] = ()
         self._frozen = [(p, *v) for p, v in zip(self.parameters, self._values, strict=True) if not p.requires_grad]
         # scripted modules keep theirs where python can't replace them
         plain = [m for m in self.modules.values() if not isinstance(m, torch.jit.ScriptModule)]
         self._attributes = [(m, _attributes(m)) for m in plain]
         everyone = {id(o): o for given in optimizers for o in (given, innermost(given))}
         self._optimizers = [HeldOptimizer.of(o, copy_of) for o in everyone.values()]
-        self._generators = [(g, generator_state(g)) for g in _generators([*self.modules.values()], loss_fn)]
+        known = {id(kept): kept for kept in (*self.modules.values(), *self.parameters, *buffers)}
+        self._outer = OuterState.of(functions, known)
+        self._generators = [(g, generator_state(g)) for g in self._all_generators()]
         self._random = GlobalRandomState.now()
         self._start = self.attributes_now()
 
@@ -73,16 +76,21 @@ class Snapshot:
             set_generator_state(generator, state)
         self._random.put_back()
 
-    def mark_attributes(self, marks: Sequence[AttributeMark] | None = None) -> None:
+    def _all_generators(self) -> list[Any]:
+        """Generators in modules' attributes and wherever the loss function gets at them."""
+        held = [value for module in self.modules.values() for value in module.__dict__.values()]
+        return list({id(g): g for g in (*held, *self._outer.generators) if isinstance(g, GENERATORS)}.values())
+
+    def mark_attributes(self, marks: Sequence[Mark] | None = None) -> None:
         """From now on `reset` brings back the tensors in modules' plain attributes, a recurrent state say.
 
         As they were at the start, or when other marks were taken.
         """
         self._marks = self._start if marks is None else marks
 
-    def attributes_now(self) -> list[AttributeMark]:
-        """Marks of what modules keep in plain attributes at this moment."""
-        return [AttributeMark(module) for module, _ in self._attributes]
+    def attributes_now(self) -> list[Mark]:
+        """Marks of what modules keep in plain attributes, and the loss function elsewhere, at this moment."""
+        return [*(AttributeMark(module) for module, _ in self._attributes), OuterMark(self._outer)]
 
     def reset_values(self) -> None:
         """Put the parameters' values back."""
@@ -163,20 +171,3 @@ def _refill(container: Any, entries: Any) -> None:
         container.extend(entries)
     else:
         container.update(entries)
-
-
-def _generators(modules: Sequence[nn.Module], loss_fn: Callable[[], Any]) -> Iterator[Any]:
-    """Generators in modules' attributes and in what the loss function closes over."""
-    holders: list[Any] = [value for module in modules for value in module.__dict__.values()]
-    holders += [cell.cell_contents for cell in getattr(loss_fn, "__closure__", None) or () if _is_filled(cell)]
-    holders += getattr(loss_fn, "__defaults__", None) or ()
-    owner = getattr(loss_fn, "__self__", None)
-    holders += vars(owner).values() if hasattr(owner, "__dict__") else ()
-    return (value for value in holders if isinstance(value, (torch.Generator, np.random.Generator, random.Random)))
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False

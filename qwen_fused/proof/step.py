@@ -18,11 +18,14 @@ from qwen_fused.proof.first_order import FirstOrder, measure
 from qwen_fused.proof.kinds import written_by
 from qwen_fused.proof.moves import has_nonzero, scales_of
 from qwen_fused.proof.optimizers import has_stepped, innermost, rate_of, rate_to_come, watching_steps
+from qwen_fused.proof.projected import is_projected
 from qwen_fused.proof.real_parts import inner, norm
 from qwen_fused.proof.subject import Gradients, Subject, as_float
 from qwen_fused.proof.trusted_ops import Linearized
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
+# calls of the given step in which an optimizer may step, of micro-batches that are added up
+MOST_CALLS = 16
 # a change of the gradients that is the loss's scale taken off, and one that is a clip
 SAME_FACTOR = 0.02
 
@@ -35,6 +38,8 @@ class Step:
         stepped: whether any optimizer's step was called.
         missing: names whose gradient was gone, or all zero, when the optimizer came to use it.
         changed: names whose gradient pointed another way by then than backward had left it.
+        projected: name -> share of its length that is left of a gradient which something projected: a mask, a mean that
+            was taken off.
         norm_ratio: norm of the gradient that the optimizer uses over that of the loss's own, of a loss that was scaled
             up for backward.
         enlarged: name -> factor of gradients that are longer by then than backward had left them, while others are not.
@@ -54,6 +59,7 @@ class Step:
     stepped: bool = False
     missing: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
+    projected: dict[str, float] = field(default_factory=dict)
     norm_ratio: float = 0.0
     enlarged: dict[str, float] = field(default_factory=dict)
     factors: list[float] = field(default_factory=list)
@@ -79,7 +85,7 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace, l
         trace: the call that the gradients are of.
         linearized: its operations that are taken at their word.
     """
-    if not subject.optimizers or not gradients.of:
+    if not subject.optimizers or not gradients.of or gradients.error is not None:
         return None
     inside = [innermost(optimizer) for optimizer in subject.optimizers]
     step = Step(stepped=gradients.stepped, in_backward=gradients.stepped)
@@ -87,9 +93,15 @@ def take_step(subject: Subject, gradients: Gradients, loss: Any, trace: Trace, l
     alive = [name for name, g in gradients.of.items() if has_nonzero(g)]
     before = subject.snapshot.values_of(subject.named)
     masters = {name: master.clone() for name, master in masters_of(subject).items()}
+    if gradients.erased:
+        # taken away by a hook that may keep them for the step: what was called since has made it forget
+        subject.gradients(subject.call())
     with _after_warm_up(subject, step, gradients):
         _step_watched(subject, step, gradients, alive)
+    subject.look_for_moving()
     counts = {name: int(torch.count_nonzero(subject.named[name].data != before[name])) for name in alive}
+    # by other means than the optimizers that were given
+    step.stepped = step.stepped or any(counts.values())
     measure_movement(step, counts, gradients.of, before, trace.half)
     # an optimizer may make its masters in its first step
     step.master_only = tuple(
@@ -150,7 +162,9 @@ def _step_watched(subject: Subject, step: Step, gradients: Gradients, alive: Seq
         # a fused optimizer takes the loss's scale off by itself
         taken_off = float(getattr(optimizer, "grad_scale", None) or 1.0)
         met = {name: _change(grad, gradients.to_step_by(name), taken_off) for name, grad in left.items()}
-        step.changed += tuple(name for name, change in met.items() if change.cosine < 0.5)
+        turned = [name for name, change in met.items() if change.cosine < 0.5]
+        step.projected |= {name: met[name].cosine for name in turned if is_projected(met[name], met.values())}
+        step.changed += tuple(name for name in turned if name not in step.projected)
         changes.update(met)
         if left and gradients.scale > 1:
             ratio = norm(left.values()) / norm(gradients.to_step_by(name) for name in left) / taken_off
@@ -163,8 +177,23 @@ def _step_watched(subject: Subject, step: Step, gradients: Gradients, alive: Seq
     scaled = gradients.scale != 1 and alive
     factors = modes.DispatchMode(_Factors(subject, step, gradients, alive).aten) if scaled else nullcontext()
     with watching_steps(subject.optimizers, look), factors:
-        subject.step()
+        _until_stepped(subject, step)
     step.enlarged = longer_alone(changes, gradients.scale)
+
+
+def _until_stepped(subject: Subject, step: Step) -> None:
+    """Step, and again where it is the loop's own business at which of its calls the optimizer steps."""
+    subject.step()
+    for number in range(2, MOST_CALLS + 1):
+        if step.stepped or subject.given_step is None:
+            return
+        try:
+            subject.step()
+        except RuntimeError:
+            # a gradient scaler that has skipped the step minds being asked twice
+            return
+        if step.stepped:
+            subject.note(f"the step that was given steps at its call number {number}")
 
 
 class _Factors:
@@ -246,4 +275,5 @@ def _change(now: Tensor, before: Tensor, taken_off: float) -> Change:
     length, made, along = norm([now]), norm([before]), inner(now, before)
     if not length * made:
         return Change()
-    return Change(along / made**2 / taken_off, along / (length * made), length)
+    kept = length**2 / along / taken_off if along else 0.0
+    return Change(along / made**2 / taken_off, along / (length * made), length, kept)

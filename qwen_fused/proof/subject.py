@@ -20,7 +20,7 @@ from qwen_fused.proof.moves import Values
 from qwen_fused.proof.optimizers import Optimizers, as_list, needs_closure
 from qwen_fused.proof.replay import Held, evaluate
 from qwen_fused.proof.slots import Slot
-from qwen_fused.proof.snapshot import Snapshot
+from qwen_fused.proof.snapshot import Mark, Snapshot
 from qwen_fused.proof.trace import OnCustom, trace
 from qwen_fused.proof.upcast import Upcast
 
@@ -66,7 +66,12 @@ class Subject:
             self.notes.append(
                 f"{name_some(left_over)} had a gradient before: a loop that never clears them adds them up"
             )
-        self.snapshot = Snapshot(self.named.values(), self.modules.values(), self.optimizers, loss_fn)
+        # what the first call that was followed kept outside the graph, for later ones to find
+        self.after_first: list[Mark] = []
+        # frozen parameters that the loss function or the step moves by itself, as a momentum encoder
+        self.moving: set[str] = set()
+        functions = [given for given in (loss_fn, backward, step) if given is not None]
+        self.snapshot = Snapshot(self.named.values(), self.modules.values(), self.optimizers, functions)
 
     @property
     def trainable(self) -> dict[str, Tensor]:
@@ -124,6 +129,8 @@ class Subject:
             warnings.simplefilter("ignore")
             known = earlier.labels if earlier is not None else None
             found = trace(self.loss_fn, self.named, on_custom, known, self.allow.function)
+        if not self.after_first:
+            self.after_first = self.snapshot.attributes_now()
         # calling the modules may have given a name to another parameter
         found.named_after = {id(p): name for name, p in _named(self.source).items()}
         return found
@@ -139,7 +146,10 @@ class Subject:
     def step(self) -> None:
         """Step as the caller's loop does."""
         if self.given_step is not None:
-            frames.boundary(self.given_step)
+            owner, name = getattr(self.given_step, "__self__", None), getattr(self.given_step, "__name__", "")
+            # an optimizer's own method, got before it was watched
+            own = getattr(owner, name, None) if any(owner is one for one in self.optimizers) else None
+            frames.boundary(own or self.given_step)
             return
         for optimizer in self.optimizers:
             optimizer.step()
@@ -170,6 +180,13 @@ class Subject:
             # an optimizer that steps in the middle of backward: the step is looked at once, and undone
             self.snapshot.reset_optimizers()
         return found
+
+    def look_for_moving(self) -> None:
+        """See which frozen parameters have been moved by now, before they are put back."""
+        frozen = {name: p for name, p in self.named.items() if not p.requires_grad and name not in self.moving}
+        if frozen:
+            before = self.snapshot.values_of(frozen)
+            self.moving |= {name for name, p in frozen.items() if not torch.equal(p.data, before[name])}
 
     def note(self, said: str) -> None:
         """Note what is no fault, once."""

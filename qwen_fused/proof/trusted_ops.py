@@ -111,7 +111,7 @@ def differentiate(subject: Subject, earlier: Trace | None = None, take: bool = F
     gradients = subject.gradients(trace.loss, take)
     for op in linearized.values():
         op.finish()
-    find_changes(subject, gradients)
+    find_changes(subject, gradients, bool(trace.hooks))
     loss = trace.loss
     return Point(trace, loss, gradients, linearized)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qwen_fused.proof.checkpoints import without_checkpoints
 from qwen_fused.proof.derivative import Directions
 from qwen_fused.proof.frames import Frame, of_function
 from qwen_fused.proof.hooks import hook_to_blame
@@ -35,6 +36,12 @@ def find_wrong_backward(subject: Subject, point: Point, lines: Directions, verdi
     if findings:
         return findings
     lines.restore()
+    kept, segments = without_checkpoints(subject)
+    if kept is not None and _differ(kept.of, point, judged):
+        names = tuple(name for name in judged if _differs(kept.of.get(name), point.gradients.of[name]))
+        detail = f"the gradient of {name_some(names)} is another without checkpointing: what the segment computes "
+        detail += "when backward runs it again is not what it had computed (other random numbers, or a state gone on)"
+        return [Finding("wrong", detail, names, segments[0].user, segments[0].inside)]
     ratios = [verdict.ratio for verdict in verdicts if verdict.ok is False]
     # of a loss that does not move at all nothing is a multiple
     uniform = len(ratios) > 1 and all(abs(r - ratios[0]) < 0.02 * abs(ratios[0]) for r in ratios)
