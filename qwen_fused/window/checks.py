@@ -75,8 +75,18 @@ def read_scale(scale: Any) -> float | Tensor:
     return float(scale)
 
 
-def check_state(state: Mapping[str, Any]) -> None:
-    """Refuse a state that is not whole."""
+def check_state(state: Mapping[str, Any], keys: int, size: int) -> int:
+    """Refuse a state that is not whole, or is not of so many keys, or of more batches than a window has.
+
+    Returns:
+        How many prompts it holds.
+    """
     missing = [name for name in STATE if name not in state]
     if missing:
         raise ValueError(f"state must be what a window's state_dict gave, got one without {', '.join(missing)}")
+    count = sum(map(len, state["outputs"]))
+    if keys != count:
+        raise ValueError(f"keys must name the state's {count} prompts, got {keys} different keys")
+    if state["batches"] > size:
+        raise ValueError(f"size must be at least the state's {state['batches']} batches, got {size}")
+    return count

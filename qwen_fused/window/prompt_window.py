@@ -228,13 +228,8 @@ class PromptWindow:
             ValueError: the keys are not as many as the state's prompts, the window is smaller than the state, or the
                 state is not whole.
         """
-        check_state(state)
         unique = list(dict.fromkeys(keys))
-        count = sum(map(len, state["outputs"]))
-        if len(unique) != count:
-            raise ValueError(f"keys must name the state's {count} prompts, got {len(unique)} different keys")
-        if state["batches"] > self.size:
-            raise ValueError(f"size must be at least the state's {state['batches']} batches, got {self.size}")
+        count = check_state(state, len(unique), self.size)
         self._begin()
         self.batches = state["batches"]
         self.rows = {key: index for index, key in enumerate(unique)}
