@@ -87,7 +87,9 @@ class PromptWindow:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self.encode, self.size, self.mode = encode, size, mode
+        # what must stand still; found in encode's graph, unless somebody says so, as under FSDP
         self.parameters: list[Tensor] | None = None
+        self._found = False
         watch_fused_steps()
         self.drift = Drift()
         self._begin()
@@ -260,7 +262,9 @@ class PromptWindow:
             check_statistics(output)
         # anew where there is a graph: layers may have been unfrozen or replaced since the last window. In recompute
         # mode what they change is seen by the prompts that come out otherwise
-        if self.parameters is None or (self.mode == "retain" and not self.chunks and output.requires_grad):
+        again = self._found and self.mode == "retain" and not self.chunks and output.requires_grad
+        if self.parameters is None or again:
+            self._found = True
             leaves = graph_leaves(output)
             # a leaf made inside encode, as peft makes one for checkpointing, is no weight that must stand still
             self.parameters = [leaf for leaf in leaves if isinstance(leaf, torch.nn.Parameter)] or leaves
