@@ -16,17 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qwen_fused.common.autograd_graph import graph_leaves
 from qwen_fused.common.random_state import RandomState
 from qwen_fused.window.checks import check_graph, check_keys, check_output, check_state, check_statistics, read_scale
 from qwen_fused.window.drift import Drift
+from qwen_fused.window.fused_steps import watch_fused_steps
 
 MODES = ("recompute", "retain")
 
@@ -39,18 +38,6 @@ class Chunk:
     output: Tensor  # [n, ...]; with its graph in retain mode
     random: RandomState
     autocast: tuple[bool, torch.dtype]
-
-
-@cache
-def watch_fused_steps() -> None:
-    """From now on, count a fused optimizer's step as the write to its parameters that it is: torch does not."""
-
-    def count(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        for group in optimizer.param_groups:
-            if group.get("fused") and not getattr(optimizer, "counts_writes", False):
-                torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
-
-    register_optimizer_step_post_hook(count)
 
 
 class PromptWindow:
