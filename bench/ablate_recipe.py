@@ -1,6 +1,6 @@
 """What each part of the recipe of test-time training is worth: one part changed at a time, the same tasks and steps.
 
-    python bench/ablate_recipe.py --out ablation.jsonl [--only base T=3 ...] [--seed 1] [--limit 10] [--start RUN]
+    python bench/ablate_recipe.py --out ablation.jsonl [--only base "T = 5" ...] [--seed 1] [--limit 10] [--start RUN]
 
 Tasks: of the held-out forty those with sides up to 16, and of the hundred public evaluation tasks (every fourth) those
 with sides up to 10. A row a variant is written as soon as it is known; those that are in the file already are left
@@ -28,6 +28,7 @@ from torch import Tensor
 from qwen_fused.arc.episodes import Task
 from qwen_fused.config import TrainConfig
 from qwen_fused.loss.efe_loss import EFEWeights
+from qwen_fused.planner.evaluation_mode import evaluating
 from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.solver import adapt, task_planner, task_solver
 from qwen_fused.solver.settings import SolveSettings
@@ -49,15 +50,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no symmetries": {"symmetries": 1, "votes": 1},
     "no recolouring": {"recolored": 0.0},
     "one vote": {"votes": 1},
+    "8 votes": {"votes": 8},
     "last step alone": {"early_step_weight": 0.0},
-    "all steps alike": {"early_step_weight": 1.0},
+    "steps before the last 0.1": {"early_step_weight": 0.1},
     "average of weights 0.95": {"average": 0.95},
 }
 # name -> what differs in TrainConfig; from random weights alone
 CONFIGS: dict[str, dict[str, Any]] = {
-    "T = 3": {"plan_steps": 3},
+    "T = 5": {"plan_steps": 5},
     "T = 8": {"plan_steps": 8},
-    "32 channels": {"agent_channels": 32},
+    "64 channels": {"agent_channels": 64},
+    "64 channels, T = 5": {"agent_channels": 64, "plan_steps": 5},
     "96 channels": {"agent_channels": 96},
 }
 
@@ -217,11 +220,29 @@ def stopped_by_left_out(every: int = 10) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def policy_asked() -> Iterator[None]:
+    """The policy refines the prompt, at its mean, before the planner is trained on the task."""
+    encode = adapt.encode_task
+
+    def refined(planner: QwenPlanner, task: Task, symmetries: int) -> tuple[Tensor, Tensor]:
+        _, sizes = encode(planner, task, symmetries)
+        with evaluating(planner):
+            read = planner.prompt([task.train])
+            prompt = planner.policy(read.prompt, read.control, read.features, sample=False).refined
+        return prompt.repeat(symmetries, 1), sizes
+
+    with mock.patch.object(adapt, "encode_task", refined):
+        yield
+
+
 PATCHES: dict[str, Callable[[], Any]] = {
     "offset, size head and readout trained": lambda: trained("offset", "size_head", "readout"),
     "all but the offset trained": lambda: trained("agent"),
     "offset alone trained": lambda: trained("offset"),
     "Qwen trained too, through its window": qwen_trained,
+    "whole grids": lambda: mock.patch.object(adapt, "narrowed", lambda task: task),
+    "the policy's step": policy_asked,
     "hard cells": lambda: loss_of("cell"),
     "hard episodes": lambda: loss_of("episode"),
     "risk 0.05": lambda: loss_of(risk=0.05),

@@ -43,7 +43,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "prompt term 0": {"weights": replace(WEIGHTS, prompt=0.0)},
     "reversibility 0": {"reversibility": 0.0},
     "hard cells": {"hard_mode": "cell", "hard_floor": 0.2},
-    "T = 3": {"plan_steps": 3},
+    "T = 5": {"plan_steps": 5},
     "T = 8": {"plan_steps": 8},
     "no augmentation": {"augment": 0.0},
     "all augmented": {"augment": 1.0},

@@ -1,7 +1,7 @@
 """Solve tasks side by side on one device, and write what came of it: solved, seconds a task, memory.
 
     python bench/solve_cuda.py --tasks held-out eval100 --steps 100 300 1000 --max-seconds 120 --check --out x.json
-    python bench/solve_cuda.py --steps 100 --variants "T = 3" "lr 1e-3" --out x.json
+    python bench/solve_cuda.py --steps 100 --variants "T = 5" "lr 1e-3" --out x.json
 
 The task sets are those of solve_recipe.py, the variants ablate_recipe.py's of settings and planners; from random
 weights, or from the start that a run has learned (--run). Every number of steps is written when it is through. A GPU
@@ -32,6 +32,7 @@ from qwen_fused.solver.adapt import adapt
 from qwen_fused.solver.adapt_many import TrainingStep, adapt_many
 from qwen_fused.solver.chunks import cell_bytes, cost_canvas, free, free_bytes, make_chunks, run_chunks
 from qwen_fused.solver.examples import canvas_of
+from qwen_fused.solver.parts import narrowed
 from qwen_fused.solver.question import Question
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.solve import make_questions
@@ -104,7 +105,7 @@ def check(planner: QwenPlanner, tasks: list[Task], settings: SolveSettings) -> d
         captured.CAPTURE = capture
         try:
             encoded = [encode_task(planner, task, settings.symmetries) for task in small]
-            losses = torch.tensor(adapt_many(planner.agent, encoded, small, settings).losses)
+            losses = torch.tensor(adapt_many(planner.agent, encoded, list(map(narrowed, small)), settings).losses)
             found[name] = (losses - alone).abs().amax(0).tolist()
         except Exception:
             traceback.print_exc()
@@ -119,10 +120,10 @@ def profile(planner: QwenPlanner, tasks: list[Task], settings: SolveSettings) ->
     device = planner.agent.copy_scale.device
     questions = [q for q in make_questions(planner, tasks, settings) if isinstance(q, Question)]
     chunks = make_chunks(
-        questions, lambda q: cost_canvas(q.task), cell_bytes(planner.agent, settings), free_bytes(device) / 2
+        questions, lambda q: cost_canvas(q.shown), cell_bytes(planner.agent, settings), free_bytes(device) / 2
     )
-    chosen = max(chunks, key=lambda chunk: sum(h * w for h, w in (cost_canvas(q.task) for q in chunk)))
-    own = [q.task for q in chosen]
+    chosen = max(chunks, key=lambda chunk: sum(h * w for h, w in (cost_canvas(q.shown) for q in chunk)))
+    own = [q.shown for q in chosen]
     encoded = [encode_task(planner, task, settings.symmetries) for task in own]
     stacked = StackedPlanner(planner.agent, *stack_prompts(encoded, device), muon=settings.matrix_lr > 0)
     step = TrainingStep(stacked, own, settings)

@@ -86,9 +86,9 @@ class PlannerSettings:
     """Width D of the prompt embedding."""
     agent: Literal["lines", "conv"] = "lines"
     """The agent's recurrence: lines, or conv, that of runs before 0.3."""
-    agent_channels: int = 64
+    agent_channels: int = 32
     """Width of the agent's state."""
-    plan_steps: int = 5
+    plan_steps: int = 3
     """Planning steps T."""
     policy_hidden: int = 512
     """Width of the policy's trunk."""

@@ -44,6 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 1,
         "augment": 0.0,
         "epochs": 10,
+        "agent_channels": 64,
         "plan_steps": 5,
         "policy_hidden": 512,
         "delta_scale": 0.2,

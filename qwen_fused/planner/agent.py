@@ -141,7 +141,7 @@ class GridAgent(nn.Module):
         steps: planning steps T.
     """
 
-    def __init__(self, *, channels: int = 64, prompt_dim: int = 256, steps: int = 5):
+    def __init__(self, *, channels: int = 32, prompt_dim: int = 256, steps: int = 3):
         super().__init__()
         self.steps = steps
         views = len(VIEWS)

@@ -21,6 +21,7 @@ from qwen_fused.loss.efe_loss import efe_loss
 from qwen_fused.norms.group_grad_norm import GroupGradNorm
 from qwen_fused.planner.agent import GridAgent
 from qwen_fused.solver.examples import TrainingSet, examples, task_rng
+from qwen_fused.solver.parts import narrowed
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.sizes import size_rule
 from qwen_fused.solver.task_optimizer import TaskOptimizer
@@ -35,6 +36,8 @@ class Adapted:
     """A planner that has been trained on one task."""
 
     planner: TaskPlanner
+    task: Task
+    """As the planner was shown it."""
     steps: int
     """Training steps done."""
     seconds: float
@@ -65,7 +68,7 @@ def adapt(
         on_step: called after every step with its number, from 1, and its loss.
     """
     encoded = encode_task(planner, task, settings.symmetries)
-    return adapt_agent(lines_agent(planner), encoded, task, settings, deadline=deadline, on_step=on_step)
+    return adapt_agent(lines_agent(planner), encoded, narrowed(task), settings, deadline=deadline, on_step=on_step)
 
 
 def adapt_agent(
@@ -77,7 +80,7 @@ def adapt_agent(
     deadline: float | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Adapted:
-    """`adapt`, where Qwen has read the task already.
+    """`adapt` to a task as it is, where Qwen has read it already.
 
     Args:
         agent: what to start from; it stays as it is.
@@ -109,7 +112,7 @@ def adapt_agent(
             on_step(len(losses), losses[-1])
     average.swap_in()
     accuracy, solved = own_accuracy(model, task)
-    return Adapted(model, len(losses), time.monotonic() - started, tuple(losses), accuracy, solved)
+    return Adapted(model, task, len(losses), time.monotonic() - started, tuple(losses), accuracy, solved)
 
 
 class Schedule:

@@ -67,7 +67,7 @@ def run_chunks(
             asked.append(question)
     device = agent.copy_scale.device
     budget = free_bytes(device) if chunk_bytes is None else chunk_bytes
-    pending = make_chunks(asked, lambda question: cost_canvas(question.task), cell_bytes(agent, settings), budget)
+    pending = make_chunks(asked, lambda question: cost_canvas(question.shown), cell_bytes(agent, settings), budget)
 
     def stepped(tasks: Sequence[Task], step: int) -> None:
         on_step(tasks, step)
@@ -105,9 +105,9 @@ def solve_chunk(
 ) -> list[TaskResult]:
     """Adapt to the tasks of a chunk, and vote for each."""
     started = time.monotonic()
-    tasks = [question.task for question in chunk]
+    asked, tasks = [question.task for question in chunk], [question.shown for question in chunk]
     encoded = [encode_task(ReadPlanner(agent, q), q.task, settings.symmetries) for q in chunk]  # type: ignore[arg-type]
-    adapted = adapt_many(agent, encoded, tasks, settings, deadline=deadline, on_step=lambda step: on_step(tasks, step))
+    adapted = adapt_many(agent, encoded, tasks, settings, deadline=deadline, on_step=lambda step: on_step(asked, step))
     ended = deadline is not None and time.monotonic() >= deadline and adapted.steps < settings.steps
     own = own_accuracies(adapted.stacked, tasks, settings.batch)
     votes = vote_many(adapted.stacked, tasks, settings, settings.batch)
@@ -118,10 +118,10 @@ def solve_chunk(
                 task.id, tuple(v.attempts for v in found), tuple(v.confidence for v in found), seconds, adapted.steps,
                 losses, cells, grids,
             ),
-            digest(task),
+            digest(question.task),
             cut=ended,
         )
-        for task, found, losses, (cells, grids) in zip(tasks, votes, adapted.losses, own, strict=True)
+        for question, task, found, losses, (cells, grids) in zip(chunk, tasks, votes, adapted.losses, own, strict=True)
     ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from qwen_fused.common.typed_yaml import from_plain
 from qwen_fused.config import TrainConfig
 from qwen_fused.planner.evaluation_mode import evaluating
 from qwen_fused.planner.make_agent import make_agent
+from qwen_fused.solver.parts import narrowed
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.task_planner import encode_task, lines_agent
 
@@ -69,6 +71,11 @@ class Question:
     """Of each time that `encode_task` has Qwen read, in order."""
     seconds: float | None = None
     """Until the time for all tasks ends; None: it does not."""
+
+    @cached_property
+    def shown(self) -> Task:
+        """The task as a planner is shown it."""
+        return narrowed(self.task)
 
     def to_bytes(self) -> bytes:
         """As JSON; floats come back bit for bit."""

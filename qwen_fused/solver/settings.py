@@ -41,9 +41,9 @@ class SolveSettings:
     """Colours permuted in training: those without a role of their own in the task, all but 0, or none."""
     recolored: float = 0.5
     """Share of the training episodes that are recoloured."""
-    votes: int = 8
+    votes: int = 32
     """Views that vote on an answer: the symmetries first, then recoloured ones."""
-    early_step_weight: float = 0.1
+    early_step_weight: float = 1.0
     """Cross-entropy weight of every planning step but the last."""
     size_weight: float = 0.3
     """Weight of the size loss beside the cells'; no size loss where the demonstrations' sizes follow a rule."""

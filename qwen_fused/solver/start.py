@@ -27,6 +27,7 @@ from qwen_fused.arc.tasks import Task
 from qwen_fused.config import require
 from qwen_fused.planner.agent import GridAgent
 from qwen_fused.solver.examples import canvas_of
+from qwen_fused.solver.parts import narrowed
 from qwen_fused.solver.question import job_bytes
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.start_training import Drawn, Trained, train_side_by_side
@@ -137,7 +138,8 @@ def learn_start(
         ValueError: no task has two train pairs.
         RuntimeError: workers cannot start, or end in the middle of the same training.
     """
-    small = smaller_half([task for task in tasks if len(task.train) > 1])
+    whole = {task.id: task for task in tasks}
+    small = smaller_half([narrowed(task) for task in tasks if len(task.train) > 1])
     require(bool(small), "tasks", "at least one with two train pairs", [task.id for task in tasks])
     on_device = start.agent.copy_scale.is_cuda
     size = min(SIDE_BY_SIDE if on_device else BATCH, len(small))
@@ -149,7 +151,7 @@ def learn_start(
     def read(chosen: Sequence[Drawn]) -> list[tuple[Tensor, Tensor]]:
         for task in (one.task for one in chosen):
             if task.id not in encoded:
-                encoded[task.id] = encode_task(planner, task, INNER.symmetries)
+                encoded[task.id] = encode_task(planner, whole[task.id], INNER.symmetries)
         return [encoded[one.task.id] for one in chosen]
 
     began, before = time.monotonic(), start.tasks / most

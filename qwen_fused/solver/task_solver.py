@@ -53,7 +53,7 @@ def solve_task(
         planner, task, settings, deadline, on_step: as `adapt` takes them.
     """
     adapted = adapt(planner, task, settings, deadline=deadline, on_step=on_step)
-    votes = vote(adapted.planner, task, settings, task_rng(settings, f"{task.id}/vote"))
+    votes = vote(adapted.planner, adapted.task, settings, task_rng(settings, f"{task.id}/vote"))
     return TaskAnswer(
         task.id,
         tuple(v.attempts for v in votes),

@@ -19,7 +19,9 @@ from qwen_fused.planner.model import QwenPlanner
 from qwen_fused.solver import chunks
 from qwen_fused.solver.chunks import cost_canvas, make_chunks, run_chunks
 from qwen_fused.solver.folder import solve_folder
+from qwen_fused.solver.parts import narrowed
 from qwen_fused.solver.question import make_question
+from qwen_fused.solver.results import digest
 from qwen_fused.solver.settings import SolveSettings
 from qwen_fused.solver.solve import make_questions, solve_tasks
 from qwen_fused.solver.task_solver import solve_task
@@ -34,7 +36,9 @@ def rows_of(tasks, settings=SETTINGS, planner=None, **options) -> dict:
 
 
 def test_real_tasks_get_the_attempts_that_one_by_one_gives():
-    tasks = [t for t in split_tasks(load_tasks("arc1").tasks, 0.1, 0)[1] if max(cost_canvas(t)) <= 8][:4]
+    held_out = split_tasks(load_tasks("arc1").tasks, 0.1, 0)[1]
+    # of the last a part is shown alone
+    tasks = [t for t in held_out if max(cost_canvas(t)) <= 8][:4] + [t for t in held_out if t.id == "39a8645d"]
     settings = SolveSettings(steps=12, batch=4, seed=1)
     torch.manual_seed(0)
     planner = QwenPlanner(TrainConfig(agent_channels=16, prompt_dim=16, plan_steps=3))
@@ -47,6 +51,19 @@ def test_real_tasks_get_the_attempts_that_one_by_one_gives():
             assert [grid.tolist() for grid in a] == [grid.tolist() for grid in b]
         assert found.confidence == pytest.approx(alone.confidence, abs=1e-3)
         assert found.own_accuracy == pytest.approx(alone.own_accuracy, abs=0.02)
+
+
+def test_a_part_is_planned_where_the_answer_is_one_and_the_row_is_of_the_whole_question():
+    task = next(t for t in load_tasks("arc1").tasks if t.id == "0b148d64")
+    part = narrowed(task)
+    torch.manual_seed(0)
+    planner = QwenPlanner(TrainConfig(agent_channels=16, prompt_dim=16, plan_steps=2))
+    row = rows_of([task], SETTINGS, planner)[task.id]
+    assert row.question == digest(task) != digest(part)
+    alone = solve_task(planner, task, SETTINGS)
+    for answer in (row.answer, alone):
+        assert answer.attempts[0][0].shape == part.test[0].input.shape != task.test[0].input.shape
+        assert answer.losses == pytest.approx(alone.losses, rel=1e-3)
 
 
 def test_one_that_is_broken_costs_itself_alone(monkeypatch):

@@ -144,7 +144,7 @@ def test_the_pair_left_out_is_asked_at_the_task_s_own_weights(planner, short):
         assert torch.equal(found.weights[name], p)
     batch = one.asking(module.INNER).batch()
     assert found.losses[0] == pytest.approx(
-        plan_loss(*adapted(batch), batch, step_weights(planner.agent.steps, 0.1), 0.0).item()
+        plan_loss(*adapted(batch), batch, step_weights(planner.agent.steps, module.INNER.early_step_weight), 0.0).item()
     )
     norm = torch.stack([g.norm() for g in found.gradients.values()]).norm()
     assert 0 < norm <= 1.0001
