@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qwen_fused.solver.solution import Solution
     from qwen_fused.train.solve_run import solve
 
-__version__ = "0.8.0"
+__version__ = "0.9.0"
 
 __all__ = [
     "EFEOutput",

@@ -66,7 +66,7 @@ class ShownTask:
     tests: tuple[ShownTest, ...]
     confidence: float
     losses: tuple[float, ...]
-    """Of each step of its training, in nats per cell."""
+    """Of each step of its training."""
     seconds: float
     steps: int
     own_solved: float

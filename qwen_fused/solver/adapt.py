@@ -43,7 +43,7 @@ class Adapted:
     seconds: float
     """Wall time of the training."""
     losses: tuple[float, ...]
-    """Loss of every step, in nats per cell."""
+    """Loss of every training step: nats per cell, those of the planning steps added up."""
     own_accuracy: float
     """Share of the cells of the task's own demonstrations right, at the end."""
     own_solved: float

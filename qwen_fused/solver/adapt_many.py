@@ -40,7 +40,7 @@ class AdaptedMany:
     seconds: float
     """Wall time of the training of all."""
     losses: list[tuple[float, ...]]
-    """For each task the loss of every step, in nats per cell."""
+    """For each task the loss of every training step, as `Adapted` has it."""
 
 
 def adapt_many(

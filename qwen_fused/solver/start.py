@@ -67,7 +67,7 @@ class Start:
         """Trainings on a task so far."""
         self.done = False
         self.curve: list[float] = []
-        """Of each of them the loss on the pair left out, in nats per cell."""
+        """Of each of them the loss on the pair left out."""
 
     def state_dict(self) -> dict[str, Any]:
         """All of it."""
@@ -102,8 +102,9 @@ class Start:
 
     def describe(self) -> str:
         """What tasks cost by now, and did."""
-        then, now = mean_of(self.curve[:50]), mean_of(self.curve[-50:])
-        return f"loss on a pair left out after {INNER.steps} steps on the others {now:.3f}, {then:.3f} in the beginning"
+        then, now = median_of(self.curve[:100]), median_of(self.curve[-100:])
+        steps = f"after {INNER.steps} steps on the others"
+        return f"median loss on a pair left out {steps} {now:.3f}, {then:.3f} in the beginning"
 
 
 def learn_start(
@@ -233,6 +234,6 @@ def with_agent(planner: QwenPlanner, agent: GridAgent) -> QwenPlanner:
     return other
 
 
-def mean_of(values: Sequence[float]) -> float:
-    """Their mean; nan of none."""
-    return float(np.mean(values)) if values else float("nan")
+def median_of(values: Sequence[float]) -> float:
+    """Their median; nan of none."""
+    return float(np.median(values)) if values else float("nan")

@@ -32,7 +32,7 @@ class TaskAnswer:
     steps: int
     """Training steps done."""
     losses: tuple[float, ...]
-    """Loss of every step, in nats per cell."""
+    """Loss of every training step, as `Adapted` has it."""
     own_accuracy: float
     """Share of the cells of the task's own demonstrations right after training."""
     own_solved: float

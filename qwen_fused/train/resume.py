@@ -32,7 +32,7 @@ MAY_CHANGE = frozenset(
     }
 )  # fmt: skip
 # versions whose runs this one continues: norms are nearer the truth since 0.3, so clipped gradients differ in last bits
-RESUMES_FROM = ("0.1.0", "0.2.0", "0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.7.0")
+RESUMES_FROM = ("0.1.0", "0.2.0", "0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.7.0", "0.8.0")
 SET_ASIDE = "set-aside"
 STATE_KEYS = ("model", "optimizer", "scaler", "progress", "window", "monitor", "rng", "origin")
 
