@@ -92,6 +92,11 @@ def test_parts_have_names(made, name, box):
     assert parts(grid(made))[name] == box
 
 
+def test_of_two_that_are_each_alone_of_their_kind_none_is_the_odd_one():
+    found = parts(grid("1010 0000 2030 0000"))
+    assert "object on 0, odd colors" not in found and found["object on 0, commonest colors"] == (0, 1, 0, 1)
+
+
 def test_panes_lie_between_lines_that_cross_the_grid():
     found = panes(grid("00500 07500 55555 00500 00500"))
     assert [found[f"pane {place}"] for place in range(4)] == [(0, 2, 0, 2), (0, 2, 3, 5), (3, 5, 0, 2), (3, 5, 3, 5)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from forked_workers import use_forked_workers
 
+from qwen_fused.arc.episodes import load_tasks
 from qwen_fused.arc.tasks import Pair, Task
 from qwen_fused.config import TrainConfig
 from qwen_fused.planner.model import QwenPlanner
@@ -133,6 +134,14 @@ def test_the_start_goes_less_and_less_far_and_further_for_more_tasks(planner):
     assert left(1, 0.0) == pytest.approx(1 - module.RATE, rel=1e-4)
     assert left(1, 1.0) == pytest.approx(1 - module.RATE * module.LEAST, rel=1e-4)
     assert left(16, 0.0) == pytest.approx((1 - module.RATE) ** 16, rel=1e-3)
+
+
+def test_a_task_is_trained_on_as_a_planner_is_shown_it(planner, short, monkeypatch):
+    whole = next(task for task in load_tasks("arc1").tasks if task.id == "0b148d64")
+    seen, made = [], module.draw
+    monkeypatch.setattr(module, "draw", lambda tasks, *rest: seen.extend(tasks) or made(tasks, *rest))
+    learn_start(planner, [whole], start_of(planner), most=1)
+    assert [pair.input.shape for pair in seen[0].train] == [pair.output.shape for pair in whole.train]
 
 
 def test_the_pair_left_out_is_asked_at_the_task_s_own_weights(planner, short):
